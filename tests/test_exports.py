@@ -34,7 +34,7 @@ def unannotated(function: Callable[..., Any]) -> list[str]:
 
 def own_methods(cls: type) -> dict[str, Callable[..., Any]]:
     """The public methods and properties that a class defines itself."""
-    found = {}
+    found: dict[str, Callable[..., Any]] = {}
     for name, value in vars(cls).items():
         if isinstance(value, property):
             value = value.fget

@@ -46,7 +46,8 @@ FLOORS: dict[str, int] = {
 }
 OUTSIDE_THE_CORE = {name for name, floor in FLOORS.items() if floor >= 5}
 CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
-OPTIONAL_PACKAGES = set("timm torchvision accelerate rich jsonargparse sklearn yaml PIL onnx onnxscript onnxruntime".split())
+EXTRAS = "timm torchvision accelerate rich jsonargparse sklearn yaml PIL onnx onnxscript onnxruntime"
+OPTIONAL_PACKAGES = set(EXTRAS.split())
 MAX_CORE_LINES = 2500
 MAX_FILE_LINES = 400
 
