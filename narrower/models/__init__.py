@@ -1,0 +1,174 @@
+"""Networks by name: the CIFAR networks of the two papers here, timm's, torchvision's and the user's own.
+
+| name                                             | comes from                                        |
+|--------------------------------------------------|---------------------------------------------------|
+| `cifar_resnet56`, `cifar_vgg16_bn`, ...          | this package (`CIFAR_MODELS`)                     |
+| `torchvision/resnet50`                           | `torchvision.models`                              |
+| `package.module:factory`, `path/file.py:factory` | the user's own function that returns an nn.Module |
+| anything else, such as `resnet50.a1_in1k`        | `timm.create_model`                               |
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from .densenet import cifar_densenet40
+from .googlenet import cifar_googlenet
+from .mobilenet import cifar_mobilenet_v1
+from .resnet import cifar_resnet20, cifar_resnet32, cifar_resnet44, cifar_resnet56, cifar_resnet110
+from .vgg import cifar_vgg16_bn
+
+__all__ = ["CIFAR_MODELS", "make_model"]
+
+CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
+    factory.__name__: factory
+    for factory in (
+        cifar_resnet20,
+        cifar_resnet32,
+        cifar_resnet44,
+        cifar_resnet56,
+        cifar_resnet110,
+        cifar_vgg16_bn,
+        cifar_densenet40,
+        cifar_googlenet,
+        cifar_mobilenet_v1,
+    )
+}
+
+
+def make_model(
+    name: str, num_classes: int | None = None, *, pretrained: bool = False, in_channels: int = 3, **kwargs: Any
+) -> nn.Module:
+    """The network called `name` (see the table above), mapping `[N, in_channels, H, W]` to `[N, num_classes]`.
+
+    Args:
+        name: a CIFAR network, `torchvision/NAME`, `module:factory`, `file.py:factory`, or a timm name.
+        num_classes: outputs; None leaves the network's own number.
+        pretrained: load published weights (timm and torchvision; a factory of one's own must have the argument).
+        in_channels: channels of the images.
+        kwargs: passed on to the factory.
+
+    Raises:
+        ConfigError: the name is unknown, its library is missing, or the network cannot be made that way.
+    """
+    if ":" in name:
+        return _own(name, num_classes, pretrained, in_channels, kwargs)
+    if name.startswith("torchvision/"):
+        return _torchvision(name.removeprefix("torchvision/"), num_classes, pretrained, in_channels, kwargs)
+    if name in CIFAR_MODELS:
+        if pretrained:
+            raise ConfigError(f"{name} has no published weights: train it, or load a file with --checkpoint")
+        return _call(name, CIFAR_MODELS[name], _given(num_classes=num_classes, in_channels=in_channels, **kwargs))
+    return _timm(name, num_classes, pretrained, in_channels, kwargs)
+
+
+def _given(**kwargs: Any) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def _call(name: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        model = factory(**kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError) as error:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        raise ConfigError(f"{name}({arguments}) failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} returned {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _unknown(name: str, known: list[str], hint: str) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    meant = f"; did you mean {', '.join(near)}?" if near else ""
+    return ConfigError(f"no network is called {name!r}{meant} ({hint})")
+
+
+def _timm(name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(f"{name!r} is looked up in timm, which is missing: pip install 'narrower[cli]'") from error
+
+    if not timm.is_model(name):  # is_model takes `name.tag` too
+        hint = "names are ours (cifar_...), timm's, torchvision/NAME or package.module:factory"
+        raise _unknown(name, [*CIFAR_MODELS, *timm.list_models()], hint)
+    return _call(
+        f"timm {name}",
+        timm.create_model,
+        _given(model_name=name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **kwargs),
+    )
+
+
+def _torchvision(
+    name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]
+) -> nn.Module:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ConfigError("torchvision is missing: pip install 'narrower[cli]'") from error
+
+    if name not in models.list_models():
+        raise _unknown(f"torchvision/{name}", [f"torchvision/{known}" for known in models.list_models()], "torchvision")
+    if in_channels != 3:
+        raise ConfigError(f"torchvision/{name} takes images of 3 channels, not {in_channels}")
+    if not pretrained:
+        return _call(f"torchvision/{name}", models.get_model, _given(name=name, num_classes=num_classes, **kwargs))
+    model = _call(f"torchvision/{name}", models.get_model, dict(name=name, weights="DEFAULT", **kwargs))
+    return model if num_classes is None else _new_head(name, model, num_classes)
+
+
+def _new_head(name: str, model: nn.Module, num_classes: int) -> nn.Module:
+    """Replace the last linear layer of a pretrained torchvision network where its number of classes is another."""
+    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ConfigError(f"torchvision/{name} ends in no linear layer: its weights fit its own classes only")
+    path, head = linears[-1]
+    if head.out_features != num_classes:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Linear(head.in_features, num_classes, head.bias is not None))
+    return model
+
+
+def _own(name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]) -> nn.Module:
+    """Call the user's factory, with those of our arguments that its signature has."""
+    factory = _import(name)
+    parameters = inspect.signature(factory).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    ours = _given(num_classes=num_classes, in_channels=in_channels)
+    if pretrained:
+        if "pretrained" not in parameters and not takes_all:
+            raise ConfigError(f"{name} has no argument `pretrained`: load a file with --checkpoint instead")
+        ours["pretrained"] = True
+    return _call(name, factory, {key: value for key, value in ours.items() if takes_all or key in parameters} | kwargs)
+
+
+def _import(name: str) -> Callable[..., Any]:
+    where, _, attribute = name.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(spec.name, module)  # so that its classes can be copied and pickled
+            spec.loader.exec_module(module)
+        else:
+            if "" not in sys.path:
+                sys.path.insert(0, "")  # a console script does not look in the current folder
+            module = importlib.import_module(where)
+    except Exception as error:  # whatever the user's file raises on import
+        raise ConfigError(f"cannot import {where!r} for --model {name}: {type(error).__name__}: {error}") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"{where!r} has no function {attribute!r}; it has {', '.join(names) or 'none'}")
+    return factory
