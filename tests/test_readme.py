@@ -1,0 +1,116 @@
+"""README.md is run: its Python blocks from top to bottom, its `narrower ...` commands, its links and its make targets.
+
+A block may be left out only for its cost, or because it needs what a test machine lacks, with the reason in an HTML
+comment directly above it: `<!-- not run: downloads weights -->`. Commands left out are still held against `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+# Added behind each command, so that the whole page runs in seconds; later flags win over earlier ones.
+TINY: dict[str, list[str]] = {}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, the line of the fence and why it is not run ("" if it is)."""
+
+    language: str
+    code: str
+    line: int
+    reason: str
+
+
+def blocks(path: Path, *languages: str) -> list[Block]:
+    """The fenced blocks of a Markdown file in the given languages, in order."""
+    found = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = None
+    for number, text in enumerate(lines):
+        if text.startswith("```") and start is None:
+            start = number
+        elif text.startswith("```") and start is not None:
+            above = re.fullmatch(r"<!-- not run: (.+) -->", lines[start - 1].strip()) if start else None
+            code = "\n".join(lines[start + 1 : number]) + "\n"
+            found.append(Block(lines[start][3:].strip(), code, start + 1, above[1] if above else ""))
+            start = None
+    assert start is None, f"{path.name}:{start}: a block is not closed"
+    return [block for block in found if block.language in languages]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The `narrower ...` command lines of a shell block, split into words; comments and continuations resolved."""
+    joined = block.code.replace("\\\n", " ")
+    words = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    return [line[1:] for line in words if line[:1] == ["narrower"]]
+
+
+def narrower(arguments: list[str], folder: Path) -> str:
+    """Run the command line in a process of its own, as a user does; its output, or a failure with it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "narrower", *arguments],
+        cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"narrower {shlex.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory that all blocks of the page share."""
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_python_blocks_run_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    page = [block for block in blocks(README, "python") if not block.reason]
+    assert page, "README.md shows no Python"
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in page:
+        # Empty lines first: a traceback then names the line of the README.
+        exec(compile("\n" * block.line + block.code, str(README), "exec"), names)
+
+
+SHELL = [(block, words) for block in blocks(README, "bash") for words in commands(block)]
+
+
+@pytest.mark.parametrize(("block", "words"), SHELL, ids=[f"line {b.line}: {shlex.join(w)}" for b, w in SHELL])
+def test_commands_run(block: Block, words: list[str], folder: Path) -> None:
+    if block.reason:
+        help_text = narrower([words[0], "--help"], folder)
+        flags = [word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)]
+        unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", help_text)]
+        assert not unknown, f"README.md:{block.line}: no such option of narrower {words[0]}: {unknown}"
+    else:
+        narrower([*words, *TINY.get(words[0], [])], folder)
+
+
+def test_make_targets_and_extras_exist() -> None:
+    text = README.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(block.code for block in blocks(README, "bash"))))
+    assert {"demo", "test"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = {extra for group in re.findall(r"pip install -e '\.\[([\w,]+)\]'", text) for extra in group.split(",")}
+    assert extras and all(re.search(rf"^{extra} = \[", pyproject, re.MULTILINE) for extra in extras)
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{document.name}: {target} is missing"
