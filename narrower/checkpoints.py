@@ -23,8 +23,8 @@ PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     """Load the weights in `path` into `model` and return it; either all of them are loaded or none.
 
-    Averaged weights (`state_dict_ema`, `model_ema`) go before plain ones, as in timm. `num_batches_tracked` may be absent:
-    PyTorch before 0.4.1 had no such counter.
+    Averaged weights (`state_dict_ema`, `model_ema`) go before plain ones, as in timm. `num_batches_tracked` may be
+    absent: PyTorch before 0.4.1 had no such counter.
 
     Raises:
         StorageError: the file is missing, damaged, contains code, or is of another network (keys and shapes are named).
