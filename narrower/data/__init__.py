@@ -1,0 +1,20 @@
+"""Images for training, scoring and evaluation."""
+
+from .images import Batch, Images, LazyImages, StreamImages, TensorImages, batches, mix
+from .sources import ImageData, Reading, digits, folder, from_timm, open_data
+
+__all__ = [
+    "Batch",
+    "ImageData",
+    "Images",
+    "LazyImages",
+    "Reading",
+    "StreamImages",
+    "TensorImages",
+    "batches",
+    "digits",
+    "folder",
+    "from_timm",
+    "mix",
+    "open_data",
+]

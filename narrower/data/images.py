@@ -1,0 +1,194 @@
+"""Images as a network reads them: in memory, file by file, or as a stream; and batches of them.
+
+How an image is augmented, and where it comes in an epoch, is a pure function of (seed, epoch, index): a run that was
+interrupted goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ..errors import DataError
+
+Batch = tuple[Tensor, Tensor]
+"""Images `[N, C, H, W]`, normalised floats, and labels `[N]`."""
+
+
+class Source(Protocol):
+    """Decoded images by index: `(PIL image, label)`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
+
+
+@dataclass(frozen=True)
+class TensorImages(Dataset[Batch]):
+    """Images in memory, uint8 `[N, C, H, W]`; `moves` `[N, 3]` says how each is shifted (y, x) and whether mirrored."""
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int = 0
+    flip: float = 0.0
+    moves: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def augmented(self, seed: int, epoch: int) -> TensorImages:
+        """The same images, each padded, cropped at random and mirrored with probability `flip`."""
+        draw = torch.Generator().manual_seed(mix(seed, epoch, "augment"))
+        shifts = torch.randint(0, 2 * self.pad + 1, (len(self), 2), generator=draw)
+        mirror = torch.rand(len(self), 1, generator=draw) < self.flip
+        return replace(self, moves=torch.cat((shifts, mirror.long()), dim=1))
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        index = torch.as_tensor(indices)
+        images = self.images[index]
+        if self.moves is not None:
+            images = move(images, self.moves[index], self.pad)
+        mean = torch.tensor(self.mean).view(-1, 1, 1) * 255
+        std = torch.tensor(self.std).view(-1, 1, 1) * 255
+        return (images.float() - mean) / std, self.labels[index]
+
+
+def move(images: Tensor, moves: Tensor, pad: int) -> Tensor:
+    """Pad `[N, C, H, W]` with zeros, cut `H x W` at (y, x) = `moves[:, :2]`, mirror where `moves[:, 2]`; one gather."""
+    count, _, height, width = images.shape
+    padded = F.pad(images, (pad, pad, pad, pad))
+    rows = moves[:, 0, None] + torch.arange(height)
+    columns = torch.arange(width).expand(count, width)
+    columns = torch.where(moves[:, 2, None] > 0, columns.flip(1), columns) + moves[:, 1, None]
+    batch = torch.arange(count)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class LazyImages(Dataset[Batch]):
+    """Images read one by one and transformed; `key` = (seed, epoch) asks for the training transform and seeds it."""
+
+    source: Source
+    transform: Callable[[Any], Tensor]
+    training: Callable[[Any], Tensor]
+    mode: str = "RGB"
+    key: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def augmented(self, seed: int, epoch: int) -> LazyImages:
+        return replace(self, key=(seed, epoch))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:  # type: ignore[override]
+        image, label = self.source[index]
+        image = image.convert(self.mode)
+        if self.key is None:
+            return self.transform(image), label
+        seed = mix(*self.key, index)
+        random.seed(seed)  # the transforms draw from both
+        torch.manual_seed(seed)
+        return self.training(image), label
+
+
+@dataclass(frozen=True)
+class StreamImages(IterableDataset[Batch]):
+    """A data set of timm's that can only be iterated (webdataset, tfds); its order is its own."""
+
+    plain: Any
+    training: Any
+
+    def augmented(self, seed: int, epoch: int) -> StreamImages:
+        if hasattr(self.training, "set_epoch"):
+            self.training.set_epoch(epoch)
+        return replace(self, plain=self.training)
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.plain)
+
+
+Images = TensorImages | LazyImages | StreamImages
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files and their labels, opened in the given PIL mode."""
+
+    paths: list[str]
+    labels: list[int]
+    mode: str = "RGB"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]:
+        from PIL import Image
+
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert(self.mode), self.labels[index]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"cannot read image {self.paths[index]}: remove or replace it ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def mix(*parts: object) -> int:
+    """A seed from any parts, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def batches(
+    images: Images,
+    batch_size: int,
+    *,
+    order: int | None = None,
+    start: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 0,
+) -> DataLoader[Batch]:
+    """Batches of `images`, in their own order or shuffled by the seed `order`.
+
+    Args:
+        images: what to read.
+        batch_size: images per batch and process; the last batch may be smaller.
+        order: seed of the shuffling; None keeps the order.
+        start: the first batches to leave out (a resumed epoch).
+        shard: (rank, number of processes): each takes every n-th image.
+        workers: reading processes; images in memory need none.
+    """
+    if isinstance(images, StreamImages):
+        return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_ignore_interrupt)
+    count = len(images)
+    draw = None if order is None else torch.Generator().manual_seed(order)
+    index = torch.arange(count) if draw is None else torch.randperm(count, generator=draw)
+    chunks = [chunk.tolist() for chunk in index[shard[0] :: shard[1]].split(batch_size)]
+    if isinstance(images, TensorImages):
+        return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is)
+    return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_ignore_interrupt)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_interrupt(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one decides

@@ -1,0 +1,303 @@
+"""Where images come from: digits (embedded, no network needed), a folder in ImageFolder layout, or a name of timm's.
+
+Images of at most 64 px are decoded once into a uint8 tensor and augmented in batches; larger ones are read as they are
+needed, with timm's transforms.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..errors import ConfigError, DataError
+from .images import Files, Images, LazyImages, Source, StreamImages, TensorImages, mix
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SMALL = 64  # pixels; up to here a data set fits in memory, and decoding it every epoch would cost more than training
+FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test", "eval")}
+Watch = Callable[..., Any]
+"""Wraps an iterable to show progress: `watch(iterable, description, total)`."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images become tensors.
+
+    Attributes:
+        size: pixels; None keeps small images as they are and asks 224 of large ones.
+        channels: 3 (RGB) or 1 (grey).
+        mean, std: per channel, of pixels in [0, 1].
+        flip: probability that a training image is mirrored.
+        crop_pct, interpolation: how large images are resized for evaluation, as in timm.
+        cache: folder for decoded small images; None keeps them in memory only.
+    """
+
+    size: int | None = None
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    flip: float = 0.5
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    cache: Path | None = None
+
+    @property
+    def mode(self) -> str:
+        return "RGB" if self.channels == 3 else "L"
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images for training and evaluation; pixels are read when `train` or `val` is first asked for."""
+
+    name: str
+    num_classes: int
+    input_size: tuple[int, int, int]
+    read: Callable[[str], Images] = field(repr=False)
+
+    @cached_property
+    def train(self) -> Images:
+        return self.read("train")
+
+    @cached_property
+    def val(self) -> Images:
+        return self.read("val")
+
+
+def open_data(
+    dataset: str = "", root: str | Path | None = None, reading: Reading | None = None, *, download: bool = False,
+    num_classes: int | None = None, watch: Watch = lambda iterable, *_: iterable,
+) -> ImageData:  # fmt: skip
+    """Find a data set: "digits", a folder (no name) or a name that timm's `create_dataset` takes.
+
+    Args:
+        dataset: "digits", "" or "folder" for `root` itself, else a name of timm's such as "torch/cifar10".
+        root: the folder; for timm's names where the data are or go.
+        reading: size, channels and normalisation of the images.
+        download: let timm fetch the data.
+        num_classes: needed where a data set does not tell.
+        watch: shows the progress of decoding.
+
+    Raises:
+        DataError: nothing is there, classes differ between the splits, or an image cannot be read.
+        ConfigError: a package or setting is missing.
+    """
+    reading = reading or Reading()
+    if dataset == "digits":
+        return digits(reading.size or 16, reading.channels, reading.mean, reading.std)
+    if dataset in ("", "folder"):
+        if root is None:
+            raise ConfigError("say where the images are (--data-dir), or take the embedded ones (--dataset digits)")
+        return folder(Path(root), reading, watch)
+    return from_timm(dataset, root, reading, download=download, num_classes=num_classes, watch=watch)
+
+
+def digits(
+    size: int = 16,
+    channels: int = 3,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    *,
+    test_size: float = 0.2,
+    seed: int = 0,
+) -> ImageData:
+    """The 1,797 8x8 digits that scikit-learn ships with, enlarged to `size` px, in a stratified split.
+
+    Shifted by a pixel or two in training, never mirrored.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ConfigError("the digits need scikit-learn: pip install 'narrower[cli]'") from error
+
+    bunch = load_digits()
+    pixels = torch.tensor(bunch.images, dtype=torch.float32)[:, None] * (255 / 16)
+    pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
+    images = pixels.to(torch.uint8).expand(-1, channels, -1, -1)
+    labels = torch.tensor(bunch.target)
+    train, val = train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=seed)
+
+    def read(split: str) -> Images:
+        index = torch.from_numpy(np.sort(train if split == "train" else val))
+        return TensorImages(images[index], labels[index], mean[:channels], std[:channels], pad=max(1, size // 8))
+
+    return ImageData("digits", 10, (channels, size, size), read)
+
+
+def folder(root: Path, reading: Reading, watch: Watch = lambda iterable, *_: iterable) -> ImageData:
+    """Images under `root/train/<class>/` and `root/val/<class>/` (or validation, valid, test, eval)."""
+    if not root.is_dir():
+        raise DataError(f"data folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
+    found = {split: _scan(root, split, reading.mode) for split in FOLDERS}
+    (train, classes), (val, val_classes) = found["train"], found["val"]
+    if classes != val_classes:
+        only = [f"only under train: {name!r}" for name in classes if name not in val_classes]
+        only += [f"only under val: {name!r}" for name in val_classes if name not in classes]
+        raise DataError(f"train and val of {root} have different classes; " + ", ".join(only[:8]))
+    return _image_data(str(root), len(classes), {"train": train, "val": val}, reading, watch)
+
+
+def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
+    """The images of one split, and its classes in timm's order (natural: 2 before 10)."""
+    try:
+        from timm.data.readers.reader_image_folder import find_images_and_targets
+    except ImportError as error:
+        raise ConfigError("reading folders needs timm: pip install 'narrower[cli]'") from error
+
+    names = FOLDERS[split]
+    place = next((root / name for name in names if (root / name).is_dir()), None)
+    if place is None:
+        inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+        raise DataError(f"{root} has no folder {' or '.join(names)} (found: {inside}); expected train/<class>/<image>")
+    samples, class_to_idx = find_images_and_targets(str(place))
+    if not samples:
+        raise DataError(f"no images under {place}; expected {place}/<class>/<image>.jpg (or .png, ...)")
+    if len(class_to_idx) < 2:
+        raise DataError(f"{place} has one class only ({next(iter(class_to_idx)) or 'no class folders'})")
+    paths, labels = zip(*samples, strict=True)
+    return Files(list(paths), list(labels), mode), list(class_to_idx)
+
+
+def from_timm(
+    name: str, root: str | Path | None, reading: Reading, *, download: bool = False, num_classes: int | None = None,
+    watch: Watch = lambda iterable, *_: iterable,
+) -> ImageData:  # fmt: skip
+    """A data set that timm's `create_dataset` knows by `name`; its splits are called "train" and "validation" there."""
+    try:
+        from timm.data import create_dataset
+    except ImportError as error:
+        raise ConfigError(f"dataset {name!r} needs timm: pip install 'narrower[cli]'") from error
+
+    place = None if root is None else str(root)
+    try:
+        parts = {
+            split: create_dataset(
+                name, place, split=theirs, is_training=split == "train", download=download, input_img_mode=reading.mode
+            )
+            for split, theirs in (("train", "train"), ("val", "validation"))
+        }
+    except Exception as error:  # readers raise anything, and import what may be missing
+        raise DataError(
+            f"timm cannot open dataset {name!r} in {place}: {type(error).__name__}: {error} "
+            "(--dataset-download fetches those that can be; names: digits, folder, torch/NAME, hfds/NAME, wds/NAME, tfds/NAME)"
+        ) from error
+    known = num_classes or _count_classes(parts["train"])
+    if known is None:
+        raise ConfigError(f"dataset {name!r} does not tell its number of classes: say --num-classes")
+    return _image_data(name, known, parts, reading, watch)
+
+
+def _count_classes(dataset: Any) -> int | None:
+    classes = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if classes:
+        return len(classes)
+    feature = getattr(getattr(getattr(dataset, "reader", None), "dataset", None), "features", {}).get("label")
+    return getattr(feature, "num_classes", None)
+
+
+def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Reading, watch: Watch) -> ImageData:
+    """Choose between memory, files and stream by the size of the images."""
+    stream = isinstance(parts["train"], IterableDataset)
+    size = (reading.size, reading.size) if reading.size else (224, 224) if stream else _size(parts["train"])
+    height, width = size
+
+    def read(split: str) -> Images:
+        if not stream and max(size) <= SMALL:
+            images, labels = _decoded(
+                parts[split], size, reading, lambda it, n: watch(it, f"decoding {split} images", n)
+            )
+            return TensorImages(images, labels, reading.mean, reading.std, max(1, min(size) // 8), reading.flip)
+        plain, training = _transforms((reading.channels, height, width), reading)
+        if stream:
+            parts["val"].transform, parts["train"].transform = plain, training
+            return StreamImages(parts[split], parts["train"])
+        return LazyImages(parts[split], plain, training, reading.mode)
+
+    return ImageData(name, num_classes, (reading.channels, height, width), read)
+
+
+def _size(source: Source) -> tuple[int, int]:
+    """Height and width of the images where a sample of them is small and alike, else 224."""
+    sizes = {source[index][0].size for index in range(0, len(source), max(1, len(source) // 32))}
+    if len(sizes) == 1 and max(*sizes) <= (SMALL, SMALL):
+        width, height = sizes.pop()
+        if max(width, height) <= SMALL:
+            return height, width
+    return 224, 224
+
+
+def _transforms(
+    size: tuple[int, int, int], reading: Reading
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+    """timm's transforms for evaluation (resize, centre crop) and training (random resized crop, mirror)."""
+    from timm.data import create_transform
+
+    common: dict[str, Any] = {"mean": reading.mean, "std": reading.std, "interpolation": reading.interpolation}
+    plain = create_transform(size, is_training=False, crop_pct=reading.crop_pct, **common)
+    return plain, create_transform(size, is_training=True, hflip=reading.flip, color_jitter=0.0, **common)
+
+
+def _decoded(
+    source: Source, size: tuple[int, int], reading: Reading, watch: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    """All images as uint8 `[N, C, H, W]` and their labels, from the cache where it has them."""
+    file = _cache_file(source, size, reading)
+    if file is not None and file.is_file() and isinstance(source, Files):
+        try:
+            return torch.from_numpy(np.load(file)).permute(0, 3, 1, 2), torch.tensor(source.labels)
+        except (OSError, ValueError):
+            pass  # a damaged cache is made anew
+    pixels = np.empty((len(source), *size, reading.channels), dtype=np.uint8)
+    labels = np.empty(len(source), dtype=np.int64)
+
+    def decode(index: int) -> None:
+        image, labels[index] = source[index]
+        pixels[index] = _fitted(image, size, reading.mode)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in watch(pool.map(decode, range(len(source))), len(source)):
+            pass
+    if file is not None:
+        _store(file, pixels)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+
+def _fitted(image: Any, size: tuple[int, int], mode: str) -> np.ndarray[Any, Any]:
+    from PIL import ImageOps
+
+    image = image if image.mode == mode else image.convert(mode)
+    if image.size != (size[1], size[0]):
+        image = ImageOps.fit(image, (size[1], size[0]))
+    return np.asarray(image).reshape(*size, -1)
+
+
+def _cache_file(source: Source, size: tuple[int, int], reading: Reading) -> Path | None:
+    """Named by what decides the pixels: paths, sizes and times of the files, and how they are read."""
+    if reading.cache is None or not isinstance(source, Files):
+        return None
+    stats = [(path, stat.st_size, stat.st_mtime_ns) for path in source.paths for stat in [os.stat(path)]]
+    return reading.cache / f"images-{mix(stats, size, reading.mode):014x}.npy"
+
+
+def _store(file: Path, pixels: np.ndarray[Any, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        with part.open("wb") as stream:
+            np.save(stream, pixels)
+        part.replace(file)
+    except OSError:
+        pass  # no room or no right to write: the images are in memory all the same
