@@ -192,7 +192,7 @@ def from_timm(
     except Exception as error:  # readers raise anything, and import what may be missing
         raise DataError(
             f"timm cannot open dataset {name!r} in {place}: {type(error).__name__}: {error} "
-            "(--dataset-download fetches those that can be; names: digits, folder, torch/NAME, hfds/NAME, wds/NAME, tfds/NAME)"
+            "(--dataset-download fetches those that can be; names: digits, folder, torch/..., hfds/..., wds/..., tfds/...)"
         ) from error
     known = num_classes or _count_classes(parts["train"])
     if known is None:
@@ -232,7 +232,7 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
 def _size(source: Source) -> tuple[int, int]:
     """Height and width of the images where a sample of them is small and alike, else 224."""
     sizes = {source[index][0].size for index in range(0, len(source), max(1, len(source) // 32))}
-    if len(sizes) == 1 and max(*sizes) <= (SMALL, SMALL):
+    if len(sizes) == 1:
         width, height = sizes.pop()
         if max(width, height) <= SMALL:
             return height, width
