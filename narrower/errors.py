@@ -1,0 +1,45 @@
+"""All errors that narrower raises on purpose.
+
+NarrowerError
+├── TraceError      the model could not be run, is not a network of channels, or has nothing free
+├── PlanError       a request that does not fit the graph: a pattern without a match, a fraction outside (0, 1)
+│   └── BudgetError a budget below the least that can be reached
+├── VerifyError     the narrowed network is not the dense one with those channels removed
+├── StorageError    a checkpoint or narrower.json that is missing, damaged or of another model
+├── DataError       a data set that is empty or unreadable
+└── ConfigError     settings that contradict each other, an output folder in use
+"""
+
+from __future__ import annotations
+
+
+class NarrowerError(Exception):
+    """Base of all errors that narrower raises on purpose; the message says what to do."""
+
+
+class TraceError(NarrowerError):
+    """The model could not be traced."""
+
+
+class PlanError(NarrowerError):
+    """A plan was asked for that does not fit the graph."""
+
+
+class BudgetError(PlanError):
+    """The budget cannot be reached; the message names the least that can."""
+
+
+class VerifyError(NarrowerError):
+    """The narrowed network differs from the masked dense network."""
+
+
+class StorageError(NarrowerError):
+    """A checkpoint or plan file is missing, damaged, or belongs to another model."""
+
+
+class DataError(NarrowerError):
+    """A data set is empty, missing or unreadable."""
+
+
+class ConfigError(NarrowerError):
+    """Settings that contradict each other or an output folder that is in use."""

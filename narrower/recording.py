@@ -1,0 +1,254 @@
+"""The dispatch mode under which a forward runs, and what it collects.
+
+`Recording` sees every ATen call, keeps what each tensor carries, and asks `ops` for the rule. `Trace` collects equations between
+channel ids; the probe (see `probing`) checks them on a narrowed network.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .labels import NOTHING, Carried, Ids, Label, along, collapsed, fibres
+from .ops import Call, pooling, rule_for, tensors_in
+
+CARRIED = "_narrower_carried"
+
+
+class Axes:
+    """Ids for the dimensions of parameters and buffers, handed out when first met, in the order of execution."""
+
+    def __init__(self) -> None:
+        self.start: dict[tuple[Any, ...], int] = {}
+        self.size: dict[tuple[Any, ...], int] = {}
+        self.blocks: dict[tuple[Any, ...], int] = {}
+        self.total = 0
+
+    def ids(self, key: tuple[Any, ...], size: int, blocks: int = 1) -> Ids:
+        if key not in self.start:
+            self.start[key], self.size[key], self.blocks[key] = self.total, size * blocks, blocks
+            self.total += size * blocks
+        return np.arange(self.start[key], self.start[key] + self.size[key])
+
+
+class Recording(TorchDispatchMode):
+    """Carries labels through a forward of `model`; subclasses say what happens to what is learnt."""
+
+    def __init__(self, model: nn.Module, axes: Axes) -> None:
+        super().__init__()
+        self.axes = axes
+        self.modules = {id(m): name for name, m in model.named_modules()}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self.tensors: dict[int, str] = {}
+        for name, t in named:
+            self.tensors.setdefault(id(t), name)
+        self.alive = [t for _, t in named]
+        self.conv_groups = {
+            f"{name}.weight": (m.groups, m.transposed)
+            for name, m in model.named_modules()
+            if isinstance(m, nn.modules.conv._ConvNd)
+        }
+        self.counts: Counter[str] = Counter()
+        self.pools = 0
+        self.seen: set[str] = set()
+        self.touched: tuple[Tensor, ...] = ()
+        self.failed = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, rule = rule_for(func)
+        inputs = tensors_in(args)
+        self.touched = tuple(inputs)
+        for t in inputs:
+            if id(t) in self.tensors:
+                self.seen.add(self.tensors[id(t)])
+        before = self.of(args[0]) if args and isinstance(args[0], Tensor) else NOTHING
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            self.failed = self.where()
+            raise
+        call = Call(name, args, kwargs, out, self.counts[name])
+        self.counts[name] += 1
+        if rule is None:
+            labels = [x for t in inputs for x in self.of(t).labels]
+            if labels:
+                self.pin(labels, f"operator aten.{name} is not known")
+            return out
+        carried = rule(self, call)
+        if pooling(name, args):
+            carried = [c._replace(pool=self.pools) for c in carried]
+            self.pooled(inputs[0])
+            self.pools += 1
+        in_place = func._schema.name.endswith("_") and out is args[0]
+        if in_place and before.view and not before.labels and carried[0].labels:
+            self.pin(carried[0].labels, "written in place into a part of a tensor")
+        for t, c in zip([out] if isinstance(out, Tensor) else out, carried, strict=False):
+            if isinstance(t, Tensor):
+                setattr(t, CARRIED, c)
+        return out
+
+    # -------------------------------------------------------------------------------- what a tensor carries
+
+    def of(self, t: Any) -> Carried:
+        carried = getattr(t, CARRIED, None)
+        if carried is not None:
+            return carried
+        if id(t) not in self.tensors or not isinstance(t, Tensor):
+            return NOTHING
+        name = self.tensors[id(t)]
+        labels = []
+        groups, transposed = self.conv_groups.get(name, (1, False))
+        for dim, size in enumerate(t.shape):
+            if size == 1 and groups == 1 or name in self.conv_groups and dim > 1:
+                continue
+            ids = self.axis(name, dim, size, groups if dim == 1 else 1)
+            if dim == 1 and groups > 1:
+                rows = np.repeat(ids.reshape(groups, 1, -1), t.shape[0] // groups, axis=1)
+                ids = rows.reshape(t.shape[0], -1, *(1,) * (t.ndim - 2))
+                labels.append(Label(ids, 1, (name, 1)))
+            else:
+                labels.append(Label(along(ids, t.ndim, dim), dim, (name, dim)))
+        return Carried(tuple(labels))
+
+    def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
+        """Flat ids of a convolution weight's read and made channels (through all blocks), None where it has none."""
+        second = None
+        if id(w) in self.tensors and not hasattr(w, CARRIED):
+            name = self.tensors[id(w)]
+            first = Label(self.axis(name, 0, w.shape[0], 1), 0, (name, 0))
+            if w.shape[1] > 1 or transposed and blocks < w.shape[0]:
+                second = Label(self.axis(name, 1, w.shape[1], blocks), 0, (name, 1))
+            if transposed and blocks > 1 and blocks == w.shape[0]:  # depthwise: what is made goes with what is read
+                return None, Label(first.ids.repeat(w.shape[1]), 0, first.axis)
+        else:
+            labels = self.of(w).labels
+            zero = next((x for x in labels if x.free == 0), None)
+            one = next((x for x in labels if x.free == 1), None)
+            others = [x for x in labels if x.free > 1]
+            if others:
+                self.pin(others, "kernel positions")
+            if zero is None:
+                return None, None
+            zero = collapsed(zero, range(1, w.ndim), self.unite)
+            first = Label(zero.ids.reshape(-1), 0, zero.axis)
+            if one is not None and w.shape[1] > 1:
+                one = collapsed(one, range(2, w.ndim), self.unite)
+                rows = np.broadcast_to(one.ids.reshape(one.ids.shape[0], -1), (w.shape[0], w.shape[1]))
+                rows = rows.reshape(blocks, -1, w.shape[1])
+                self.unite(rows[:, :1], rows)
+                second = Label(rows[:, 0].reshape(-1), 0, one.axis)
+        return (first, second) if transposed else (second, first)
+
+    def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
+        return self.axes.ids((name, dim), size, blocks)
+
+    def where(self) -> str:
+        """The innermost module that is running, and its source line."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self.modules:
+                file = frame.f_code.co_filename
+                if f"torch{'/'}nn{'/'}" not in file.replace("\\", "/"):
+                    short = "/".join(file.replace("\\", "/").split("/")[-2:])
+                    return f"{self.modules[id(owner)] or type(owner).__name__}, {short}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return "model"
+
+    def pooled(self, source: Tensor) -> None: ...
+    def unite(self, a: Ids, b: Ids) -> None: ...
+    def pin(self, labels: Sequence[Label], reason: str) -> None: ...
+
+
+class Trace(Recording):
+    """Collects the equations, ties, pins and uses of a dense forward."""
+
+    def __init__(self, model: nn.Module, axes: Axes, choices: dict[int, int]) -> None:
+        super().__init__(model, axes)
+        self.choices = choices  # split view by number -> dimension that stays free
+        self.pairs: list[tuple[Ids, Ids]] = []
+        self.ties: list[Ids] = []
+        self.pins: list[tuple[Ids, str]] = []
+        self.mixers: list[tuple[str, int, int, Ids]] = []
+        self.roles: dict[tuple[str, int], str] = {}
+        self.uses: Counter[str] = Counter()
+        self.maps: dict[int, tuple[str | None, int, Ids]] = {}
+        self.map_readers: Counter[int] = Counter()
+        self.map_alive: list[Tensor] = []
+        self.pool_inputs: list[Ids | None] = []
+        self.splits: dict[int, tuple[int, ...]] = {}
+        self.scalars: list[tuple[str, tuple[float, ...], Carried]] = []
+
+    def unite(self, a: Ids, b: Ids) -> None:
+        if a is not b:
+            x, y = np.broadcast_arrays(a, b)
+            self.pairs.append((x.reshape(-1), y.reshape(-1)))
+
+    def tie(self, label: Label) -> None:
+        rows = fibres(label)
+        if len(rows) > 1:
+            self.ties.append(rows)
+
+    def pin(self, labels: Sequence[Label], reason: str) -> None:
+        where = self.where()
+        for label in labels:
+            self.pins.append((label.ids.reshape(-1), f"{reason} ({where})"))
+
+    def mix(self, call: Call, label: Label, dim: int) -> None:
+        others = [d for d in range(label.ids.ndim) if d != dim]
+        flat = collapsed(label, others, self.unite) if call.name != "native_group_norm" else label
+        self.mixers.append((call.name, call.number, dim, flat.ids.reshape(-1)))
+
+    def constant(self, call: Call, size: int, key: int) -> Ids:
+        ids = self.axes.ids(("constant", call.name, call.number, key), size)
+        if size:
+            self.pins.append((ids, f"zero-padded channels ({self.where()})"))
+        return ids
+
+    def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
+        self.splits[call.number] = tuple(new)
+        return self.choices.get(call.number, dims[-1])
+
+    def role(self, label: Label | None, role: str) -> None:
+        if label is not None and label.axis is not None:
+            self.roles[label.axis] = role
+
+    def use(self, label: Label | None, positions: float) -> None:
+        if label is not None and label.axis is not None:
+            self.uses[label.axis[0]] += round(positions)
+
+    def reads(self, label: Label, source: Tensor, pool: int) -> None:
+        """A convolution reads `source`: its maps are seen there, or before the pooling that it comes from."""
+        key = pool if pool >= 0 else -1 - id(source)
+        self.map_readers[key] += 1
+        if key not in self.maps:
+            weight = self.tensors.get(id(self.touched[1])) if len(self.touched) > 1 else None
+            if pool >= 0:
+                ids = self.pool_inputs[pool]
+                if ids is not None:
+                    self.maps[key] = (None, pool, ids)
+            elif weight is not None:
+                self.maps[key] = (weight, -1, label.ids)
+                self.map_alive.append(source)
+
+    def pooled(self, source: Tensor) -> None:
+        labels = [x for x in self.of(source).labels if x.free == 1]
+        self.pool_inputs.append(None if not labels else collapsed(
+            labels[0], [d for d in range(source.ndim) if d != 1], self.unite).ids.reshape(-1))
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: Any, mode: Recording) -> Any:
+    """One forward under `mode`; attention as plain matrix products, so that the same operators run on every device."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

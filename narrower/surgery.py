@@ -1,0 +1,149 @@
+"""Slice tensors, and fit a module to tensors of other shapes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import StorageError
+from .groups import Graph
+
+Keep = Mapping[str, np.ndarray]  # group name -> kept channels, ascending
+
+
+class Selection(NamedTuple):
+    """Positions that stay along one dimension, shape (blocks, kept): one row, or one for each group of a convolution."""
+
+    dim: int
+    index: np.ndarray
+
+
+def selections(graph: Graph, keep: Keep) -> dict[str, list[Selection]]:
+    """What stays of every tensor that loses something: {tensor name: selections, one for each dimension}."""
+    gone: dict[tuple[str, int], tuple[int, list[np.ndarray]]] = {}
+    for name, kept in keep.items():
+        group = graph[name]
+        if len(kept) == group.size:
+            continue
+        removed = np.ones(group.size, dtype=bool)
+        removed[kept] = False
+        for s in group.slices:
+            blocks, parts = gone.setdefault((s.tensor, s.dim), (s.blocks, []))
+            parts.append(s.positions[removed[s.channels]])
+    out: dict[str, list[Selection]] = {}
+    for (tensor, dim), (blocks, parts) in gone.items():
+        stays = np.ones(graph.shapes[tensor][dim] * blocks, dtype=bool)
+        stays[np.concatenate(parts)] = False
+        rows = stays.reshape(blocks, -1)
+        out.setdefault(tensor, []).append(Selection(dim, np.nonzero(rows)[1].reshape(blocks, -1)))
+    return out
+
+
+def sliced(t: Tensor, chosen: Iterable[Selection]) -> Tensor:
+    """The part of `t` that stays; same dtype, device and memory format."""
+    # blocks refer to the dense dimension 0, so dimensions that are read in blocks go first
+    for dim, index in sorted(chosen, key=lambda s: -len(s.index)):
+        if len(index) == 1:
+            t = t.index_select(dim, torch.as_tensor(index[0], device=t.device))
+        else:
+            parts = t.chunk(len(index), dim=0)
+            rows = torch.as_tensor(index, device=t.device)
+            t = torch.cat([p.index_select(dim, rows[k]) for k, p in enumerate(parts)], dim=0)
+    return t
+
+
+def mirrored(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The attributes of a module that repeat the shapes of its tensors, as they should be now; `dense` gives the shapes
+    of its own tensors before."""
+    weight = getattr(module, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    old = dense.get("weight", shape)
+    if isinstance(module, nn.modules.conv._ConvNd) and shape and old:
+        groups = module.groups
+        if module.transposed:
+            if groups > 1 and groups == module.in_channels:
+                groups = shape[0]
+            return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
+        if groups > 1 and groups == module.in_channels:
+            groups = shape[0] // (old[0] // module.in_channels)
+        return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
+    if isinstance(module, nn.Linear) and shape:
+        return {"in_features": shape[1], "out_features": shape[0]}
+    if isinstance(module, (nn.modules.batchnorm._NormBase,)):
+        vector = module.weight if module.weight is not None else module.running_mean
+        return {} if vector is None else {"num_features": vector.shape[0]}
+    if isinstance(module, nn.GroupNorm) and shape:
+        return {"num_channels": shape[0]}
+    if isinstance(module, nn.PReLU) and shape:
+        return {"num_parameters": shape[0]}
+    if isinstance(module, nn.Embedding) and shape:
+        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    if hasattr(module, "normalized_shape") and shape:
+        return {"normalized_shape": type(module.normalized_shape)(shape)}  # type: ignore[call-arg, operator]
+    return {}
+
+
+class Undo(NamedTuple):
+    module: nn.Module
+    attribute: str
+    value: Any
+
+
+def fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Undo]:
+    """Put `tensors` (by parameter or buffer name, other shapes allowed) into `model`, in place, and update the attributes
+    that mirror their shapes. Tied tensors must be the same object under each of their names. Returns what was replaced.
+
+    Raises StorageError for a name that the model does not have.
+    """
+    undo: list[Undo] = []
+    by_owner: dict[str, dict[str, Tensor]] = {}
+    for name, t in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        by_owner.setdefault(owner, {})[leaf] = t
+    for owner, leaves in by_owner.items():
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError as e:
+            raise StorageError(f"the model has no module {owner!r}, which should hold {sorted(leaves)}") from e
+        before = {}
+        for leaf, t in leaves.items():
+            store = module._parameters if leaf in module._parameters else module._buffers
+            old = store.get(leaf)
+            if old is None:
+                raise StorageError(f"the model has no tensor {owner}.{leaf}")
+            before[leaf] = tuple(old.shape)
+            undo.append(Undo(module, leaf, old))
+            store[leaf] = t  # type: ignore[assignment]
+        for attribute, value in mirrored(module, before).items():
+            undo.append(Undo(module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, value)
+    return undo
+
+
+def undone(undo: list[Undo]) -> None:
+    """Take a fit back."""
+    for module, name, value in reversed(undo):
+        if name in module._parameters:
+            module._parameters[name] = value
+        elif name in module._buffers:
+            module._buffers[name] = value
+        else:
+            setattr(module, name, value)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, tied ones under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A deep copy in which the tensors with these ids are replaced and not copied."""
+    return copy.deepcopy(model, dict(tensors))  # type: ignore[arg-type]

@@ -1,0 +1,261 @@
+"""trace: a model and example inputs to a Graph.
+
+The model's own forward runs on meta tensors, channel ids beside them (`recording`, `ops`); the equations give
+groups (`solving`); the probe narrows them all and runs the forward again (`probing`), until nothing disagrees.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import TraceError
+from .groups import Graph
+from .probing import Mismatch, Probe, narrowed_in_place, selections, trial, undone
+from .recording import Axes, Recording, Trace, run
+from .solving import Solution, solve
+from .surgery import duplicate, named_tensors
+
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
+
+class Stage(NamedTuple):
+    """A copy of the model that can be run, its inputs, and its tensors."""
+
+    model: nn.Module
+    inputs: Any
+    tensors: Mapping[str, Tensor]
+
+
+def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) -> Graph:
+    """Find the channel groups of `model` by running its forward on `example_inputs`.
+
+    `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments, as the model takes them (only
+    their shapes and dtypes matter, unless the forward branches on data). The model is not touched: a copy with meta
+    tensors runs, in eval mode, and in train mode as well where that uses other layers. `allow_inexact=False` pins the groups that a
+    layer normalises or pools across (their removal changes that layer by definition).
+
+    Raises TraceError if the forward fails, if there is nothing to narrow, or for a wrapped (DDP, compiled) model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
+    if type(model).__name__ in WRAPPERS:
+        inner = "_orig_mod" if type(model).__name__ == "OptimizedModule" else "module"
+        raise TraceError(f"the model is wrapped in {type(model).__name__}: trace model.{inner} instead")
+    if not any(True for _ in model.parameters()):
+        raise TraceError("the model has no parameters: there is nothing to narrow")
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise TraceError(f"{lazy[0]} is not initialised: run the model once before tracing it")
+    stage = staged(model, example_inputs, "meta")
+    try:
+        return Tracer(stage).graph(allow_inexact)
+    except RealNeeded as first:
+        try:
+            return Tracer(staged(model, example_inputs, "real")).graph(allow_inexact)
+        except RealNeeded as e:
+            raise TraceError(
+                f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): "
+                f"{type(e.__cause__).__name__}: {e.__cause__}. Check that model(example_inputs) runs."
+            ) from first.__cause__
+
+
+class RealNeeded(Exception):
+    """The dense forward fails on meta tensors."""
+
+
+def staged(model: nn.Module, inputs: Any, kind: str) -> Stage:
+    """A copy of `model` on meta tensors, or with its real weights (shared) and buffers (copied)."""
+    memo: dict[int, Tensor] = {}
+    for t in (*model.parameters(), *model.buffers(), *loose_tensors(model)):
+        if kind == "meta":
+            new = torch.empty(t.shape, dtype=t.dtype, device="meta")
+        else:
+            new = t.detach() if isinstance(t, nn.Parameter) else t.detach().clone()
+        memo[id(t)] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
+    try:
+        skeleton = duplicate(model, memo).eval()
+    except Exception as e:
+        raise TraceError(f"the model cannot be copied ({type(e).__name__}: {e}); trace needs copy.deepcopy(model)") from e
+    given = moved(inputs, "meta") if kind == "meta" else inputs
+    return Stage(skeleton, given, named_tensors(skeleton))
+
+
+def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules hold as plain attributes."""
+    for m in model.modules():
+        for value in m.__dict__.values():
+            if isinstance(value, Tensor):
+                yield value
+
+
+def moved(x: Any, device: str) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach().to(device)
+    if isinstance(x, dict):
+        return {k: moved(v, device) for k, v in x.items()}
+    return type(x)(moved(v, device) for v in x) if type(x) in (list, tuple) else copy.copy(x)
+
+
+def shapes_of(x: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in flattened(x)) or type(x).__name__
+
+
+def flattened(x: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists, dicts and dataclasses."""
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, dict):
+        x = list(x.values())
+    elif hasattr(x, "__dataclass_fields__"):
+        x = [getattr(x, f) for f in x.__dataclass_fields__]
+    return [t for v in x for t in flattened(v)] if isinstance(x, (list, tuple)) else []
+
+
+class Tracer:
+    """The loop of trace, solve and probe; what is found wrong goes into `pinned` or `choices` and the loop runs again."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.choices: dict[str, dict[int, int]] = {"eval": {}, "train": {}}
+        self.pinned: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
+        self.parameters = frozenset(n for n, t in stage.tensors.items() if isinstance(t, nn.Parameter))
+
+    def graph(self, allow_inexact: bool) -> Graph:
+        traces, axes = self.dense()
+        for _ in range(200):
+            solution = self.solved(traces, axes)
+            try:
+                self.probe(traces, solution)
+            except Mismatch as e:
+                if e.choice is not None:
+                    mode = "train" if self.probing_train else "eval"
+                    if self.choices[mode].get(e.choice[0]) != e.choice[1]:
+                        self.choices[mode][e.choice[0]] = e.choice[1]
+                        traces, axes = self.dense()
+                        continue
+                self.blame(traces, solution, e)
+                continue
+            break
+        graph = solution.graph
+        if not allow_inexact:
+            for g in graph.free:
+                if not g.exact:
+                    self.pinned[g.name] = "a layer mixes these channels (inexact), and allow_inexact is off"
+            graph = self.solved(traces, axes).graph
+        if not graph.positions:
+            raise TraceError("the model has no convolution or linear layer: narrower works on convolutional networks")
+        return graph
+
+    def solved(self, traces: dict[str, Trace], axes: Axes) -> Solution:
+        tensors = flattened(self.stage.inputs)
+        batch = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
+        return solve(list(traces.values()), axes, self.shapes, self.parameters, max(1, batch), self.pinned, self.notes)
+
+    def dense(self) -> tuple[dict[str, Trace], Axes]:
+        """The equations of the dense forward: in eval mode, and in train mode where that reaches further parameters."""
+        axes = Axes()
+        first = Trace(self.stage.model, axes, self.choices["eval"])
+        try:
+            self.out_shapes = self.outputs(first)
+        except Exception as e:
+            raise RealNeeded from e
+        traces = {"eval": first}
+        idle = self.parameters - first.seen
+        if any(n.rpartition(".")[0] + ".bias" not in first.seen for n in idle):
+            second = Trace(self.stage.model, axes, self.choices["train"])
+            self.stage.model.train()
+            try:
+                self.outputs(second)
+                traces["train"] = second
+            except Exception as e:  # noqa: BLE001 - whatever the user's code raises
+                self.notes = [f"layers that only training uses could not be traced ({type(e).__name__}: {e})"]
+            finally:
+                self.stage.model.eval()
+            still = sorted(idle - second.seen)
+            if still:
+                self.notes.append(f"never used in the forward, left as they are: {', '.join(still[:4])}"
+                                  + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
+        return traces, axes
+
+    def outputs(self, mode: Recording) -> list[tuple[int, ...]]:
+        out = flattened(run(self.stage.model, self.stage.inputs, mode))
+        for t in out:
+            labels = mode.of(t).labels
+            if labels:
+                mode.pin(labels, "network output")
+        return [tuple(t.shape) for t in out]
+
+    def probe(self, traces: dict[str, Trace], solution: Solution, keep: Any = None) -> None:
+        """Run the narrowed forward; Mismatch if anything differs, with the ids at fault."""
+        keep = trial(solution.graph) if keep is None else keep
+        cuts = selections(solution.graph, keep)
+        undo = narrowed_in_place(self.stage.model, self.stage.tensors, cuts)
+        self.probing_train = False
+        try:
+            for mode, dense in traces.items():
+                self.probing_train = mode == "train"
+                self.stage.model.train(self.probing_train)
+                probe = Probe(self.stage.model, dense, solution, cuts)
+                try:
+                    shapes = self.outputs(probe)
+                except Mismatch:
+                    raise
+                except Exception as e:
+                    ids = [x.ids.reshape(-1) for t in probe.touched for x in probe.of(t).labels]
+                    where = probe.failed or "outside of an operator"
+                    raise Mismatch(np.concatenate(ids) if ids else np.zeros(0, int),
+                                   f"the forward fails when narrow: {short(e)} ({where})") from e
+                if mode == "eval" and shapes != self.out_shapes:
+                    raise Mismatch(np.zeros(0, int), "the output changes its shape when narrow")
+        finally:
+            self.stage.model.eval()
+            undone(undo)
+
+    def blame(self, traces: dict[str, Trace], solution: Solution, e: Mismatch) -> None:
+        """Pin the groups at fault: those whose ids met wrongly, or, where the probe does not know, found by bisection."""
+        graph = solution.graph
+        names = [g.name for g in graph.groups]
+        found = {int(solution.group_of[u]) for u in np.unique(e.ids)} - {-1}
+        suspects = [names[g] for g in found if graph[names[g]].free]
+        if len(suspects) != 1:
+            suspects = self.bisect(traces, solution, suspects or [g.name for g in graph.free])
+        for name in suspects:
+            self.pinned[name] = e.reason
+
+    def bisect(self, traces: dict[str, Trace], solution: Solution, suspects: list[str]) -> list[str]:
+        """The smallest half of the suspects that still fails alone, repeatedly."""
+        full = trial(solution.graph)
+
+        def fails(names: list[str]) -> bool:
+            keep = {n: k if n in names else np.arange(solution.graph[n].size) for n, k in full.items()}
+            try:
+                self.probe(traces, solution, keep)
+            except Mismatch:
+                return True
+            return False
+
+        if not fails(suspects):
+            return suspects
+        while len(suspects) > 1:
+            half = len(suspects) // 2
+            first, second = suspects[:half], suspects[half:]
+            if fails(first):
+                suspects = first
+            elif fails(second):
+                suspects = second
+            else:
+                break  # only together
+        return suspects
+
+
+def short(e: BaseException) -> str:
+    text = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return text if len(text) < 160 else text[:157] + "..."
