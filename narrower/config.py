@@ -1,0 +1,110 @@
+"""The settings of the command line; one frozen dataclass per group of flags, flag names as in timm's `train.py`.
+
+A field is a flag (`batch_size` is `--batch-size`) and a key of the YAML that `--config` reads. It is annotated with
+what `--help` says, and perhaps a short flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """network"""
+
+    model: Annotated[
+        str,
+        "cifar_resnet20|32|44|56|110, cifar_vgg16_bn, cifar_densenet40, cifar_googlenet, "
+        "cifar_mobilenet_v1 (the networks of the papers); torchvision/NAME; "
+        "package.module:factory or file.py:factory; any other name is timm's",
+    ] = "cifar_resnet20"
+    checkpoint: Annotated[str | None, "weights of the dense network (.pt, .pth, .th, .safetensors; no code is run)"] = (
+        None
+    )
+    pretrained: Annotated[bool, "published weights of timm or torchvision"] = False
+    num_classes: Annotated[int | None, "outputs of the network; the data set's number of classes if not given"] = None
+    in_chans: Annotated[int, "channels of the images: 3 (RGB) or 1 (grey)"] = 3
+    model_kwargs: Annotated[dict[str, Any], "further arguments of the factory, as JSON: '{\"drop_rate\": 0.1}'"] = (
+        field(default_factory=dict)
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """data"""
+
+    data_dir: Annotated[str | None, "folder with train/<class>/ and val/<class>/, or where timm keeps a data set"] = (
+        None
+    )
+    dataset: Annotated[
+        str, "digits (embedded; the default without --data-dir), or a name of timm's: torch/cifar10, hfds/..., wds/..."
+    ] = ""
+    dataset_download: Annotated[bool, "let timm download the data set"] = False
+    img_size: Annotated[
+        int | None, "pixels; default: images up to 64 px as they are, else what the network expects"
+    ] = None
+    mean: Annotated[
+        list[float] | None, "mean per channel, of pixels in [0, 1]; default: the network's, else ImageNet's"
+    ] = None
+    std: Annotated[list[float] | None, "standard deviation per channel"] = None
+    hflip: Annotated[float, "probability of mirroring a training image (digits are never mirrored)"] = 0.5
+    cache_dir: Annotated[
+        str, "where small images are kept decoded, never in the data folder; 'none' for memory only"
+    ] = "~/.cache/narrower"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """training"""
+
+    epochs: Annotated[int, "passes over the training images"] = 20
+    batch_size: Annotated[int, "images per step (and process)", "-b"] = 128
+    lr: Annotated[float, "highest learning rate (SGD, Nesterov; cosine decay to --min-lr)"] = 0.1
+    momentum: Annotated[float, "of SGD"] = 0.9
+    weight_decay: Annotated[float, "of all parameters"] = 0.0005
+    warmup_epochs: Annotated[float, "epochs in which the learning rate grows linearly"] = 1.0
+    min_lr: Annotated[float, "learning rate at the end"] = 0.0
+    smoothing: Annotated[float, "label smoothing"] = 0.0
+    clip_grad: Annotated[float | None, "clip the gradient to this norm"] = None
+    amp: Annotated[bool, "compute in bfloat16 where that is safe (weights stay float32)"] = False
+    channels_last: Annotated[bool, "channels_last memory format: faster on most machines"] = False
+    workers: Annotated[int, "processes that read large images (small ones are in memory)", "-j"] = 2
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """pruning"""
+
+    method: Annotated[str, "score that says which channels go: hrank, magnitude, fpgm, bn_scale, taylor, random"] = (
+        "hrank"
+    )
+    macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
+    params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
+    remove: Annotated[
+        float | dict[str, float] | None,
+        "instead of a budget: fraction of channels to take from each group, or JSON {pattern: fraction}",
+    ] = None
+    round_to: Annotated[int, "kept widths are multiples of this (8 suits most hardware)"] = 1
+    exclude: Annotated[list[str], "patterns of groups or layers to leave alone, as a JSON list or repeated with +"] = (
+        field(default_factory=list)
+    )
+    min_channels: Annotated[int, "channels that every group keeps at least"] = 1
+    images: Annotated[int, "training images for scoring"] = 640
+    recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
+    dense_epochs: Annotated[
+        int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"
+    ] = 20
+    dense_lr: Annotated[float, "its learning rate"] = 0.1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """run"""
+
+    output: Annotated[str | None, "folder of the run; default runs/<time>-<method>-<model>"] = None
+    overwrite: Annotated[bool, "replace a run that is already in --output"] = False
+    resume: Annotated[str | None, "run folder to go on with, exactly where it stopped, with its own settings"] = None
+    seed: Annotated[int, "of initial weights, order and augmentation"] = 42
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
