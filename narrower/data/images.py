@@ -170,7 +170,8 @@ def batches(
     Args:
         images: what to read.
         batch_size: images per batch and process; the last batch may be smaller.
-        order: seed of the shuffling; None keeps the order.
+        order: seed of the shuffling, for training: all processes get as many batches, none of a single image.
+            None keeps the order, and every image.
         start: the first batches to leave out (a resumed epoch).
         shard: (rank, number of processes): each takes every n-th image.
         workers: reading processes; images in memory need none.
@@ -179,8 +180,13 @@ def batches(
         return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_ignore_interrupt)
     count = len(images)
     draw = None if order is None else torch.Generator().manual_seed(order)
-    index = torch.arange(count) if draw is None else torch.randperm(count, generator=draw)
+    if draw is None:
+        index = torch.arange(count)
+    else:
+        index = torch.randperm(count, generator=draw)[: count - count % shard[1]]  # as many steps in every process
     chunks = [chunk.tolist() for chunk in index[shard[0] :: shard[1]].split(batch_size)]
+    if draw is not None and len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks.pop()  # BatchNorm cannot train on one image
     if isinstance(images, TensorImages):
         return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is)
     return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_ignore_interrupt)

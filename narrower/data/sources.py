@@ -192,7 +192,7 @@ def from_timm(
     except Exception as error:  # readers raise anything, and import what may be missing
         raise DataError(
             f"timm cannot open dataset {name!r} in {place}: {type(error).__name__}: {error} "
-            "(--dataset-download fetches those that can be; names: digits, folder, torch/..., hfds/..., wds/..., tfds/...)"
+            "(--dataset-download gets those that can be; names: digits, folder, torch/..., hfds/..., wds/..., tfds/...)"
         ) from error
     known = num_classes or _count_classes(parts["train"])
     if known is None:
