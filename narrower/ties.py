@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from math import gcd
 
 import numpy as np
 
@@ -36,19 +34,34 @@ class Component:
     def sizes(self) -> np.ndarray:
         return np.array([len(c.channels) for c in self.cells])
 
-    def removable(self, want: np.ndarray, least: np.ndarray, most: np.ndarray, step: int = 1) -> np.ndarray:
-        """Numbers to remove, as near to `want` as the ties allow, between 0 and `most`; at least `least` of them where
-        possible."""
+    def removable(self, want: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """Numbers to remove, as near to `want` as the ties allow, from 0 to `most` of each cell."""
+        want = np.minimum(want, most)
         if not len(self.equations) or not (self.equations @ want).any():
             return want
-        unit = self.sizes // reduce(gcd, self.sizes.tolist())
-        if (self.equations @ unit == 0).all() and (unit <= 1).all():
-            return np.full_like(want, min(int(np.median(want)), int(most.min())))
         return nearest_integers(self.equations, want, most)
 
+    def moves(self) -> list[np.ndarray]:
+        """The smallest steps that keep all ties: numbers to remove from each cell at once."""
+        n = len(self.cells)
+        if not len(self.equations):
+            return list(np.eye(n, dtype=np.int64))
+        ones = np.ones(n, dtype=np.int64)
+        if len({c.group for c in self.cells}) == 1 and not (self.equations @ ones).any():
+            return [ones]
+        found: dict[bytes, np.ndarray] = {}
+        for k in range(n):
+            least = np.zeros(n)
+            least[k] = 1
+            move = nearest_integers(self.equations, least, self.sizes, least)
+            if move.any():
+                found[move.tobytes()] = move
+        return list(found.values())
 
-def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Integers x with equations @ x == 0, 0 <= x <= most, and the smallest sum of |x - want|."""
+
+def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray,
+                     least: np.ndarray | None = None) -> np.ndarray:
+    """Integers x with equations @ x == 0, least <= x <= most, and the smallest sum of |x - want|; zeros if there are none."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     n = len(want)
@@ -56,7 +69,8 @@ def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray) 
     result = milp(
         np.concatenate([np.zeros(n), np.ones(n)]),  # variables: x, and u >= |x - want|
         integrality=np.concatenate([np.ones(n), np.zeros(n)]),
-        bounds=Bounds(np.zeros(2 * n), np.concatenate([most, np.full(n, np.inf)])),
+        bounds=Bounds(np.concatenate([np.zeros(n) if least is None else least, np.zeros(n)]),
+                      np.concatenate([most, np.full(n, np.inf)])),
         constraints=[
             LinearConstraint(np.hstack([equations, np.zeros_like(equations)]), 0, 0),
             LinearConstraint(np.hstack([identity, -identity]), -np.inf, want),

@@ -1,0 +1,126 @@
+"""Channel counts to multiply-adds and parameters, in closed form.
+
+The size of every tensor dimension is linear in the numbers of channels that the groups keep, and a cost is a sum over
+tensors of a coefficient times the product of its sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from .groups import Graph
+
+Kind = Literal["macs", "params"]
+
+
+class CostModel:
+    """Costs of a graph for given widths (channels kept of each free group, in the order of `graph.free`)."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.names = [g.name for g in graph.free]
+        self.dense = np.array([g.size for g in graph.free], dtype=np.float64)
+        rows: dict[tuple[str, int], int] = {}
+        entries: list[tuple[int, int, float]] = []
+        for k, g in enumerate(graph.free):
+            for s in g.slices:
+                row = rows.setdefault((s.tensor, s.dim), len(rows))
+                entries.append((row, k, len(s.positions) / (s.blocks * g.size)))
+        self.per_channel = np.zeros((len(rows) + 1, len(self.names)))
+        for row, k, n in entries:
+            self.per_channel[row, k] += n
+        full = np.ones(len(rows) + 1)
+        for (tensor, dim), row in rows.items():
+            full[row] = graph.shapes[tensor][dim]
+        self.fixed = full - self.per_channel @ self.dense
+        self.rows = rows
+        self.dims: dict[str, list[int]] = {}
+        for (tensor, _), row in rows.items():
+            self.dims.setdefault(tensor, []).append(row)
+
+    @cached_property
+    def terms(self) -> dict[Kind, tuple[np.ndarray, np.ndarray, float]]:
+        """For each cost: the dimension rows of each tensor that can change, coefficients, and what cannot change."""
+        none = len(self.rows)
+        width = max((len(d) for d in self.dims.values()), default=1)
+        out: dict[Kind, tuple[np.ndarray, np.ndarray, float]] = {}
+        weights: dict[Kind, Mapping[str, float]] = {
+            "macs": self.graph.positions, "params": dict.fromkeys(self.graph.parameters, 1.0),
+        }
+        for kind, per_element in weights.items():
+            index, coefficients, rest = [], [], 0.0
+            for tensor, n in per_element.items():
+                shape = self.graph.shapes[tensor]
+                total = n * float(np.prod(shape, dtype=np.float64))
+                used = self.dims.get(tensor)
+                if not used:
+                    rest += total
+                    continue
+                index.append(used + [none] * (width - len(used)))
+                coefficients.append(total)
+            table = np.array(index, dtype=np.int64).reshape(-1, width)
+            coef = np.array(coefficients, dtype=np.float64)
+            if len(table):
+                coef = coef / np.prod(self.sizes(self.dense)[table], axis=1)
+            out[kind] = table, coef, rest
+        return out
+
+    def sizes(self, widths: np.ndarray) -> np.ndarray:
+        return self.fixed + self.per_channel @ widths
+
+    def cost(self, kind: Kind, widths: np.ndarray) -> float:
+        """The whole cost at these widths: multiply-adds for one sample, or parameters."""
+        table, coef, rest = self.terms[kind]
+        return rest + float((coef * np.prod(self.sizes(widths)[table], axis=1)).sum())
+
+    def by_tensor(self, kind: Kind, widths: np.ndarray) -> dict[str, float]:
+        """The cost of each tensor."""
+        sizes = self.sizes(widths)
+        out = {}
+        for tensor in self.graph.positions if kind == "macs" else self.graph.parameters:
+            n = self.graph.positions.get(tensor, 0.0) if kind == "macs" else 1.0
+            value = n * float(np.prod(self.graph.shapes[tensor], dtype=np.float64))
+            for row in self.dims.get(tensor, ()):
+                value *= sizes[row] / (self.fixed[row] + self.per_channel[row] @ self.dense)
+            out[tensor] = value
+        return out
+
+
+class Running:
+    """Costs that follow the widths step by step: each step looks only at the tensors that it changes."""
+
+    def __init__(self, model: CostModel, kinds: tuple[Kind, ...]) -> None:
+        self.model, self.kinds = model, kinds
+        self.widths = model.dense.copy()
+        self.sizes = model.sizes(self.widths)
+        self.now = {k: model.cost(k, self.widths) for k in kinds}
+        self.touched = {
+            k: [np.nonzero((model.per_channel[model.terms[k][0]] != 0).any(axis=1)[:, g])[0] for g in range(len(model.names))]
+            for k in kinds
+        }
+
+    def saved(self, step: np.ndarray) -> dict[Kind, float]:
+        """What losing `step` channels (by group, most of them zero) would save."""
+        groups = np.nonzero(step)[0]
+        delta = self.model.per_channel[:, groups] @ step[groups]
+        out: dict[Kind, float] = {}
+        for k in self.kinds:
+            table, coef, _ = self.model.terms[k]
+            rows = self.touched[k][groups[0]]
+            if len(groups) > 1:
+                rows = np.unique(np.concatenate([self.touched[k][g] for g in groups]))
+            before = self.sizes[table[rows]]
+            after = before - delta[table[rows]]
+            out[k] = float((coef[rows] * (np.prod(before, axis=1) - np.prod(after, axis=1))).sum())
+        return out
+
+    def move(self, step: np.ndarray) -> None:
+        """Lose `step` channels; a negative step takes them back."""
+        for k, value in self.saved(step).items():
+            self.now[k] -= value
+        self.widths -= step
+        self.sizes = self.model.sizes(self.widths)

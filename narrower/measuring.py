@@ -1,0 +1,125 @@
+"""measure: what a network costs. recalibrate: BatchNorm statistics renewed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError
+from .recording import Axes, Trace, run
+from .tracing import flattened, staged
+
+
+def macs_of(model: nn.Module, example_inputs: Any) -> float:
+    """Multiply-adds of the convolutions and linear layers for one sample (batch norm, activations and attention products
+    are not counted), by the same count as `trace` and `plan`."""
+    for kind in ("meta", "real"):
+        stage = staged(model, example_inputs, kind)
+        mode = Trace(stage.model, Axes(), {})
+        try:
+            run(stage.model, stage.inputs, mode)
+        except Exception:
+            if kind == "real":
+                raise
+            continue
+        break
+    first = flattened(example_inputs)[0]
+    return sum(n * stage.tensors[name].numel() for name, n in mode.uses.items()) / max(1, first.shape[0])
+
+
+def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> dict[str, float]:
+    """{"macs", "params", "latency_ms"}: multiply-adds for one sample, parameters, and the median time of a forward on the
+    example inputs as they are (in eval mode, on the device where they lie), over about `seconds`."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    times: list[float] = []
+    try:
+        with torch.inference_mode():
+            for _ in range(3):
+                forward(model, example_inputs)
+            end = time.perf_counter() + seconds
+            while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
+                start = time.perf_counter()
+                forward(model, example_inputs)
+                times.append(time.perf_counter() - start)
+    finally:
+        for m, mode in training.items():
+            m.training = mode
+    return {
+        "macs": macs_of(model, example_inputs),
+        "params": float(sum(p.numel() for p in model.parameters())),
+        "latency_ms": 1e3 * sorted(times)[len(times) // 2],
+    }
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    out = call(model, inputs)
+    for t in flattened(out)[:1]:
+        if t.is_cuda:
+            torch.cuda.synchronize(t.device)
+    return out
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model on a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def model_inputs(batch: Any, model: nn.Module) -> Any:
+    """What the model takes of a batch: all of it, or the first part of a pair (inputs, targets), on the model's device."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        batch = batch[0]
+    return to_device(batch, device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def to_device(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, dict):
+        return {k: to_device(v, device) for k, v in x.items()}
+    return type(x)(to_device(v, device) for v in x) if type(x) in (list, tuple) else x
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None = None) -> int:
+    """Renew the running statistics of every BatchNorm as the plain average over `batches` (or the first `images` samples).
+
+    A batch is whatever the model takes, or a pair whose first part is. Returns the number of samples used. Raises DataError
+    if there are no batches.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return 0
+    training = {m: m.training for m in model.modules()}
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # cumulative average
+        m.train()
+    seen = 0
+    try:
+        for batch in batches:
+            inputs = model_inputs(batch, model)
+            call(model, inputs)
+            seen += flattened(inputs)[0].shape[0]
+            if images is not None and seen >= images:
+                break
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+        for m, mode in training.items():
+            m.training = mode
+    if not seen:
+        raise DataError("recalibrate got no batches")
+    return seen

@@ -1,0 +1,243 @@
+"""narrow: a plan to a smaller module. verify: is it the dense network with those channels removed?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import PlanError, VerifyError
+from .groups import Graph, Mixer
+from .ops import rule_for
+from .planning import Plan
+from .recording import run
+from .surgery import duplicate, fit, named_tensors, selections, sliced
+from .tracing import flattened
+
+RECORD = "narrower_record"
+
+
+def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """A copy of `model` with the channels of `plan` only: ordinary modules of the same classes; `model` is untouched.
+
+    Kept as they are: dtype, device, memory format, `requires_grad`, train or eval mode, tied parameters, hooks. With
+    `optimizer`, its parameters are replaced by those of the new module and its state is sliced along.
+
+    Raises PlanError if the model's tensors are not those that were traced.
+    """
+    graph = plan.graph
+    dense = named_tensors(model)
+    shapes = {n: tuple(t.shape) for n, t in dense.items()}
+    if shapes != dict(graph.shapes):
+        odd = sorted(n for n in {*shapes, *graph.shapes} if shapes.get(n) != graph.shapes.get(n))[:3]
+        raise PlanError("the model is not the one that was traced: " + "; ".join(
+            f"{n} is {shapes.get(n, 'missing')}, was {graph.shapes.get(n, 'missing')}" for n in odd))
+    cuts = selections(graph, plan.keep)
+    memo: dict[int, Tensor] = {}
+    swapped: dict[Tensor, tuple[Tensor, list[Any]]] = {}
+    for name, t in dense.items():
+        if id(t) in memo:
+            continue
+        cut = cuts.get(name, [])
+        new = sliced(t.detach(), cut) if cut else t.detach().clone()
+        new = new.contiguous(memory_format=format_of(t)) if cut else new
+        if isinstance(t, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=t.requires_grad)
+        memo[id(t)] = new
+        swapped[t] = (new, cut)
+    small = duplicate(model, memo)
+    # deepcopy has put the new tensors in place; fit sets the attributes that mirror their shapes
+    changed = {name: t for name, t in named_tensors(small).items() if tuple(t.shape) != shapes[name]}
+    undo = fit(duplicate_shapes(small, dense, changed), changed)
+    del undo
+    if optimizer is not None:
+        carry(optimizer, swapped)
+    before = getattr(model, RECORD, None)
+    record = {
+        "dense": before["dense"] if before else {n: list(s) for n, s in shapes.items()},
+        "plans": [*(before["plans"] if before else ()), {g.name: [int(c) for c in plan.keep[g.name]] for g in graph.free}],
+    }
+    setattr(small, RECORD, record)
+    return small
+
+
+def duplicate_shapes(small: nn.Module, dense: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> nn.Module:
+    """`small` with the dense tensors back under the changed names, so that `fit` sees shapes before and after."""
+    for name in changed:
+        owner, _, leaf = name.rpartition(".")
+        module = small.get_submodule(owner)
+        store = module._parameters if leaf in module._parameters else module._buffers
+        store[leaf] = dense[name]  # type: ignore[assignment]
+    return small
+
+
+def format_of(t: Tensor) -> torch.memory_format:
+    for dims, fmt in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if t.dim() == dims and t.is_contiguous(memory_format=fmt) and not t.is_contiguous():
+            return fmt
+    return torch.contiguous_format
+
+
+def carry(optimizer: torch.optim.Optimizer, swapped: Mapping[Tensor, tuple[Tensor, list[Any]]]) -> None:
+    """Point an optimizer at the new parameters; state of a parameter's shape is sliced as the parameter was."""
+    for group in optimizer.param_groups:
+        group["params"] = [swapped[p][0] if p in swapped else p for p in group["params"]]
+    for old, (new, cut) in swapped.items():
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {
+                k: sliced(v, cut) if isinstance(v, Tensor) and v.shape == old.shape else v for k, v in state.items()
+            }
+
+
+# ------------------------------------------------------------------------------------------------ verify
+
+
+class Verification(NamedTuple):
+    """Largest difference of the outputs, relative to the largest output of the masked dense network."""
+
+    error: float
+    tolerance: float
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"narrow = masked dense to {self.error:.1e} of the output ({self.dtype}, tolerance {self.tolerance:.0e})"
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, *,
+           dtype: torch.dtype | None = torch.float64, tolerance: float | None = None) -> Verification:
+    """Compare `small` with `model` in which nothing reads the removed channels any more, in eval mode.
+
+    The reference is the dense network with the weights that read removed channels set to zero; layers that mix channels see the
+    surviving ones only. `dtype=None` computes in the model's own. `tolerance` is relative to the largest output.
+
+    Raises VerifyError if the outputs differ by more, have other shapes, or are not finite.
+    """
+    graph = plan.graph
+    kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance
+    inputs = cast(example_inputs, kind)
+    reference = masked(model, plan).to(kind).eval()
+    memo = {id(t): t.detach().clone() for t in small.buffers()}
+    candidate = duplicate(small, memo).to(kind).eval()
+    with torch.no_grad():
+        want = flattened(run(reference, inputs, Survivors(graph, plan)))  # type: ignore[arg-type]
+        have = flattened(run(candidate, inputs, Nothing()))  # type: ignore[arg-type]
+    if [t.shape for t in want] != [t.shape for t in have]:
+        raise VerifyError(f"the narrow network's outputs have shapes {[tuple(t.shape) for t in have]}, "
+                          f"the dense one's {[tuple(t.shape) for t in want]}")
+    worst = 0.0
+    for a, b in zip(want, have, strict=True):
+        if not a.is_floating_point() or not a.numel():
+            continue
+        if not bool(a.isfinite().all()):
+            raise VerifyError("the dense network's output is not finite on these inputs: give verify others")
+        scale = float(a.abs().max()) or 1.0
+        error = float((a - b).abs().max()) / scale
+        worst = max(worst, error) if error == error else float("nan")
+    if not worst <= limit:
+        raise VerifyError(f"the narrow network differs from the masked dense one by {worst:.1e} of the output (tolerance "
+                          f"{limit:.0e} in {kind}): it was changed after narrowing, or this is a fault of narrower; please report it")
+    return Verification(worst, limit, kind)
+
+
+def masked(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the dense model in which no weight reads a removed channel."""
+    copy = duplicate(model, {})
+    tensors = named_tensors(copy)
+    for name, kept in plan.keep.items():
+        group = plan.graph[name]
+        gone = np.ones(group.size, dtype=bool)
+        gone[kept] = False
+        for s in group.slices:
+            if s.role != "in" or not gone.any():
+                continue
+            t = tensors[s.tensor].data
+            positions = torch.as_tensor(s.positions[gone[s.channels]])
+            if s.blocks == 1:
+                t.index_fill_(s.dim, positions.to(t.device), 0)
+                continue
+            for block, part in enumerate(t.chunk(s.blocks, dim=0)):
+                width = t.shape[s.dim]
+                inside = positions[(positions >= block * width) & (positions < (block + 1) * width)] - block * width
+                part.index_fill_(s.dim, inside.to(t.device), 0)
+    return copy
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach().to(dtype) if x.is_floating_point() else x.detach()
+    if isinstance(x, dict):
+        return {k: cast(v, dtype) for k, v in x.items()}
+    return type(x)(cast(v, dtype) for v in x) if type(x) in (list, tuple) else x
+
+
+class Nothing(TorchDispatchMode):
+    """Runs what it sees."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Survivors(TorchDispatchMode):
+    """Evaluates the calls that mix channels on the surviving channels only, and puts zeros elsewhere."""
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.calls: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, _ = rule_for(func)
+        mixer = self.calls.get((name, self.counts[name]))
+        self.counts[name] += 1
+        if mixer is None:
+            return func(*args, **(kwargs or {}))
+        x = args[0]
+        stays = torch.as_tensor(self.stays(mixer, x.shape[mixer.dim]), device=x.device)
+        if len(stays) == x.shape[mixer.dim]:
+            return func(*args, **(kwargs or {}))
+        out = func(x.index_select(mixer.dim, stays), *on_survivors(name, args[1:], mixer.dim, x.ndim, stays), **(kwargs or {}))
+        if isinstance(out, Tensor):
+            return scattered(out, x, mixer.dim, stays)
+        return (scattered(out[0], x, mixer.dim, stays), *out[1:])
+
+    def stays(self, mixer: Mixer, size: int) -> np.ndarray:
+        stays = np.ones(mixer.size, dtype=bool)
+        for m in mixer.members:
+            stays[m.positions] = np.isin(m.channels, self.plan.keep[m.group]) if m.group in self.plan.keep else True
+        return np.nonzero(np.tile(stays, size // mixer.size))[0]
+
+
+def on_survivors(name: str, rest: Sequence[Any], dim: int, ndim: int, stays: Tensor) -> list[Any]:
+    """The further arguments of a norm, cut to the surviving channels."""
+    out = list(rest)
+    if name == "native_layer_norm":
+        shape = list(out[0])
+        inner = dim - (ndim - len(shape))
+        shape[inner] = len(stays)
+        out[0] = shape
+        for k in (1, 2):
+            out[k] = None if out[k] is None else out[k].index_select(inner, stays)
+    elif name == "native_group_norm":
+        for k in (0, 1):
+            out[k] = None if out[k] is None else out[k].index_select(0, stays)
+        out[3] = len(stays)
+    return out
+
+
+def scattered(out: Tensor, x: Tensor, dim: int, stays: Tensor) -> Tensor:
+    if out.ndim != x.ndim or out.shape[dim] != len(stays):
+        return out
+    shape = list(out.shape)
+    shape[dim] = x.shape[dim]
+    return out.new_zeros(shape).index_copy(dim, stays, out)
