@@ -14,6 +14,7 @@ from .groups import ChannelGroup, Graph, Slice
 from .measuring import measure, recalibrate
 from .narrowing import Verification, narrow, verify
 from .planning import Budget, Plan, Scores, plan
+from .scores.hrank import hrank
 from .scores.simple import bn_scale, fpgm, magnitude, random, taylor
 from .storage import load, save
 from .tracing import trace
@@ -22,6 +23,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Graph", "NarrowerError", "Plan", "PlanError",
-    "Scores", "Slice", "StorageError", "TraceError", "Verification", "VerifyError", "bn_scale", "fpgm", "load",
+    "Scores", "Slice", "StorageError", "TraceError", "Verification", "VerifyError", "bn_scale", "fpgm", "hrank", "load",
     "magnitude", "measure", "narrow", "plan", "random", "recalibrate", "save", "taylor", "trace", "verify",
 ]

@@ -1,0 +1,144 @@
+"""HRank: filters whose feature maps have a low rank carry little information."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import DataError
+from ..groups import Graph, MapSource, Members
+from ..measuring import model_inputs
+from ..ops import pooling, rule_for
+from ..planning import Scores, plan
+from ..recording import run
+from ..surgery import named_tensors
+from ..tracing import flattened
+from .rank import rank
+from .simple import magnitude
+
+SETTLED = 0.99  # share of kept channels on which half the images and all of them agree
+FIRST_CHECK = 32  # images
+
+
+@torch.no_grad()
+def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int | None = None,
+          macs: float | None = None, params: float | None = None) -> Scores:
+    """The average rank of each channel's feature maps (Lin et al., "HRank", CVPR 2020, eq. 4 and 5).
+
+    A channel's map is what its consumers' convolutions read (normalised, activated, added), or, where a pooling lies in
+    between, what enters the pooling; averaged over the consumers where there are several, and over images. Maps of one row
+    or column have rank 0 or 1. The rank is `torch.linalg.matrix_rank`'s on the map in float32. Channels with equal ranks are told
+    apart by their place: the lower index goes first. Groups without maps (behind a flatten, or between linear layers) get their L2
+    magnitude. One forward pass serves all layers.
+
+    `batches` gives what the model takes, or pairs whose first part is. All of them are used, or the first `images`
+    samples; told the budget as well (`macs=` or `params=`, as for `plan`), it stops once the channels that `plan` would
+    keep have settled: those of half the images and those of all agree.
+
+    Returns mean ranks, between 0 and min(H, W), as they are: `plan` relates them to the other channels of their group.
+    Raises DataError if there are no batches or a map is not finite.
+    """
+    averages = Averages(graph)
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    seen, check = 0, FIRST_CHECK
+    last: Scores | None = None
+    try:
+        for batch in batches:
+            inputs = model_inputs(batch, model)
+            mode = Maps(model, graph, averages)
+            run(model, inputs, mode)  # type: ignore[arg-type]
+            seen += flattened(inputs)[0].shape[0]
+            if images is not None and seen >= images:
+                break
+            if (macs is not None or params is not None) and seen >= check:
+                now = scores_of(model, graph, averages)
+                if last is not None and agreement(graph, last, now, macs, params) >= SETTLED:
+                    break
+                last, check = now, 2 * seen
+    finally:
+        for m, was in training.items():
+            m.training = was
+    if not seen:
+        raise DataError("hrank got no batches: give it some images")
+    return scores_of(model, graph, averages)
+
+
+class Averages:
+    """Sums of ranks for each channel, weighted by the number of consumers."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.sums = {g.name: np.zeros(g.size) for g in graph.free}
+        self.weights = {g.name: np.zeros(g.size) for g in graph.free}
+
+    def add(self, members: Iterable[Members], ranks: np.ndarray, weight: float) -> None:
+        """`ranks`: mean rank at each position of the tensor; `weight`: images times consumers."""
+        for m in members:
+            if m.group in self.sums:
+                np.add.at(self.sums[m.group], m.channels, weight * ranks[m.positions])
+                np.add.at(self.weights[m.group], m.channels, weight)
+
+
+class Maps(TorchDispatchMode):
+    """Takes the ranks of the maps while a forward runs; nothing is kept of a map."""
+
+    def __init__(self, model: nn.Module, graph: Graph, averages: Averages) -> None:
+        super().__init__()
+        self.averages = averages
+        self.by_weight: dict[str, MapSource] = {s.weight: s for s in graph.sources if s.weight is not None}
+        self.by_pool: dict[int, MapSource] = {s.pool: s for s in graph.sources if s.weight is None}
+        self.names = {id(t): n for n, t in reversed(named_tensors(model).items()) if n in self.by_weight}
+        self.pools = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, _ = rule_for(func)
+        if name == "convolution" and id(args[1]) in self.names:
+            self.see(self.by_weight[self.names[id(args[1])]], args[0])
+        elif pooling(name, args):
+            source = self.by_pool.get(self.pools)
+            self.pools += 1
+            if source is not None:
+                self.see(source, args[0])
+        return func(*args, **(kwargs or {}))
+
+    def see(self, source: MapSource, x: Tensor) -> None:
+        if not any(m.group in self.averages.sums for m in source.members):
+            return
+        maps = x if x.ndim > 3 else x.unsqueeze(-2)
+        if maps.ndim > 4:  # video: a map for each frame
+            maps = maps.flatten(2, -3)
+        try:
+            ranks = rank(maps).double()
+        except ValueError as e:
+            raise DataError(f"the maps that {source.weight or 'a pooling'} reads are not finite: {e}") from e
+        mean = ranks.flatten(2).mean(2).mean(0) if ranks.ndim > 2 else ranks.mean(0)
+        self.averages.add(source.members, mean.cpu().numpy(), x.shape[0] * source.consumers)
+
+
+def scores_of(model: nn.Module, graph: Graph, averages: Averages) -> Scores:
+    out = Scores()
+    missing = []
+    for g in graph.free:
+        weights = averages.weights[g.name]
+        if weights.all():
+            out[g.name] = torch.from_numpy(averages.sums[g.name] / weights).float()
+        else:
+            missing.append(g.name)
+    if missing:
+        by_weight = magnitude(model, graph)
+        out.update({name: by_weight[name] for name in missing})
+    return out
+
+
+def agreement(graph: Graph, a: Scores, b: Scores, macs: float | None, params: float | None) -> float:
+    """The share of channels kept by `b` that `a` keeps too, under the same budget."""
+    first, second = (plan(graph, s, macs=macs, params=params).keep for s in (a, b))
+    same = sum(len(np.intersect1d(first[n], second[n], assume_unique=True)) for n in second)
+    return same / sum(len(kept) for kept in second.values())
+
+
