@@ -128,6 +128,16 @@ def reshaped(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[
     return Label(ids, spread[-1] if spread else -1, label.axis), spread
 
 
+def faster_dims(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> list[int]:
+    """Dimensions behind the free one along which ids change too, and which a view merges with it."""
+    if sum(n > 1 for n in label.ids.shape) < 2:
+        return []
+    for i0, i1, j0, j1 in matching_blocks(old, new):
+        if i0 <= label.free < i1 and tuple(old[i0:i1]) != tuple(new[j0:j1]):
+            return [d for d in range(label.free + 1, i1) if label.ids.shape[d] > 1]
+    return []
+
+
 def joined(parts: Sequence[Ids], dim: int, sizes: Sequence[int]) -> Ids:
     """Ids of a concatenation along `dim`, where the parts have their real `sizes`."""
     full = [expanded(p, dim, n) for p, n in zip(parts, sizes, strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import NOTHING, Carried, Ids, Label, along, aligned, collapsed, joined, permuted, reshaped
+from .labels import NOTHING, Carried, Ids, Label, along, aligned, collapsed, faster_dims, joined, permuted, reshaped
 
 
 class Call(NamedTuple):
@@ -141,6 +141,8 @@ def view(r: Recorder, call: Call) -> Sequence[Carried]:
         return [c._replace(view=True)]
     out = []
     for label in c.labels:
+        # merged with a faster dimension, channels would change places unless the same ones go at each of its indices
+        label = collapsed(label, faster_dims(label, old, new), r.unite)
         moved, spread = reshaped(label, old, new)
         if len(spread) > 1:
             free = r.split_dim(call, spread, new)
