@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+METHODS = ("hrank", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+
 
 @dataclass(frozen=True)
 class ModelConfig:

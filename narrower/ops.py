@@ -41,6 +41,7 @@ class Recorder(Protocol):
     def role(self, label: Label | None, role: str) -> None: ...
     def use(self, label: Label | None, positions: float) -> None: ...
     def reads(self, label: Label, source: Tensor, pool: int) -> None: ...
+    def scalars(self, call: Call, numbers: Sequence[float], labels: Sequence[Label]) -> None: ...
 
 
 Rule = Callable[[Recorder, Call], Sequence[Carried]]
@@ -104,6 +105,9 @@ def elementwise(r: Recorder, call: Call) -> Sequence[Carried]:
     inputs = tensors_in(call.args)
     out = call.out if isinstance(call.out, Tensor) else call.out[0]
     carried = [(r.of(t), t.shape) for t in inputs]
+    numbers = [a for a in call.args if type(a) in (int, float)]
+    if numbers:
+        r.scalars(call, numbers, [x for c, _ in carried for x in c.labels])
     if len(carried) == 1:
         return [carried[0][0]._replace(view=False)]
     labels = meet(r, carried, out.ndim, call.name)
@@ -469,6 +473,9 @@ def batch_norm(r: Recorder, call: Call) -> Sequence[Carried]:
     pairs = [(Carried(tuple(along_label(label, x.ndim) for label in v.labels), v.uniform),
               (1, t.shape[0], *(1,) * (x.ndim - 2))) for v, t in vectors]
     labels = meet(r, [(c, x.shape), *pairs], x.ndim, "batch norm")
+    if any(a is True for a in call.args[5:6]):  # statistics of this very tensor: over all dimensions but 1
+        for label in except_free_at(c, [1]):
+            r.mix(call, label, label.free)
     return [Carried(tuple(labels), pool=c.pool)]
 
 

@@ -72,6 +72,12 @@ class Probe(Recording):
     def use(self, label: Label | None, positions: float) -> None: ...
     def reads(self, label: Label, source: Tensor, pool: int) -> None: ...
 
+    def scalars(self, call: Call, numbers: Sequence[float], labels: Sequence[Label]) -> None:
+        """A number computed from a width (a scale by 1 / sqrt(channels)) would change what the others compute."""
+        if labels and self.dense.numbers.get((call.name, call.number), numbers) != numbers:
+            ids = np.concatenate([x.ids.reshape(-1) for x in labels])
+            raise Mismatch(ids, f"a factor is computed from the number of channels ({self.where()})")
+
     def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
         """A view splits channels: only the dimension that the trace took as free may have another size now."""
         dense = self.dense.splits.get(call.number)

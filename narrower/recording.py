@@ -185,7 +185,7 @@ class Trace(Recording):
         self.map_alive: list[Tensor] = []
         self.pool_inputs: list[Ids | None] = []
         self.splits: dict[int, tuple[int, ...]] = {}
-        self.scalars: list[tuple[str, tuple[float, ...], Carried]] = []
+        self.numbers: dict[tuple[str, int], Sequence[float]] = {}
 
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:
@@ -224,6 +224,9 @@ class Trace(Recording):
     def use(self, label: Label | None, positions: float) -> None:
         if label is not None and label.axis is not None:
             self.uses[label.axis[0]] += round(positions)
+
+    def scalars(self, call: Call, numbers: Sequence[float], labels: Sequence[Label]) -> None:
+        self.numbers[call.name, call.number] = numbers
 
     def reads(self, label: Label, source: Tensor, pool: int) -> None:
         """A convolution reads `source`: its maps are seen there, or before the pooling that it comes from."""

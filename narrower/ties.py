@@ -119,7 +119,7 @@ def components(graph: Graph, names: Sequence[str] | None = None) -> list[Compone
                         line[k] = per_channel[cells[k].channels[0]]
             lines.append(line)
         rows += [line - lines[0] for line in lines[1:] if (line != lines[0]).any()]
-    return connected(cells, np.array(rows).reshape(-1, len(cells)))
+    return connected(cells, np.array(rows).reshape(len(rows), len(cells)))
 
 
 def connected(cells: list[Cell], equations: np.ndarray) -> list[Component]:

@@ -14,8 +14,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "narrower"
 
-# A file imports only files of a lower floor (the decimals are steps within one floor). Files of one sub-package (scores,
-# models, data, report) may import each other. A new file must be given its floor here: that decision is the purpose.
+# A file imports only files of a lower floor (the decimals are steps within one floor). Files of one sub-package
+# (scores, models, data, report) may import each other. A new file must be given its floor here: that is the purpose.
 FLOORS: dict[str, float] = {
     "errors": 0,
     "groups": 0,

@@ -2,10 +2,14 @@
 
 A block may be left out only for its cost, or because it needs what a test machine lacks, with the reason in an HTML
 comment directly above it: `<!-- not run: downloads weights -->`. Commands left out are still held against `--help`.
+A text block under `<!-- output -->` is what the Python block above it prints; under `<!-- output, figures vary -->`, up
+to its digits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -25,12 +29,17 @@ TINY: dict[str, list[str]] = {}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, the line of the fence and why it is not run ("" if it is)."""
+    """A fenced block: its language, its text, the line of the fence and the comment above it ("" if there is none)."""
 
     language: str
     code: str
     line: int
-    reason: str
+    comment: str
+
+    @property
+    def reason(self) -> str:
+        """Why the block is not run, or ""."""
+        return self.comment.partition("not run: ")[2]
 
 
 def blocks(path: Path, *languages: str) -> list[Block]:
@@ -42,7 +51,7 @@ def blocks(path: Path, *languages: str) -> list[Block]:
         if text.startswith("```") and start is None:
             start = number
         elif text.startswith("```") and start is not None:
-            above = re.fullmatch(r"<!-- not run: (.+) -->", lines[start - 1].strip()) if start else None
+            above = re.fullmatch(r"<!-- (.+) -->", lines[start - 1].strip()) if start else None
             code = "\n".join(lines[start + 1 : number]) + "\n"
             found.append(Block(lines[start][3:].strip(), code, start + 1, above[1] if above else ""))
             start = None
@@ -68,6 +77,13 @@ def narrower(arguments: list[str], folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def plain(text: str, figures_vary: bool) -> list[list[str]]:
+    """The words of each line; numbers as `#`, and dashes of a table as one, where figures may vary."""
+    if figures_vary:
+        text = re.sub(r"-{2,}", "--", re.sub(r"\d[\d,.]*(e[+-]\d+)?", "#", text))
+    return [line.split() for line in text.strip().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory that all blocks of the page share."""
@@ -77,12 +93,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_python_blocks_run_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    page = [block for block in blocks(README, "python") if not block.reason]
-    assert page, "README.md shows no Python"
+    page = [block for block in blocks(README, "python", "text") if not block.reason]
+    assert any(block.language == "python" for block in page), "README.md shows no Python"
     names: dict[str, Any] = {"__name__": "readme"}
+    printed = ""
     for block in page:
-        # Empty lines first: a traceback then names the line of the README.
-        exec(compile("\n" * block.line + block.code, str(README), "exec"), names)
+        if block.language == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                # Empty lines first: a traceback then names the line of the README.
+                exec(compile("\n" * block.line + block.code, str(README), "exec"), names)
+            printed = output.getvalue()
+        elif block.comment.startswith("output"):
+            vary = "figures vary" in block.comment
+            assert plain(block.code, vary) == plain(printed, vary), f"README.md:{block.line} shows other output"
 
 
 SHELL = [(block, words) for block in blocks(README, "bash") for words in commands(block)]

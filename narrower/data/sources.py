@@ -36,7 +36,8 @@ class Reading:
     """How images become tensors.
 
     Attributes:
-        size: pixels; None keeps small images as they are and asks 224 of large ones.
+        size: pixels; None keeps small images as they are and brings others to `large`.
+        large: see there.
         channels: 3 (RGB) or 1 (grey).
         mean, std: per channel, of pixels in [0, 1].
         flip: probability that a training image is mirrored.
@@ -45,6 +46,7 @@ class Reading:
     """
 
     size: int | None = None
+    large: int = 224
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -211,7 +213,7 @@ def _count_classes(dataset: Any) -> int | None:
 def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Reading, watch: Watch) -> ImageData:
     """Choose between memory, files and stream by the size of the images."""
     stream = isinstance(parts["train"], IterableDataset)
-    size = (reading.size, reading.size) if reading.size else (224, 224) if stream else _size(parts["train"])
+    size = (reading.size, reading.size) if reading.size else _size(parts["train"], stream, reading.large)
     height, width = size
 
     def read(split: str) -> Images:
@@ -229,14 +231,16 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
     return ImageData(name, num_classes, (reading.channels, height, width), read)
 
 
-def _size(source: Source) -> tuple[int, int]:
-    """Height and width of the images where a sample of them is small and alike, else 224."""
+def _size(source: Source, stream: bool, large: int) -> tuple[int, int]:
+    """Height and width of the images where a sample of them is small and alike, else `large`."""
+    if stream:
+        return large, large
     sizes = {source[index][0].size for index in range(0, len(source), max(1, len(source) // 32))}
     if len(sizes) == 1:
         width, height = sizes.pop()
         if max(width, height) <= SMALL:
             return height, width
-    return 224, 224
+    return large, large
 
 
 def _transforms(

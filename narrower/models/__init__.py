@@ -28,7 +28,7 @@ from .mobilenet import cifar_mobilenet_v1
 from .resnet import cifar_resnet20, cifar_resnet32, cifar_resnet44, cifar_resnet56, cifar_resnet110
 from .vgg import cifar_vgg16_bn
 
-__all__ = ["CIFAR_MODELS", "make_model"]
+__all__ = ["CIFAR_MODELS", "expected_images", "make_model"]
 
 CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
     factory.__name__: factory
@@ -70,6 +70,24 @@ def make_model(
             raise ConfigError(f"{name} has no published weights: train it, or load a file with --checkpoint")
         return _call(name, CIFAR_MODELS[name], _given(num_classes=num_classes, in_channels=in_channels, **kwargs))
     return _timm(name, num_classes, pretrained, in_channels, kwargs)
+
+
+def expected_images(name: str) -> dict[str, Any]:
+    """How timm's network of that name reads images (`large`: pixels, mean, std, crop_pct, interpolation); else {}."""
+    if ":" in name or "/" in name or name in CIFAR_MODELS:
+        return {}
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        return {}
+    try:
+        known = get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag: make_model says so
+        return {}
+    if known is None:
+        return {}
+    same = {key: getattr(known, key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    return {"large": known.input_size[-1], **same}
 
 
 def _given(**kwargs: Any) -> dict[str, Any]:
