@@ -1,0 +1,88 @@
+"""The one-shot methods: score every channel once, cut, and renew the BatchNorm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+import narrower
+
+from ..config import METHODS, PruneConfig
+from ..data import Batch, batches, mix
+from ..errors import ConfigError
+from .job import Job
+
+DATA = ("hrank", "taylor")
+"""Methods that look at images."""
+
+
+def score(method: str, model: nn.Module, graph: narrower.Graph, images: Iterable[Batch], seed: int = 0) -> Any:
+    """The scores of `method`, from images where it needs them.
+
+    Raises:
+        ConfigError: no method has that name.
+    """
+    simple: dict[str, Callable[[], Any]] = {
+        "hrank": lambda: narrower.hrank(model, graph, images),
+        "taylor": lambda: narrower.taylor(model, graph, images, F.cross_entropy),
+        "magnitude": lambda: narrower.magnitude(model, graph),
+        "fpgm": lambda: narrower.fpgm(model, graph),
+        "bn_scale": lambda: narrower.bn_scale(model, graph),
+        "random": lambda: narrower.random(graph, seed),
+    }
+    if method not in simple:
+        raise ConfigError(f"no method is called {method!r}: take one of {', '.join(METHODS)}")
+    return simple[method]()
+
+
+def trial_scores(method: str, model: nn.Module, graph: narrower.Graph) -> Any:
+    """Scores without images, to try the plan before anything is trained."""
+    return narrower.random(graph) if method in DATA else score(method, model, graph, [])
+
+
+def make_plan(given: PruneConfig, graph: narrower.Graph, scores: Any) -> narrower.Plan:
+    """The plan that the settings ask for; half the MACs where they name no budget."""
+    nothing = given.macs is None and given.params is None and given.remove is None
+    return narrower.plan(
+        graph, scores, macs=0.5 if nothing else given.macs, params=given.params, remove=given.remove,
+        round_to=given.round_to, exclude=given.exclude, min_channels=given.min_channels,
+    )  # fmt: skip
+
+
+def sample(job: Job, count: int) -> Iterator[Batch]:
+    """`count` training images, not augmented, drawn by the seed, on the device."""
+    config = job.settings.train
+    order = mix(job.settings.run.seed, "sample")
+    for x, y in batches(job.data.train, min(config.batch_size, count), order=order, workers=config.workers):
+        x, y = x[:count], y[:count]
+        yield x.to(job.accelerator.device), y.to(job.accelerator.device)
+        count -= len(y)
+        if count <= 0:
+            return
+
+
+def narrowed(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
+    """Score, plan, narrow, verify and recalibrate: the one-shot methods."""
+    given = job.settings.prune
+    _ = job.data.train  # decoded before the clock runs
+    with job.stage("score") as facts:
+        images = job.report.watch(sample(job, given.images), f"scoring ({given.method})", given.images)
+        scores = score(given.method, model, graph, images, job.settings.run.seed)
+        facts["method"] = given.method
+    with job.stage("plan") as facts:
+        plan = make_plan(given, graph, scores)
+        facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
+    with job.stage("narrow"):
+        small = narrower.narrow(model, plan)
+    with job.stage("verify", busy="verifying") as facts:
+        facts["error"] = narrower.verify(model, small, plan, next(sample(job, 4))[0]).error
+    if given.recalibrate:
+        with job.stage("recalibrate") as facts:
+            stream = job.report.watch(
+                sample(job, given.recalibrate), "renewing BatchNorm statistics", given.recalibrate
+            )
+            facts["images"] = narrower.recalibrate(small, stream)
+    return small
