@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,7 +100,8 @@ def carry(optimizer: torch.optim.Optimizer, swapped: Mapping[Tensor, tuple[Tenso
 
 
 class Verification(NamedTuple):
-    """Largest difference of the outputs, relative to the largest output of the masked dense network."""
+    """Largest difference of the outputs, relative to how much the masked dense network's vary over the batch (to the largest
+    of them where there is one sample only)."""
 
     error: float
     tolerance: float
@@ -117,7 +119,8 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     """Compare `small` with `model` in which nothing reads the removed channels any more, in eval mode.
 
     The reference is the dense network with the weights that read removed channels set to zero; layers that mix channels see the
-    surviving ones only. `dtype=None` computes in the model's own. `tolerance` is relative to the largest output.
+    surviving ones only. `dtype=None` computes in the model's own. `tolerance` is relative to how much the outputs vary
+    over the batch (to the largest where there is one sample).
 
     Raises VerifyError if the outputs differ by more, have other shapes, or are not finite.
     """
@@ -141,6 +144,13 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
         if not bool(a.isfinite().all()):
             raise VerifyError("the dense network's output is not finite on these inputs: give verify others")
         scale = float(a.abs().max()) or 1.0
+        if len(a) > 1:
+            spread = float((a - a[:1]).abs().max())
+            if spread < 1e-7 * scale:
+                warnings.warn("verify: the output hardly depends on these inputs, which proves little: the network is "
+                              "untrained or the inputs are alike", stacklevel=2)
+            else:
+                scale = spread
         error = float((a - b).abs().max()) / scale
         worst = max(worst, error) if error == error else float("nan")
     if not worst <= limit:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .labels import NOTHING, Carried, Ids, Label, along, collapsed, fibres
+from .meta import inferred
 from .ops import Call, pooling, rule_for, tensors_in
 
 CARRIED = "_narrower_carried"
@@ -71,7 +72,9 @@ class Recording(TorchDispatchMode):
                 self.seen.add(self.tensors[id(t)])
         before = self.of(args[0]) if args and isinstance(args[0], Tensor) else NOTHING
         try:
-            out = func(*args, **kwargs)
+            out = None if kwargs else inferred(name, func._schema.name[-1] == "_", args)
+            if out is None:
+                out = func(*args, **kwargs)
         except Exception:
             self.failed = self.where()
             raise

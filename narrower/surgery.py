@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,6 +146,46 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+CUSTOM = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
+PLAIN = (int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size, FunctionType)
+
+
 def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A deep copy in which the tensors with these ids are replaced and not copied."""
-    return copy.deepcopy(model, dict(tensors))  # type: ignore[arg-type]
+    """A deep copy in which the tensors with these ids are replaced and not copied.
+
+    The same as copy.deepcopy with a memo, but several times faster: it copies the tables of a module itself and hands only what
+    is not plain to copy.deepcopy. Modules with a `__deepcopy__` or `__reduce__` of their own go there whole.
+    """
+    memo: dict[int, Any] = dict(tensors)
+    return copied_module(model, memo)
+
+
+def copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    kind = type(module)
+    if id(module) in memo:
+        return memo[id(module)]  # type: ignore[no-any-return]
+    if any(n in vars(c) for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch.") for n in CUSTOM):
+        return copy.deepcopy(module, memo)
+    new: nn.Module = kind.__new__(kind)
+    memo[id(module)] = new
+    table = new.__dict__
+    for name, value in module.__dict__.items():
+        table[name] = copied_value(value, memo)
+    return new
+
+
+def copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, PLAIN):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, nn.Module):
+        return copied_module(value, memo)
+    if type(value) in (dict, OrderedDict):
+        new = memo[id(value)] = type(value)()
+        for k, v in value.items():
+            new[k if isinstance(k, PLAIN) else copy.deepcopy(k, memo)] = copied_value(v, memo)
+        return new
+    if type(value) is tuple and all(isinstance(v, PLAIN) for v in value):
+        return value
+    return copy.deepcopy(value, memo)

@@ -105,18 +105,33 @@ class Job:
 
 
 def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Reporter) -> Job:
-    """Find the images and complete the settings with what they and the network say."""
+    """Find the images and complete the settings: with what these and the network say, and with absolute paths."""
     data = open_images(settings, report)
     channels, height, width = data.input_size
     reading = reading_of(settings)
+    unlimited = settings.prune.macs is None and settings.prune.params is None and settings.prune.remove is None
     settings = replace(
         settings,
-        model=replace(settings.model, num_classes=settings.model.num_classes or data.num_classes, in_chans=channels),
-        data=replace(
-            settings.data, img_size=height if height == width else None, mean=list(reading.mean), std=list(reading.std)
+        model=replace(
+            settings.model,
+            num_classes=settings.model.num_classes or data.num_classes,
+            in_chans=channels,
+            checkpoint=absolute(settings.model.checkpoint),
         ),
+        data=replace(
+            settings.data,
+            data_dir=absolute(settings.data.data_dir),
+            img_size=height if height == width else None,
+            mean=list(reading.mean),
+            std=list(reading.std),
+        ),
+        prune=replace(settings.prune, macs=0.5) if unlimited else settings.prune,
     )
     return Job(settings, data, run, accelerator, report)
+
+
+def absolute(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path else None
 
 
 def reading_of(settings: Settings) -> Reading:

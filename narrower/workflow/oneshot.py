@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -15,39 +14,40 @@ from ..data import Batch, batches, mix
 from ..errors import ConfigError
 from .job import Job
 
-DATA = ("hrank", "taylor")
+LOOKING = ("hrank", "taylor")
 """Methods that look at images."""
 
 
-def score(method: str, model: nn.Module, graph: narrower.Graph, images: Iterable[Batch], seed: int = 0) -> Any:
-    """The scores of `method`, from images where it needs them.
+def score(
+    given: PruneConfig, model: nn.Module, graph: narrower.Graph, images: Iterable[Batch], seed: int = 0
+) -> narrower.Scores:
+    """The scores of the method that the settings name, from images where it needs them.
 
     Raises:
         ConfigError: no method has that name.
     """
-    simple: dict[str, Callable[[], Any]] = {
-        "hrank": lambda: narrower.hrank(model, graph, images),
+    methods: dict[str, Callable[[], narrower.Scores]] = {
+        "hrank": lambda: narrower.hrank(model, graph, images, macs=given.macs, params=given.params),
         "taylor": lambda: narrower.taylor(model, graph, images, F.cross_entropy),
         "magnitude": lambda: narrower.magnitude(model, graph),
         "fpgm": lambda: narrower.fpgm(model, graph),
         "bn_scale": lambda: narrower.bn_scale(model, graph),
         "random": lambda: narrower.random(graph, seed),
     }
-    if method not in simple:
-        raise ConfigError(f"no method is called {method!r}: take one of {', '.join(METHODS)}")
-    return simple[method]()
+    if given.method not in methods:
+        raise ConfigError(f"no method is called {given.method!r}: take one of {', '.join(METHODS)}")
+    return methods[given.method]()
 
 
-def trial_scores(method: str, model: nn.Module, graph: narrower.Graph) -> Any:
+def trial_scores(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> narrower.Scores:
     """Scores without images, to try the plan before anything is trained."""
-    return narrower.random(graph) if method in DATA else score(method, model, graph, [])
+    return narrower.random(graph) if given.method in LOOKING else score(given, model, graph, [])
 
 
-def make_plan(given: PruneConfig, graph: narrower.Graph, scores: Any) -> narrower.Plan:
-    """The plan that the settings ask for; half the MACs where they name no budget."""
-    nothing = given.macs is None and given.params is None and given.remove is None
+def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores) -> narrower.Plan:
+    """The plan that the settings ask for."""
     return narrower.plan(
-        graph, scores, macs=0.5 if nothing else given.macs, params=given.params, remove=given.remove,
+        graph, scores, macs=given.macs, params=given.params, remove=given.remove,
         round_to=given.round_to, exclude=given.exclude, min_channels=given.min_channels,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def narrowed(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
     _ = job.data.train  # decoded before the clock runs
     with job.stage("score") as facts:
         images = job.report.watch(sample(job, given.images), f"scoring ({given.method})", given.images)
-        scores = score(given.method, model, graph, images, job.settings.run.seed)
+        scores = score(given, model, graph, images, job.settings.run.seed)
         facts["method"] = given.method
     with job.stage("plan") as facts:
         plan = make_plan(given, graph, scores)

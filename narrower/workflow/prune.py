@@ -60,7 +60,7 @@ def prune(job: Job) -> Result:
     with job.stage("trace", busy="tracing") as facts:
         graph = narrower.trace(model, job.example)
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
-    make_plan(job.settings.prune, graph, trial_scores(job.settings.prune.method, model, graph))  # fails before training
+    make_plan(job.settings.prune, graph, trial_scores(job.settings.prune, model, graph))  # fails before training
     job.run.claim(job.settings.flat())
     dense_top1 = prepare_dense(job, model)
     folder = job.run.folder
