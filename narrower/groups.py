@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -134,7 +134,7 @@ class Graph:
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Columns under a header: the first and last to the left, numbers to the right."""
     widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     last = len(widths) - 1

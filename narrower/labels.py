@@ -30,12 +30,14 @@ class Label(NamedTuple):
 
 class Carried(NamedTuple):
     """All that is known of one tensor: labels, whether its values are the same everywhere (or random), whether it is a
-    view that shares memory, and the pooling (its number in the forward) that it comes from."""
+    view that shares memory, the pooling (its number in the forward) that it comes from, and along which dimensions its values
+    are even, because it was expanded there."""
 
     labels: tuple[Label, ...] = ()
     uniform: bool = False
     view: bool = False
     pool: int = -1
+    even: tuple[int, ...] = ()
 
 
 NOTHING = Carried()

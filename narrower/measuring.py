@@ -118,8 +118,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
     finally:
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
-        for m, mode in training.items():
-            m.training = mode
+        for module, mode in training.items():
+            module.training = mode
     if not seen:
         raise DataError("recalibrate got no batches")
     return seen

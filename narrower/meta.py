@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNARY = frozenset("relu silu gelu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu mish relu6 clone".split())
-BINARY = frozenset("add sub mul div".split())
+UNARY = {
+    "relu", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "mish", "clone",
+}
+BINARY = {"add", "sub", "mul", "div"}
 
 
 def blank(like: Tensor, shape: Sequence[int]) -> Tensor:

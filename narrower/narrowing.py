@@ -155,7 +155,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
         worst = max(worst, error) if error == error else float("nan")
     if not worst <= limit:
         raise VerifyError(f"the narrow network differs from the masked dense one by {worst:.1e} of the output (tolerance "
-                          f"{limit:.0e} in {kind}): it was changed after narrowing, or this is a fault of narrower; please report it")
+                          f"{limit:.0e} in {kind}): it was changed after narrowing, or narrower is at fault: please report it")
     return Verification(worst, limit, kind)
 
 

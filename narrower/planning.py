@@ -372,6 +372,6 @@ def unreachable(graph: Graph, model: CostModel, running: Running, targets: Mappi
     layers = ", ".join(f"{t} {costs[t]:,.0f}" for t in largest)
     pinned = f"; pinned: {'; '.join(in_way)}" if in_way else ""
     return BudgetError(
-        f"{kind}={targets[kind]:,.0f} ({targets[kind] / dense[kind]:.1%} of {dense[kind]:,.0f}) cannot be reached: the least is "
-        f"{running.now[kind]:,.0f} ({running.now[kind] / dense[kind]:.1%}). What remains is mostly {layers}{pinned}"
+        f"{kind}={targets[kind]:,.0f} ({targets[kind] / dense[kind]:.1%} of {dense[kind]:,.0f}) cannot be reached: the least "
+        f"is {running.now[kind]:,.0f} ({running.now[kind] / dense[kind]:.1%}). What remains is mostly {layers}{pinned}"
     )

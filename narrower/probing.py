@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .calls import Call
 from .groups import Graph
-from .labels import Ids, Label
-from .ops import Call
-from .recording import Recording, Trace
+from .labels import Carried, Ids, Label
+from .recording import Recording, Trace, numbers_of
 from .solving import Solution
-from .surgery import Keep, Selection, fit, selections, sliced, undone
+from .surgery import Keep, Selection, fit, sliced
 from .ties import components
 
 
@@ -28,9 +28,18 @@ class Mismatch(Exception):
 class Probe(Recording):
     """Carries the surviving units through a narrowed forward; any disagreement is a Mismatch."""
 
-    def __init__(self, model: nn.Module, dense: Trace, solution: Solution, cuts: Mapping[str, list[Selection]]) -> None:
+    def __init__(self, model: nn.Module, dense: Trace, solution: Solution, keep: Keep,
+                 cuts: Mapping[str, list[Selection]]) -> None:
         super().__init__(model, dense.axes)
         self.dense, self.unit, self.cuts = dense, solution.unit, cuts
+        self.alive_units = np.ones(len(solution.group_of) + 1, dtype=bool)
+        for g, group in enumerate(solution.graph.groups):
+            if group.name in keep:
+                gone = np.ones(group.size, dtype=bool)
+                gone[keep[group.name]] = False
+                of_group = np.nonzero(solution.group_of == g)[0]
+                self.alive_units[of_group[gone[solution.channel_of[of_group]]]] = False
+        self.same: dict[tuple[int, int], tuple[Ids, Ids, bool]] = {}
 
     def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
         """Units of what is left of an axis."""
@@ -41,8 +50,8 @@ class Probe(Recording):
         ids = self.unit[start:start + self.axes.size[key]]
         for s in self.cuts.get(name, ()):
             if s.dim == dim:
-                width = len(ids) // len(s.index)
-                ids = ids[(s.index + width * np.arange(len(s.index))[:, None]).reshape(-1)]
+                width = len(ids) // len(s.rows)
+                ids = ids[(s.rows + width * np.arange(len(s.rows))[:, None]).reshape(-1)]
         if len(ids) != size * blocks:
             # a depthwise weight: as many blocks as channels are left
             raise Mismatch(ids, f"{name} has another size when narrow")
@@ -65,29 +74,63 @@ class Probe(Recording):
             bad = x != y
             raise Mismatch(np.concatenate([x[bad], y[bad]]), f"other channels meet when narrow ({self.where()})")
 
-    def pin(self, labels: Sequence[Label], reason: str) -> None: ...
-    def tie(self, label: Label) -> None: ...
-    def mix(self, call: Call, label: Label, dim: int) -> None: ...
-    def role(self, label: Label | None, role: str) -> None: ...
-    def use(self, label: Label | None, positions: float) -> None: ...
-    def reads(self, label: Label, source: Tensor, pool: int) -> None: ...
-
-    def scalars(self, call: Call, numbers: Sequence[float], labels: Sequence[Label]) -> None:
-        """A number computed from a width (a scale by 1 / sqrt(channels)) would change what the others compute."""
-        if labels and self.dense.numbers.get((call.name, call.number), numbers) != numbers:
-            ids = np.concatenate([x.ids.reshape(-1) for x in labels])
-            raise Mismatch(ids, f"a factor is computed from the number of channels ({self.where()})")
-
     def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
         """A view splits channels: only the dimension that the trace took as free may have another size now."""
-        dense = self.dense.splits.get(call.number)
-        free = self.dense.choices.get(call.number, dims[-1])
-        if dense is None or len(dense) != len(new):
+        free = self.dense.choices.get(call.place, dims[-1])
+        dense = self.dense.log[call.place].shapes[0] if call.place < len(self.dense.log) else ()
+        if self.dense.splits.get(call.place) != tuple(dims) or len(dense) != len(new):
             raise Mismatch(np.zeros(0, int), f"other shapes when narrow ({self.where()})")
         changed = [d for d in dims if dense[d] != new[d]]
         if changed and changed != [free]:
-            raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (call.number, changed[0]))
+            raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (call.place, changed[0]))
         return free
+
+    def refused(self, name: str, args: Sequence[Any]) -> None:
+        """A call failed: if it is a view that splits channels, its sizes may tell that another dimension shrinks."""
+        dims = self.dense.splits.get(self.place)
+        if dims and name in ("view", "_unsafe_view", "reshape") and len(args) > 1:
+            dense, now = self.dense.log[self.place].shapes[0], args[1]
+            changed = [d for d in dims if d < len(now) and now[d] != dense[d]]
+            if len(now) == len(dense) and len(changed) == 1:
+                raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (self.place, changed[0]))
+
+    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+        """The same call as in the dense forward, with the same numbers; what comes out has the surviving channels, in order."""
+        def wrong(reason: str) -> Mismatch:
+            ids = [x.ids.reshape(-1) for c in (*self.carried_in(), *carried) for x in c.labels]
+            return Mismatch(np.concatenate(ids) if ids else np.zeros(0, int), f"{reason} when narrow ({self.where()})")
+
+        if call.place >= len(self.dense.log) or self.dense.log[call.place].name != call.name:
+            raise wrong("other operators run")
+        event = self.dense.log[call.place]
+        if event.numbers != numbers_of(call):
+            raise wrong(f"{call.name} gets other numbers")
+        for t, now, shape, was in zip(outs, carried, event.shapes, event.carried, strict=False):
+            if now.uniform and was.uniform and not now.labels:
+                continue
+            free = {x.free for x in was.labels}
+            if len(t.shape) != len(shape) or any(
+                a != b and d not in free and d not in now.even for d, (a, b) in enumerate(zip(t.shape, shape, strict=True))
+            ):
+                raise wrong(f"{call.name} gives another shape")
+            if [x.free for x in now.labels] != [x.free for x in was.labels]:
+                raise wrong(f"{call.name} treats channels differently")
+            for a, b in zip(now.labels, was.labels, strict=True):
+                if not self.survives(a.ids, b):
+                    raise wrong(f"{call.name} gives other channels")
+
+    def survives(self, now: Ids, dense: Label) -> bool:
+        """Whether `now` is what is left of the dense ids, in the same order."""
+        key = (id(now), id(dense.ids))
+        if key not in self.same:
+            units = np.moveaxis(self.unit[dense.ids], dense.free, -1)
+            alive = self.alive_units[units]
+            counts = alive.sum(-1)
+            moved = np.moveaxis(now, dense.free, -1)
+            left = units[alive]
+            fits = (counts == moved.shape[-1]).all() and moved.shape[:-1] == units.shape[:-1]
+            self.same[key] = (now, dense.ids, bool(fits and np.array_equal(left.reshape(moved.shape), moved)))
+        return self.same[key][2]
 
 
 def trial(graph: Graph, seed: int = 0) -> Keep:
@@ -109,18 +152,8 @@ def trial(graph: Graph, seed: int = 0) -> Keep:
 def narrowed_in_place(model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[str, list[Selection]]) -> list[Any]:
     """Fit the tracing copy to the cut shapes; tied tensors stay one object."""
     done: dict[int, Tensor] = {}
-    new: dict[str, Tensor] = {}
-    for name, t in tensors.items():
-        if name in cuts:
-            if id(t) not in done:
-                small = sliced(t.detach(), cuts[name])
-                done[id(t)] = nn.Parameter(small, requires_grad=False) if isinstance(t, nn.Parameter) else small
-        if id(t) in done:
-            new[name] = done[id(t)]
-    for name, t in tensors.items():  # other names of a tied tensor that were met before it was cut
-        if id(t) in done:
-            new[name] = done[id(t)]
-    return fit(model, new)
-
-
-__all__ = ["Mismatch", "Probe", "narrowed_in_place", "selections", "trial", "undone"]
+    for name, cut in cuts.items():
+        t = tensors[name]
+        small = sliced(t.detach(), cut)
+        done[id(t)] = nn.Parameter(small, requires_grad=False) if isinstance(t, nn.Parameter) else small
+    return fit(model, {name: done[id(t)] for name, t in tensors.items() if id(t) in done})

@@ -1,7 +1,7 @@
 """The dispatch mode under which a forward runs, and what it collects.
 
-`Recording` sees every ATen call, keeps what each tensor carries, and asks `ops` for the rule. `Trace` collects equations between
-channel ids; the probe (see `probing`) checks them on a narrowed network.
+`Recording` sees every ATen call, keeps what each tensor carries, and asks `ops` for the rule. `Trace` collects equations
+between channel ids; the probe (see `probing`) checks them on a narrowed network.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .calls import Call, at_channels, free_at, tensors_in
 from .labels import NOTHING, Carried, Ids, Label, along, collapsed, fibres
 from .meta import inferred
-from .ops import Call, pooling, rule_for, tensors_in
+from .ops import pooling, rule_for
 
 CARRIED = "_narrower_carried"
 
@@ -52,12 +53,13 @@ class Recording(TorchDispatchMode):
             self.tensors.setdefault(id(t), name)
         self.alive = [t for _, t in named]
         self.conv_groups = {
-            f"{name}.weight": (m.groups, m.transposed)
+            f"{name}.weight": m.groups
             for name, m in model.named_modules()
             if isinstance(m, nn.modules.conv._ConvNd)
         }
         self.counts: Counter[str] = Counter()
-        self.pools = 0
+        self.pools = self.place = 0
+        self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address
         self.seen: set[str] = set()
         self.touched: tuple[Tensor, ...] = ()
         self.failed = ""
@@ -77,40 +79,47 @@ class Recording(TorchDispatchMode):
                 out = func(*args, **kwargs)
         except Exception:
             self.failed = self.where()
+            self.refused(name, args)
             raise
-        call = Call(name, args, kwargs, out, self.counts[name])
+        call = Call(name, args, kwargs, out, self.counts[name], self.place)
         self.counts[name] += 1
+        self.place += 1
+        outs = [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)] if out is not None else []
         if rule is None:
             labels = [x for t in inputs for x in self.of(t).labels]
             if labels:
                 self.pin(labels, f"operator aten.{name} is not known")
+            self.happened(call, outs, [NOTHING] * len(outs))
             return out
         carried = rule(self, call)
         if pooling(name, args):
             carried = [c._replace(pool=self.pools) for c in carried]
             self.pooled(inputs[0])
             self.pools += 1
-        in_place = func._schema.name.endswith("_") and out is args[0]
-        if in_place and before.view and not before.labels and carried[0].labels:
-            self.pin(carried[0].labels, "written in place into a part of a tensor")
-        for t, c in zip([out] if isinstance(out, Tensor) else out, carried, strict=False):
-            if isinstance(t, Tensor):
-                setattr(t, CARRIED, c)
+        if func._schema.name[-1] == "_" and out is args[0] and before.view:
+            self.written[out.untyped_storage()._cdata] = out
+            if not before.labels and carried[0].labels:
+                self.pin(carried[0].labels, "written in place into a part of a tensor")
+        for t, c in zip(outs, carried, strict=False):
+            setattr(t, CARRIED, c)
+        self.happened(call, outs, carried)
         return out
 
     # -------------------------------------------------------------------------------- what a tensor carries
 
     def of(self, t: Any) -> Carried:
-        carried = getattr(t, CARRIED, None)
+        carried: Carried | None = getattr(t, CARRIED, None)
         if carried is not None:
+            if carried.uniform and self.written and t.untyped_storage()._cdata in self.written:
+                return carried._replace(uniform=False)
             return carried
         if id(t) not in self.tensors or not isinstance(t, Tensor):
             return NOTHING
         name = self.tensors[id(t)]
         labels = []
-        groups, transposed = self.conv_groups.get(name, (1, False))
+        groups = self.conv_groups.get(name, 1)
         for dim, size in enumerate(t.shape):
-            if size == 1 and groups == 1 or name in self.conv_groups and dim > 1:
+            if (size == 1 and groups == 1) or (name in self.conv_groups and dim > 1):
                 continue
             ids = self.axis(name, dim, size, groups if dim == 1 else 1)
             if dim == 1 and groups > 1:
@@ -121,13 +130,17 @@ class Recording(TorchDispatchMode):
                 labels.append(Label(along(ids, t.ndim, dim), dim, (name, dim)))
         return Carried(tuple(labels))
 
+    def carried_in(self) -> list[Carried]:
+        """What the inputs of the current call carry, other than parameters as they are."""
+        return [getattr(t, CARRIED) for t in self.touched if hasattr(t, CARRIED)]
+
     def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
         """Flat ids of a convolution weight's read and made channels (through all blocks), None where it has none."""
         second = None
         if id(w) in self.tensors and not hasattr(w, CARRIED):
             name = self.tensors[id(w)]
             first = Label(self.axis(name, 0, w.shape[0], 1), 0, (name, 0))
-            if w.shape[1] > 1 or transposed and blocks < w.shape[0]:
+            if w.shape[1] > 1 or (transposed and blocks < w.shape[0]):
                 second = Label(self.axis(name, 1, w.shape[1], blocks), 0, (name, 1))
             if transposed and blocks > 1 and blocks == w.shape[0]:  # depthwise: what is made goes with what is read
                 return None, Label(first.ids.repeat(w.shape[1]), 0, first.axis)
@@ -166,9 +179,50 @@ class Recording(TorchDispatchMode):
             frame = frame.f_back  # type: ignore[assignment]
         return "model"
 
-    def pooled(self, source: Tensor) -> None: ...
+    # -------------------------------------------------------------------------------- what rules say: see Recorder
+
     def unite(self, a: Ids, b: Ids) -> None: ...
     def pin(self, labels: Sequence[Label], reason: str) -> None: ...
+    def tie(self, label: Label) -> None: ...
+    def mix(self, call: Call, label: Label) -> None: ...
+    def role(self, label: Label | None, role: str) -> None: ...
+    def use(self, label: Label | None, positions: float) -> None: ...
+    def reads(self, label: Label, source: Tensor, pool: int) -> None: ...
+    def pooled(self, source: Tensor) -> None: ...
+    def refused(self, name: str, args: Sequence[Any]) -> None: ...
+    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None: ...
+
+    def constant(self, call: Call, size: int, key: int) -> Ids:
+        raise NotImplementedError
+
+    def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
+        raise NotImplementedError
+
+
+class Event(NamedTuple):
+    """One call of a forward: the plain numbers that it was given, the shapes that came out, and what they carry."""
+
+    name: str
+    numbers: tuple[Any, ...]
+    shapes: list[tuple[int, ...]]
+    carried: list[Carried]
+
+
+# sizes among the arguments of these follow from the widths; the shapes that come out are compared instead
+SIZED = {
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "slice", "split", "split_with_sizes", "empty", "zeros",
+    "ones", "full", "rand", "randn", "arange", "new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided",
+    "as_strided_", "repeat",
+}
+SIZED_UNTIL = {"native_group_norm": 6, "native_layer_norm": 4}
+
+
+def numbers_of(call: Call) -> tuple[Any, ...]:
+    """The arguments of a call that must not depend on widths."""
+    if call.name in SIZED:
+        return ()
+    args = call.args[3:8] if call.name == "convolution" else call.args[SIZED_UNTIL.get(call.name, 0):]
+    return tuple(a for a in args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
 
 
 class Trace(Recording):
@@ -188,9 +242,15 @@ class Trace(Recording):
         self.map_alive: list[Tensor] = []
         self.pool_inputs: list[Ids | None] = []
         self.splits: dict[int, tuple[int, ...]] = {}
-        self.numbers: dict[tuple[str, int], Sequence[float]] = {}
+        self.log: list[Event] = []
+        self.merged: list[tuple[int, str]] = []
+
+    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+        self.log.append(Event(call.name, numbers_of(call), [tuple(t.shape) for t in outs], list(carried)[: len(outs)]))
 
     def unite(self, a: Ids, b: Ids) -> None:
+        if a.size == 1 < b.size:
+            self.merged.append((int(a.reshape(-1)[0]), self.where()))
         if a is not b:
             x, y = np.broadcast_arrays(a, b)
             self.pairs.append((x.reshape(-1), y.reshape(-1)))
@@ -205,10 +265,11 @@ class Trace(Recording):
         for label in labels:
             self.pins.append((label.ids.reshape(-1), f"{reason} ({where})"))
 
-    def mix(self, call: Call, label: Label, dim: int) -> None:
-        others = [d for d in range(label.ids.ndim) if d != dim]
-        flat = collapsed(label, others, self.unite) if call.name != "native_group_norm" else label
-        self.mixers.append((call.name, call.number, dim, flat.ids.reshape(-1)))
+    def mix(self, call: Call, label: Label) -> None:
+        if any(m[:2] == (call.name, call.number) for m in self.mixers[-2:]):
+            self.pin([label], f"{call.name} mixes channels along two dimensions")
+            return
+        self.mixers.append((call.name, call.number, label.free, at_channels(self, label)))
 
     def constant(self, call: Call, size: int, key: int) -> Ids:
         ids = self.axes.ids(("constant", call.name, call.number, key), size)
@@ -217,8 +278,8 @@ class Trace(Recording):
         return ids
 
     def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
-        self.splits[call.number] = tuple(new)
-        return self.choices.get(call.number, dims[-1])
+        self.splits[call.place] = tuple(dims)
+        return self.choices.get(call.place, dims[-1])
 
     def role(self, label: Label | None, role: str) -> None:
         if label is not None and label.axis is not None:
@@ -227,9 +288,6 @@ class Trace(Recording):
     def use(self, label: Label | None, positions: float) -> None:
         if label is not None and label.axis is not None:
             self.uses[label.axis[0]] += round(positions)
-
-    def scalars(self, call: Call, numbers: Sequence[float], labels: Sequence[Label]) -> None:
-        self.numbers[call.name, call.number] = numbers
 
     def reads(self, label: Label, source: Tensor, pool: int) -> None:
         """A convolution reads `source`: its maps are seen there, or before the pooling that it comes from."""
@@ -246,9 +304,8 @@ class Trace(Recording):
                 self.map_alive.append(source)
 
     def pooled(self, source: Tensor) -> None:
-        labels = [x for x in self.of(source).labels if x.free == 1]
-        self.pool_inputs.append(None if not labels else collapsed(
-            labels[0], [d for d in range(source.ndim) if d != 1], self.unite).ids.reshape(-1))
+        labels = free_at(self.of(source), 1)
+        self.pool_inputs.append(at_channels(self, labels[0]) if labels else None)
 
 
 @torch.no_grad()

@@ -89,15 +89,16 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
         rank[order] = np.arange(len(order))
         group_of[chosen] = rank[inverse.reshape(-1)]
         for g in range(len(order)):
-            members = chosen[group_of[chosen] == g]
-            channel_of[members] = np.arange(len(members))
-            sizes.append(len(members))
+            mine = chosen[group_of[chosen] == g]
+            channel_of[mine] = np.arange(len(mine))
+            sizes.append(len(mine))
             layers.append([])
-            r = reason[members[0]]
+            r = reason[mine[0]]
             group_reason.append(None if r < 0 else reasons[r])
         for (tensor, _), start, size in makers:
             for g in np.unique(group_of[unit[start:start + size]]):
                 layers[g].append(tensor.rpartition(".")[0] or tensor)
+    together = {int(unit[i]): f"its channels can only go together ({where})" for t in traces for i, where in t.merged}
     taken: dict[str, int] = {}
     for g in range(len(sizes)):
         base = layers[g][0]
@@ -106,7 +107,7 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
         if group_reason[g] is None and names[g] in pinned:
             group_reason[g] = pinned[names[g]]
         if group_reason[g] is None and sizes[g] < 2:
-            group_reason[g] = "a single channel"
+            group_reason[g] = together.get(int(np.nonzero(group_of == g)[0][0]), "a single channel")
     slices: list[list[Slice]] = [[] for _ in sizes]
     for key, start in axes.start.items():
         if key[0] == "constant":

@@ -106,7 +106,7 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(meta, dict) or type(meta.get("format")) is not int:
         raise StorageError(f"{path} is not a file of narrower")
     if meta["format"] > FORMAT:
-        raise StorageError(f"{path} has format {meta['format']}, this version of narrower reads up to {FORMAT}: update narrower")
+        raise StorageError(f"{path} has format {meta['format']}, this version reads up to {FORMAT}: update narrower")
     for key, check in (("dense", shape_table), ("shapes", shape_table), ("tied", name_table)):
         if not check(meta.get(key)):
             raise StorageError(f"{path} is damaged: {key!r} is missing or not what save writes")

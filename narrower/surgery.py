@@ -22,7 +22,7 @@ class Selection(NamedTuple):
     """Positions that stay along one dimension, shape (blocks, kept): one row, or one for each group of a convolution."""
 
     dim: int
-    index: np.ndarray
+    rows: np.ndarray
 
 
 def selections(graph: Graph, keep: Keep) -> dict[str, list[Selection]]:
@@ -49,13 +49,13 @@ def selections(graph: Graph, keep: Keep) -> dict[str, list[Selection]]:
 def sliced(t: Tensor, chosen: Iterable[Selection]) -> Tensor:
     """The part of `t` that stays; same dtype, device and memory format."""
     # blocks refer to the dense dimension 0, so dimensions that are read in blocks go first
-    for dim, index in sorted(chosen, key=lambda s: -len(s.index)):
+    for dim, rows in sorted(chosen, key=lambda s: -len(s.rows)):
+        index = torch.as_tensor(rows, device=t.device)
         if len(index) == 1:
-            t = t.index_select(dim, torch.as_tensor(index[0], device=t.device))
+            t = t.index_select(dim, index[0])
         else:
             parts = t.chunk(len(index), dim=0)
-            rows = torch.as_tensor(index, device=t.device)
-            t = torch.cat([p.index_select(dim, rows[k]) for k, p in enumerate(parts)], dim=0)
+            t = torch.cat([p.index_select(dim, index[k]) for k, p in enumerate(parts)], dim=0)
     return t
 
 
@@ -86,7 +86,7 @@ def mirrored(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> dict[st
     if isinstance(module, nn.Embedding) and shape:
         return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
     if hasattr(module, "normalized_shape") and shape:
-        return {"normalized_shape": type(module.normalized_shape)(shape)}  # type: ignore[call-arg, operator]
+        return {"normalized_shape": type(module.normalized_shape)(shape)}
     return {}
 
 
@@ -163,7 +163,7 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 def copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     kind = type(module)
     if id(module) in memo:
-        return memo[id(module)]  # type: ignore[no-any-return]
+        return memo[id(module)]
     if any(n in vars(c) for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch.") for n in CUSTOM):
         return copy.deepcopy(module, memo)
     new: nn.Module = kind.__new__(kind)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from .errors import TraceError
 from .groups import Graph
-from .probing import Mismatch, Probe, narrowed_in_place, selections, trial, undone
+from .probing import Mismatch, Probe, narrowed_in_place, trial
 from .recording import Axes, Recording, Trace, run
 from .solving import Solution, solve
-from .surgery import duplicate, named_tensors
+from .surgery import duplicate, named_tensors, selections, undone
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -37,8 +37,8 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments, as the model takes them (only
     their shapes and dtypes matter, unless the forward branches on data). The model is not touched: a copy with meta
-    tensors runs, in eval mode, and in train mode as well where that uses other layers. `allow_inexact=False` pins the groups that a
-    layer normalises or pools across (their removal changes that layer by definition).
+    tensors runs, in eval mode, and in train mode as well where that uses other layers. `allow_inexact=False` pins the groups
+    that a layer normalises or pools across (their removal changes that layer by definition).
 
     Raises TraceError if the forward fails, if there is nothing to narrow, or for a wrapped (DDP, compiled) model.
     """
@@ -175,7 +175,7 @@ class Tracer:
             try:
                 self.outputs(second)
                 traces["train"] = second
-            except Exception as e:  # noqa: BLE001 - whatever the user's code raises
+            except Exception as e:
                 self.notes = [f"layers that only training uses could not be traced ({type(e).__name__}: {e})"]
             finally:
                 self.stage.model.eval()
@@ -203,13 +203,13 @@ class Tracer:
             for mode, dense in traces.items():
                 self.probing_train = mode == "train"
                 self.stage.model.train(self.probing_train)
-                probe = Probe(self.stage.model, dense, solution, cuts)
+                probe = Probe(self.stage.model, dense, solution, keep, cuts)
                 try:
                     shapes = self.outputs(probe)
                 except Mismatch:
                     raise
                 except Exception as e:
-                    ids = [x.ids.reshape(-1) for t in probe.touched for x in probe.of(t).labels]
+                    ids = [x.ids.reshape(-1) for c in probe.carried_in() for x in c.labels]
                     where = probe.failed or "outside of an operator"
                     raise Mismatch(np.concatenate(ids) if ids else np.zeros(0, int),
                                    f"the forward fails when narrow: {short(e)} ({where})") from e

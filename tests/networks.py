@@ -644,9 +644,9 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "instance_statistics": (
         lambda: chain(unit(3, 12), nn.InstanceNorm2d(12, affine=True, track_running_stats=True), Head(12)), None),
     "channels_last_flatten": (
-        lambda: Trap(lambda m, x: m.fc(x.permute(0, 2, 3, 1).flatten(1)).view(-1, 6, 1, 1), 6, fc=nn.Linear(768, 6)), None),
+        lambda: Trap(lambda m, x: m.fc(x.permute(0, 2, 3, 1).flatten(1))[:, :, None, None], 6, fc=nn.Linear(768, 6)), None),
     "rows_of_channels": (
-        lambda: Trap(lambda m, x: m.fc(x.transpose(1, 2).reshape(len(x), 8, 96)).transpose(1, 2).unsqueeze(3), 6,
+        lambda: Trap(lambda m, x: m.fc(x.transpose(1, 2).reshape(len(x), 8, -1)).transpose(1, 2).unsqueeze(3), 6,
                      fc=nn.Linear(96, 6)), None),
     "sliced_weight": (
         lambda: Trap(lambda m, x: F.conv2d(x, m.conv.weight[:9, :12]), 9, conv=nn.Conv2d(16, 14, 1, bias=False)), "."),
@@ -661,7 +661,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "scattered": (lambda: Trap(lambda m, x: torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x), "."),
     "bilinear": (
         lambda: Trap(lambda m, x: m.both(x.mean((2, 3)), x.amax((2, 3)))[:, :, None, None], 6, both=nn.Bilinear(12, 12, 6)),
-        None),
+        "trilinear"),
     "checkpointed": (
         lambda: Trap(lambda m, x: checkpoint.checkpoint(m.inner, x, use_reentrant=False), 7, inner=unit(12, 7)),
         None),

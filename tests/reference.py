@@ -157,7 +157,7 @@ def mask_mixers(masked: nn.Module, small: nn.Module, index: Mapping[str, Tensor]
             group = (kept // (m.num_channels // m.num_groups)).reshape(m.num_groups, -1)
             assert bool((group == group[:, :1]).all()), f"{name}: channels have changed their group"
         dim = -len(m.normalized_shape) if isinstance(m, nn.LayerNorm) else 1
-        m.forward = on_survivors(small.get_submodule(name), kept, dim)  # type: ignore[assignment]
+        m.forward = on_survivors(small.get_submodule(name), kept, dim)
 
 
 @torch.no_grad()
