@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
@@ -500,7 +499,7 @@ def filled(m: Any, x: Tensor) -> Tensor:
 
 
 def pixels_by_width(m: Any, x: Tensor) -> Tensor:
-    return x[..., : min(8, x.shape[1])]
+    return x[..., : x.shape[1] - 4]
 
 
 def pooled_by_width(m: Any, x: Tensor) -> Tensor:
@@ -589,7 +588,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "shuffle_by_3": (lambda: Trap(lambda m, x: shuffle(x, 3)), None),
     "shuffle_fixed_width": (
         lambda: Trap(lambda m, x: x.view(len(x), 2, 6, 8, 8).transpose(1, 2).reshape(len(x), 12, 8, 8)), "fails when narrow"),
-    "hard_coded_view": (HardCoded, "512"),
+    "hard_coded_view": (HardCoded, "HardCoded"),
     "split_by_numbers": (lambda: Trap(lambda m, x: torch.cat([x.split([5, 7], 1)[1].relu(), x.split([5, 7], 1)[0]], 1)),
                          "split"),
     "slices_by_numbers": (lambda: Trap(lambda m, x: torch.cat([x[:, 7:], x[:, :7] * 2], 1)), "."),
@@ -607,7 +606,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "shifted": (lambda: Trap(shifted), "."),
     "transpose_added": (lambda: Trap(transpose_added), "."),
     "flipped": (lambda: Trap(lambda m, x: x + x.flip(1)), None),
-    "rolled": (lambda: Trap(lambda m, x: x * x.roll(1, 1)), None),
+    "rolled": (lambda: Trap(lambda m, x: x * x.roll(1, 1)), "."),
     "repeated": (lambda: Trap(lambda m, x: x.repeat(1, 2, 1, 1), 24), None),
     "interleaved": (lambda: Trap(lambda m, x: x.repeat_interleave(2, 1), 24), None),
     "with_itself": (lambda: Trap(lambda m, x: torch.cat([x, x.relu(), x], 1), 36), None),

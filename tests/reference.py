@@ -1,8 +1,8 @@
 """Is a narrow network the dense one without some of its channels? A check that uses no code of the narrowing.
 
-By index coding: every float of a copy of the model is overwritten with its own flat index, the copy is narrowed, and what survives
-tells which original element it was. Two networks then get random weights in float64: the narrow one the surviving elements, the
-dense one the same elements and zero for all others. Their outputs must agree to rounding.
+By index coding: every float of a copy of the model is overwritten with its own flat index, the copy is narrowed, and
+what survives tells which original element it was. Two networks then get random weights in float64: the narrow one the
+surviving elements, the dense one the same elements and zero for all others. Their outputs must agree to rounding.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def on_survivors(inner: nn.Module, kept: Tensor, dim: int) -> Callable[[Tensor],
 
 
 def mask_mixers(masked: nn.Module, small: nn.Module, index: Mapping[str, Tensor], mixers: Mapping[str, str]) -> None:
-    """Norms over channels, and the modules named in `mixers` (with the tensor whose rows are their channels), see the survivors."""
+    """Norms over channels, and the modules named in `mixers` (with the tensor whose rows are their channels), see the
+    survivors only."""
     dense = float_tensors(masked)
     for name, m in masked.named_modules():
         tensor = mixers.get(name)
