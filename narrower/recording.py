@@ -211,8 +211,8 @@ class Event(NamedTuple):
 # sizes among the arguments of these follow from the widths; the shapes that come out are compared instead
 SIZED = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "slice", "split", "split_with_sizes", "empty", "zeros",
-    "ones", "full", "rand", "randn", "arange", "new_empty", "new_zeros", "new_ones", "new_full", "empty_strided", "new_empty_strided",
-    "as_strided_", "repeat",
+    "ones", "full", "rand", "randn", "arange", "new_empty", "new_zeros", "new_ones", "new_full", "empty_strided",
+    "new_empty_strided", "as_strided_", "repeat",
 }
 SIZED_UNTIL = {"native_group_norm": 6, "native_layer_norm": 4}
 
