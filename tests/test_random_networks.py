@@ -1,0 +1,82 @@
+"""Networks that nobody thought of: whatever trace calls free narrows exactly, at the cost that the plan says."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import networks
+import pytest
+import random_networks
+import reference
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from random_networks import LEAVES, Block, Random
+
+import narrower
+
+INPUTS = networks.images(size=12)[:, :, :8]
+
+# What may be pinned in these networks; anything else has been given up for nothing.
+RIGHTLY = r"network output|zero-padded|single channel|can only go together"
+
+requests = st.one_of(
+    st.fixed_dictionaries({"remove": st.sampled_from([0.2, 0.34, 0.5, 0.8, 0.95])}),
+    st.fixed_dictionaries({"macs": st.floats(0.3, 0.95), "round_to": st.sampled_from([1, 1, 2, 4])}),
+    st.fixed_dictionaries({"params": st.floats(0.3, 0.95), "min_channels": st.sampled_from([1, 2])}),
+    st.fixed_dictionaries({"macs": st.floats(0.4, 0.95), "params": st.floats(0.4, 0.95)}),
+)
+
+
+def examine(model: Random, request: dict[str, Any], seed: int) -> None:
+    """All that must hold of one network and one request for it."""
+    torch.manual_seed(seed)
+    graph = narrower.trace(model, INPUTS)
+    for g in graph:
+        assert g.pinned is None or re.search(RIGHTLY, g.pinned), f"{g.name} is pinned: {g.pinned}"
+    if not graph.free:
+        return
+    try:
+        plan = narrower.plan(graph, narrower.random(graph, seed=seed), **request)
+    except narrower.BudgetError:
+        return
+    small = narrower.narrow(model, plan)
+    assert reference.params(small) == plan.params[1] <= plan.params[0] == reference.params(model)
+    assert reference.macs(model, INPUTS) == pytest.approx(plan.macs[0])
+    assert reference.macs(small, INPUTS) == pytest.approx(plan.macs[1])
+    for kind in ("macs", "params"):
+        if kind in request:
+            dense, narrow = getattr(plan, kind)
+            assert narrow <= request[kind] * dense * (1 + 1e-9)
+    reference.exact(model, plan, INPUTS)
+    assert [type(m) for m in small.modules()] == [type(m) for m in model.modules()]
+
+
+@given(random_networks.recipes(), st.integers(0, 3), requests, st.integers(0, 999))
+def test_random_network_narrows_exactly(recipe: list[Block], head: int, request: dict[str, Any], seed: int) -> None:
+    examine(Random(recipe, head), request, seed)
+
+
+@given(random_networks.recipes(), st.integers(0, 999))
+@settings(max_examples=settings().max_examples // 2)
+def test_random_network_narrows_twice(recipe: list[Block], seed: int) -> None:
+    model = Random(recipe, 0)
+    first = reference.halved(model, INPUTS, seed, 0.3)
+    small = narrower.narrow(model, first)
+    graph = narrower.trace(small, INPUTS)
+    assume(graph.free)
+    second = narrower.plan(graph, narrower.random(graph, seed), remove=0.4)
+    error = reference.difference(model, lambda m: narrower.narrow(narrower.narrow(m, first), second), INPUTS)
+    assert error < reference.EXACT
+
+
+@pytest.mark.parametrize("option", range(3))
+@pytest.mark.parametrize("kind", [*LEAVES, *random_networks.NESTED])
+def test_each_block_by_itself(kind: str, option: int) -> None:
+    """Between two convolutions: free, and exact."""
+    inner = (Block("conv", 5, 1),) if kind in random_networks.NESTED else ()
+    model = Random([Block("conv", 12, 1), Block(kind, 6, option, inner), Block("conv", 7, 1)], option % 2)
+    examine(model, {"remove": 0.5}, option)
+    graph = narrower.trace(model, INPUTS)
+    assert graph.free and any(not g.exact for g in graph.free) == (kind in random_networks.INEXACT)
