@@ -14,9 +14,6 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from .errors import ConfigError, NarrowerError
 
 try:
-    import accelerate  # noqa: F401
-    import timm  # noqa: F401
-    import yaml  # noqa: F401
     from jsonargparse import ActionYesNo, ArgumentParser, Namespace
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -242,9 +239,7 @@ def make_parser(defaults: dict[str, dict[str, Any]]) -> ArgumentParser:
         if name in ("eval", "inspect"):
             sub.add_argument("run", nargs="?", help="run folder of `narrower prune` or `narrower train`")
         else:
-            sub.add_argument(
-                "--config", action="config", help="YAML with any of these settings, such as a run's config.yaml"
-            )
+            sub.add_argument("--config", action="config", help="YAML with any of these settings, such as a run's config.yaml")
         for group, only in groups:
             add_options(sub, group, only)
         known = {action.dest for action in sub._actions}

@@ -7,9 +7,21 @@ what `--help` says, and perhaps a short flag.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Annotated, Any
 
+from .errors import ConfigError
+
 METHODS = ("hrank", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+
+
+def check(config: Any, **bounds: tuple[float, float]) -> None:
+    """Raise ConfigError where a setting is out of its bounds (both included; None is not checked)."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            allowed = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give a value of {allowed}")
 
 
 @dataclass(frozen=True)
@@ -22,39 +34,39 @@ class ModelConfig:
         "cifar_mobilenet_v1 (the networks of the papers); torchvision/NAME; "
         "package.module:factory or file.py:factory; any other name is timm's",
     ] = "cifar_resnet20"
-    checkpoint: Annotated[str | None, "weights of the dense network (.pt, .pth, .th, .safetensors; no code is run)"] = (
-        None
-    )
+    checkpoint: Annotated[str | None, "weights of the dense network (.pt, .pth, .th, .safetensors; no code is run)"] = None
     pretrained: Annotated[bool, "published weights of timm or torchvision"] = False
     num_classes: Annotated[int | None, "outputs of the network; the data set's number of classes if not given"] = None
     in_chans: Annotated[int, "channels of the images: 3 (RGB) or 1 (grey)"] = 3
-    model_kwargs: Annotated[dict[str, Any], "further arguments of the factory, as JSON: '{\"drop_rate\": 0.1}'"] = (
-        field(default_factory=dict)
+    model_kwargs: Annotated[dict[str, Any], "further arguments of the factory, as JSON: '{\"drop_rate\": 0.1}'"] = field(
+        default_factory=dict
     )
+
+    def __post_init__(self) -> None:
+        check(self, num_classes=(1, inf), in_chans=(1, inf))
+        if self.checkpoint and self.pretrained:
+            raise ConfigError("give either --checkpoint or --pretrained")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """data"""
 
-    data_dir: Annotated[str | None, "folder with train/<class>/ and val/<class>/, or where timm keeps a data set"] = (
-        None
-    )
+    data_dir: Annotated[str | None, "folder with train/<class>/ and val/<class>/, or where timm keeps a data set"] = None
     dataset: Annotated[
         str, "digits (embedded; the default without --data-dir), or a name of timm's: torch/cifar10, hfds/..., wds/..."
     ] = ""
     dataset_download: Annotated[bool, "let timm download the data set"] = False
-    img_size: Annotated[
-        int | None, "pixels; default: images up to 64 px as they are, else what the network expects"
-    ] = None
-    mean: Annotated[
-        list[float] | None, "mean per channel, of pixels in [0, 1]; default: the network's, else ImageNet's"
-    ] = None
+    img_size: Annotated[int | None, "pixels; default: images up to 64 px as they are, else what the network expects"] = None
+    mean: Annotated[list[float] | None, "mean per channel, of pixels in [0, 1]; default: the network's, else ImageNet's"] = None
     std: Annotated[list[float] | None, "standard deviation per channel"] = None
     hflip: Annotated[float, "probability of mirroring a training image (digits are never mirrored)"] = 0.5
-    cache_dir: Annotated[
-        str, "where small images are kept decoded, never in the data folder; 'none' for memory only"
-    ] = "~/.cache/narrower"
+    cache_dir: Annotated[str, "where small images are kept decoded, never in the data folder; 'none' for memory only"] = (
+        "~/.cache/narrower"
+    )
+
+    def __post_init__(self) -> None:
+        check(self, img_size=(1, inf), hflip=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -74,14 +86,16 @@ class TrainConfig:
     channels_last: Annotated[bool, "channels_last memory format: faster on most machines"] = False
     workers: Annotated[int, "processes that read large images (small ones are in memory)", "-j"] = 2
 
+    def __post_init__(self) -> None:
+        check(self, epochs=(0, inf), batch_size=(1, inf), lr=(0, inf), momentum=(0, 1), weight_decay=(0, inf))
+        check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
+
 
 @dataclass(frozen=True)
 class PruneConfig:
     """pruning"""
 
-    method: Annotated[str, "score that says which channels go: hrank, magnitude, fpgm, bn_scale, taylor, random"] = (
-        "hrank"
-    )
+    method: Annotated[str, "score that says which channels go: hrank, magnitude, fpgm, bn_scale, taylor, random"] = "hrank"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
     remove: Annotated[
@@ -89,16 +103,19 @@ class PruneConfig:
         "instead of a budget: fraction of channels to take from each group, or JSON {pattern: fraction}",
     ] = None
     round_to: Annotated[int, "kept widths are multiples of this (8 suits most hardware)"] = 1
-    exclude: Annotated[list[str], "patterns of groups or layers to leave alone, as a JSON list or repeated with +"] = (
-        field(default_factory=list)
+    exclude: Annotated[list[str], "patterns of groups or layers to leave alone, as a JSON list or repeated with +"] = field(
+        default_factory=list
     )
     min_channels: Annotated[int, "channels that every group keeps at least"] = 1
     images: Annotated[int, "training images for scoring"] = 640
     recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
-    dense_epochs: Annotated[
-        int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"
-    ] = 20
+    dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 20
     dense_lr: Annotated[float, "its learning rate"] = 0.1
+
+    def __post_init__(self) -> None:
+        check(self, images=(1, inf), recalibrate=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
+        if self.method not in METHODS:
+            raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Recording(TorchDispatchMode):
         call = Call(name, args, kwargs, out, self.counts[name], self.place)
         self.counts[name] += 1
         self.place += 1
-        outs = [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)] if out is not None else []
+        outs = tensors_in((out,))
         if rule is None:
             labels = [x for t in inputs for x in self.of(t).labels]
             if labels:

@@ -183,6 +183,8 @@ def from_timm(
     except ImportError as error:
         raise ConfigError(f"dataset {name!r} needs timm: pip install 'narrower[cli]'") from error
 
+    if root is None and not name.lower().startswith(("hfds/", "hfids/")):
+        raise ConfigError(f"--dataset {name} needs --data-dir: the folder where the data are, or go to")
     place = None if root is None else str(root)
     try:
         parts = {
@@ -218,9 +220,7 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
 
     def read(split: str) -> Images:
         if not stream and max(size) <= SMALL:
-            images, labels = _decoded(
-                parts[split], size, reading, lambda it, n: watch(it, f"decoding {split} images", n)
-            )
+            images, labels = _decoded(parts[split], size, reading, lambda it, n: watch(it, f"decoding {split} images", n))
             return TensorImages(images, labels, reading.mean, reading.std, max(1, min(size) // 8), reading.flip)
         plain, training = _transforms((reading.channels, height, width), reading)
         if stream:
@@ -243,9 +243,7 @@ def _size(source: Source, stream: bool, large: int) -> tuple[int, int]:
     return large, large
 
 
-def _transforms(
-    size: tuple[int, int, int], reading: Reading
-) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+def _transforms(size: tuple[int, int, int], reading: Reading) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """timm's transforms for evaluation (resize, centre crop) and training (random resized crop, mirror)."""
     from timm.data import create_transform
 
@@ -254,9 +252,7 @@ def _transforms(
     return plain, create_transform(size, is_training=True, hflip=reading.flip, color_jitter=0.0, **common)
 
 
-def _decoded(
-    source: Source, size: tuple[int, int], reading: Reading, watch: Callable[..., Any]
-) -> tuple[Tensor, Tensor]:
+def _decoded(source: Source, size: tuple[int, int], reading: Reading, watch: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     """All images as uint8 `[N, C, H, W]` and their labels, from the cache where it has them."""
     file = _cache_file(source, size, reading)
     if file is not None and file.is_file() and isinstance(source, Files):

@@ -21,7 +21,7 @@ from ..tracing import flattened
 from .rank import rank
 from .simple import magnitude
 
-SETTLED = 0.99  # share of kept channels on which half the images and all of them agree
+SETTLED = 0.975  # share of kept channels on which half the images and all of them agree
 FIRST_CHECK = 32  # images
 
 

@@ -100,7 +100,7 @@ class Job:
                 model, self.data, config, seed=self.settings.run.seed, stage=stage, accelerator=self.accelerator,
                 checkpoint=self.run.folder / file, log=log, watch=self.report.watch,
             )  # fmt: skip
-            facts["top1"] = last["top1"]
+            facts["top1"] = last["top1"] if last else self.evaluate(model)  # no epochs were asked for
         return facts["top1"]
 
 
@@ -139,6 +139,8 @@ def reading_of(settings: Settings) -> Reading:
     given = settings.data
     expected = expected_images(settings.model.model)
     channels = settings.model.in_chans
+    if channels not in (1, 3):
+        raise ConfigError(f"--in-chans {channels}: images have 3 channels (RGB) or 1 (grey)")
     for name, values in (("mean", given.mean), ("std", given.std)):
         if values is not None and len(values) != channels:
             raise ConfigError(f"--{name} has {len(values)} values, the images {channels} channels")

@@ -53,8 +53,6 @@ def check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
 def loaded(job: Job) -> nn.Module:
     """The dense network with the weights that the settings name (checkpoint or published), else its initial ones."""
     given = job.settings.model
-    if given.checkpoint and given.pretrained:
-        raise ConfigError("give either --checkpoint or --pretrained")
     torch.manual_seed(job.settings.run.seed)
     model = dense_network(given, pretrained=given.pretrained)
     if given.checkpoint:

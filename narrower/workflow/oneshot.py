@@ -9,9 +9,8 @@ from torch import nn
 
 import narrower
 
-from ..config import METHODS, PruneConfig
+from ..config import PruneConfig
 from ..data import Batch, batches, mix
-from ..errors import ConfigError
 from .job import Job
 
 LOOKING = ("hrank", "taylor")
@@ -21,11 +20,7 @@ LOOKING = ("hrank", "taylor")
 def score(
     given: PruneConfig, model: nn.Module, graph: narrower.Graph, images: Iterable[Batch], seed: int = 0
 ) -> narrower.Scores:
-    """The scores of the method that the settings name, from images where it needs them.
-
-    Raises:
-        ConfigError: no method has that name.
-    """
+    """The scores of the method that the settings name, from images where it needs them."""
     methods: dict[str, Callable[[], narrower.Scores]] = {
         "hrank": lambda: narrower.hrank(model, graph, images, macs=given.macs, params=given.params),
         "taylor": lambda: narrower.taylor(model, graph, images, F.cross_entropy),
@@ -34,8 +29,6 @@ def score(
         "bn_scale": lambda: narrower.bn_scale(model, graph),
         "random": lambda: narrower.random(graph, seed),
     }
-    if given.method not in methods:
-        raise ConfigError(f"no method is called {given.method!r}: take one of {', '.join(METHODS)}")
     return methods[given.method]()
 
 
@@ -81,8 +74,6 @@ def narrowed(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
         facts["error"] = narrower.verify(model, small, plan, next(sample(job, 4))[0]).error
     if given.recalibrate:
         with job.stage("recalibrate") as facts:
-            stream = job.report.watch(
-                sample(job, given.recalibrate), "renewing BatchNorm statistics", given.recalibrate
-            )
+            stream = job.report.watch(sample(job, given.recalibrate), "renewing BatchNorm statistics", given.recalibrate)
             facts["images"] = narrower.recalibrate(small, stream)
     return small
