@@ -94,7 +94,6 @@ class Job:
             last.update(row)
             self.tell(row)
 
-        _ = self.data.train, self.data.val  # decoded before the clock runs
         with self.stage(stage) as facts:
             train(
                 model, self.data, config, seed=self.settings.run.seed, stage=stage, accelerator=self.accelerator,

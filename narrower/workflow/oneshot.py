@@ -60,7 +60,6 @@ def sample(job: Job, count: int) -> Iterator[Batch]:
 def narrowed(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
     """Score, plan, narrow, verify and recalibrate: the one-shot methods."""
     given = job.settings.prune
-    _ = job.data.train  # decoded before the clock runs
     with job.stage("score") as facts:
         images = job.report.watch(sample(job, given.images), f"scoring ({given.method})", given.images)
         scores = score(given, model, graph, images, job.settings.run.seed)

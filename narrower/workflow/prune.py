@@ -31,6 +31,7 @@ class Result:
 def train_dense(job: Job) -> float:
     """`narrower train`: train the dense network and save it. Its top-1."""
     model = loaded(job)
+    _ = job.data.train, job.data.val
     job.run.claim(job.settings.flat())
     with saved(job, lambda: save_weights(model, job.run.folder / runs.MODEL)):
         return job.train(model, "train", runs.CHECKPOINT, job.settings.train)
@@ -61,6 +62,7 @@ def prune(job: Job) -> Result:
         graph = narrower.trace(model, job.example)
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
     make_plan(job.settings.prune, graph, trial_scores(job.settings.prune, model, graph))  # fails before training
+    _ = job.data.train, job.data.val  # and so do images in memory that cannot be read
     job.run.claim(job.settings.flat())
     dense_top1 = prepare_dense(job, model)
     folder = job.run.folder
