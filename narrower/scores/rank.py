@@ -19,6 +19,9 @@ _EPS = torch.finfo(torch.float32).eps
 _PANEL = 16  # pivots eliminated with the batch fastest, before one matrix product updates the rest
 _GUARD = 0.9  # in tau^2: a rank-deficient row leaves a pivot <= -tau^2, so what lies between is a singular value at tau
 _FAINT = 1e-70  # below this norm of A A^T its square underflows
+# A block that was once allocated (untouched) and freed teaches glibc to keep blocks of up to its size for the next chunk,
+# where it would hand them back to the system: page faults can double the time. Of no consequence elsewhere.
+_KEPT = 24 * 2**20  # bytes; glibc learns up to 32 MB
 
 
 def rank(maps: Tensor) -> Tensor:
@@ -51,6 +54,8 @@ def rank(maps: Tensor) -> Tensor:
     workers = torch.get_num_threads() if on_cpu else 1
     cached = (2**19 if on_cpu else 2**24) // (height * width)
     chunks = flat.split(max(64, min(cached, -(-len(flat) // workers))))
+    if on_cpu:
+        torch.empty(_KEPT, dtype=torch.uint8)
     return torch.cat(_in_threads(_count, chunks, workers)).reshape(batch).to(maps.device)
 
 
