@@ -169,7 +169,7 @@ class Tracer:
             raise RealNeeded from e
         traces = {"eval": first}
         idle = self.parameters - first.seen
-        if any(n.rpartition(".")[0] + ".bias" not in first.seen for n in idle):
+        if idle:
             second = Trace(self.stage.model, axes, self.choices["train"])
             self.stage.model.train()
             try:

@@ -205,7 +205,11 @@ class Random(nn.Module):
         return (self.head(x), self.second(x)) if self.kind == 3 else self.head(x)
 
 
-LEAVES = ["conv", "bare", "option_a", "dense", "depthwise", "grouped", "squeeze_excite", "shuffle_unit", "shuffle", "chunked", "glu", "crelu", "pool", "up", "pixels", "tokens", "attention", "selective", "twice", "prelu", "instance_norm", "group_norm", "layer_norm", "halves", "maxout", "flip"]
+LEAVES = [
+    "conv", "bare", "option_a", "dense", "depthwise", "grouped", "squeeze_excite", "shuffle_unit", "shuffle", "chunked",
+    "glu", "crelu", "pool", "up", "pixels", "tokens", "attention", "selective", "twice", "prelu", "instance_norm",
+    "group_norm", "layer_norm", "halves", "maxout", "flip",
+]
 NESTED = ("residual_of", "concatenate", "product", "unet")
 INEXACT = ("group_norm", "layer_norm")
 

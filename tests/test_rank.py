@@ -60,9 +60,7 @@ def assert_same(maps: Tensor) -> None:
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**32),
 )
-def test_any_shape_and_rank(
-    batch: list[int], height: int, width: int, inner: int, dtype: torch.dtype, seed: int
-) -> None:
+def test_any_shape_and_rank(batch: list[int], height: int, width: int, inner: int, dtype: torch.dtype, seed: int) -> None:
     assert_same(low_rank(*batch, height, width, inner=inner, seed=seed).to(dtype))
 
 
