@@ -218,7 +218,6 @@ COMMANDS: dict[str, tuple[Command, str, list[tuple[type, tuple[str, ...]]]]] = {
         [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, EVALUATING), (RunConfig, ("device",))],
     ),
 }
-# In `prune` the training flags are those of the fine-tuning.
 DEFAULTS = {"prune": {"epochs": 10, "lr": 0.02}}
 EXAMPLES = {
     "inspect": "narrower inspect --model cifar_resnet56",
@@ -241,16 +240,17 @@ def make_parser(defaults: dict[str, dict[str, Any]]) -> ArgumentParser:
         else:
             sub.add_argument("--config", action="config", help="YAML with any of these settings, such as a run's config.yaml")
         for group, only in groups:
-            add_options(sub, group, only)
+            tuning = name == "prune" and group is TrainConfig
+            add_options(sub, group, only, "fine-tuning" if tuning else group.__doc__ or "")
         known = {action.dest for action in sub._actions}
         sub.set_defaults({key: value for key, value in defaults.get(name, {}).items() if key in known})
         commands.add_subcommand(name, sub, help=summary)
     return parser
 
 
-def add_options(parser: ArgumentParser, group: type, only: Sequence[str]) -> None:
+def add_options(parser: ArgumentParser, group: type, only: Sequence[str], title: str) -> None:
     """A flag for each field (of those in `only`) of a dataclass of `config`."""
-    section = parser.add_argument_group(group.__doc__ or "")
+    section = parser.add_argument_group(title)
     hints = get_type_hints(group, include_extras=True)
     for item in fields(group):
         if only and item.name not in only:

@@ -103,7 +103,7 @@ class PruneConfig:
         "instead of a budget: fraction of channels to take from each group, or JSON {pattern: fraction}",
     ] = None
     round_to: Annotated[int, "kept widths are multiples of this (8 suits most hardware)"] = 1
-    exclude: Annotated[list[str], "patterns of groups or layers to leave alone, as a JSON list or repeated with +"] = field(
+    exclude: Annotated[list[str], "patterns of groups or layers to leave alone, such as layer1.* fc"] = field(
         default_factory=list
     )
     min_channels: Annotated[int, "channels that every group keeps at least"] = 1

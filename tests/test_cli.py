@@ -325,7 +325,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert caught.value.code == 0
     for group in (ModelConfig, DataConfig, PruneConfig, TrainConfig, RunConfig):
-        assert f"\n{group.__doc__}:" in text
+        assert f"\n{'fine-tuning' if group is TrainConfig else group.__doc__}:" in text
         assert all("--" + item.name.replace("_", "-") in text for item in fields(group))
 
 
