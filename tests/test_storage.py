@@ -1,0 +1,240 @@
+"""save and load: what comes back is what was saved, or a StorageError says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import IMAGES, PATTERNS, Plain, Shared, UNet
+from safetensors.torch import load_file, save_file
+from test_planning import damaged
+from torch import nn
+
+import narrower
+
+
+def saved(model: nn.Module, inputs: Any, folder: Path, **extra: Any) -> Any:
+    small = narrower.narrow(model, reference.halved(model, inputs))
+    narrower.save(small, folder, **extra)
+    return small
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
+    case = PATTERNS[name]
+    model = case.make()
+    small = saved(model, case.inputs, tmp_path)
+    for p in small.parameters():
+        p.data.mul_(1.5)  # trained since
+    with torch.no_grad():
+        reference.call(small.train(), case.inputs)  # batch statistics, integer counters
+    narrower.save(small, tmp_path)
+    again = narrower.load(tmp_path, case.make)
+    want, have = tensors(small), tensors(again)
+    assert want.keys() == have.keys()
+    for n, t in want.items():
+        assert torch.equal(t, have[n]) and t.dtype == have[n].dtype and type(t) is type(have[n]), n
+    reference.mirrors(again)
+    a, b = (reference.flat(reference.call(m.eval(), case.inputs)) for m in (small, again))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "narrower.json"]
+
+
+def test_tied_parameters_are_stored_once_and_loaded_tied(tmp_path: Path) -> None:
+    saved(Shared(), IMAGES, tmp_path)
+    again: Any = narrower.load(tmp_path, Shared)
+    assert again.left.weight is again.right.weight
+    assert len([n for n in load_file(tmp_path / "model.safetensors") if n in ("left.weight", "right.weight")]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    small = saved(Plain().to(dtype), IMAGES.to(dtype), tmp_path)
+    again = narrower.load(tmp_path, lambda: Plain().to(dtype))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype
+               for a, b in zip(small.parameters(), again.parameters(), strict=True))
+
+
+def test_frozen_parameters_follow_the_factory_and_what_is_loaded_trains(tmp_path: Path) -> None:
+    saved(Plain(), IMAGES, tmp_path)
+
+    def frozen() -> nn.Module:
+        model = Plain()
+        model.conv1.requires_grad_(False)
+        return model
+
+    again: Any = narrower.load(tmp_path, frozen)
+    assert not again.conv1.weight.requires_grad and again.conv2.weight.requires_grad
+    again(IMAGES).sum().backward()
+    assert again.conv2.weight.grad.shape == again.conv2.weight.shape
+
+
+def test_load_trace_narrow_save_again(tmp_path: Path) -> None:
+    saved(UNet(), IMAGES, tmp_path / "once")
+    once = narrower.load(tmp_path / "once", UNet)
+    twice = narrower.narrow(once, reference.halved(once, IMAGES, seed=1, remove=0.3))
+    narrower.save(twice, tmp_path / "twice")
+    again = narrower.load(tmp_path / "twice", UNet)
+    assert all(torch.equal(a, b) for a, b in zip(twice.parameters(), again.parameters(), strict=True))
+    assert len(json.loads((tmp_path / "twice/narrower.json").read_text())["plans"]) == 2
+
+
+def test_saving_over_a_run_replaces_it_and_a_failed_save_does_not(tmp_path: Path) -> None:
+    first = saved(Plain(), IMAGES, tmp_path)
+    with pytest.raises(Exception, match="JSON|serializable"):
+        narrower.save(first, tmp_path, extra=object())
+    again = narrower.load(tmp_path, Plain)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    second = saved(Plain(), IMAGES, tmp_path)
+    assert torch.equal(narrower.load(tmp_path, Plain).get_parameter("conv1.weight"), second.conv1.weight)
+
+
+def test_extra_values_are_kept(tmp_path: Path) -> None:
+    saved(Plain(), IMAGES, tmp_path, accuracy=0.5, names=["a", "b"])
+    assert json.loads((tmp_path / "narrower.json").read_text())["extra"] == {"accuracy": 0.5, "names": ["a", "b"]}
+
+
+def test_only_narrowed_models_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(narrower.StorageError, match="narrow"):
+        narrower.save(Plain(), tmp_path / "x")
+    small = narrower.narrow(Plain(), reference.halved(Plain(), IMAGES))
+    small.added = nn.Linear(2, 2)  # type: ignore[assignment]
+    with pytest.raises(narrower.StorageError, match="added"):
+        narrower.save(small, tmp_path / "x")
+    del small.added
+    del small.fc
+    with pytest.raises(narrower.StorageError, match="fc"):
+        narrower.save(small, tmp_path / "x")
+    assert not (tmp_path / "x").exists() or not list((tmp_path / "x").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    saved(Shared(), IMAGES, path)
+    yield path
+
+
+@pytest.fixture
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_missing_files(copy_of: Path, tmp_path: Path) -> None:
+    with pytest.raises(narrower.StorageError, match=r"narrower\.json.*missing"):
+        narrower.load(tmp_path / "nothing", Shared)
+    (copy_of / "model.safetensors").unlink()
+    with pytest.raises(narrower.StorageError, match=r"model\.safetensors.*missing"):
+        narrower.load(copy_of, Shared)
+
+
+@given(st.data())
+def test_truncated_tensors(folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    path = tmp_path_factory.mktemp("cut")
+    shutil.copy(folder / "narrower.json", path)
+    (path / "model.safetensors").write_bytes(whole[:cut])
+    with pytest.raises(narrower.StorageError, match=r"model\.safetensors"):
+        narrower.load(path, Shared)
+    shutil.rmtree(path)
+
+
+def test_a_pickle_is_not_executed(copy_of: Path) -> None:
+    torch.save({"stem.0.weight": torch.zeros(3)}, copy_of / "model.safetensors")
+    with pytest.raises(narrower.StorageError, match="no safetensors|cannot be read"):
+        narrower.load(copy_of, Shared)
+
+
+@pytest.mark.parametrize("what", ["lacks", "shape", "dtype"])
+def test_tensors_that_do_not_belong_to_the_description(copy_of: Path, what: str) -> None:
+    data = load_file(copy_of / "model.safetensors")
+    if what == "lacks":
+        del data["stem.0.weight"]
+    elif what == "shape":
+        data["stem.0.weight"] = data["stem.0.weight"][1:].clone()
+    else:
+        data["stem.0.weight"] = data["stem.0.weight"].int()
+    save_file(data, copy_of / "model.safetensors")
+    with pytest.raises(narrower.StorageError, match=r"stem\.0\.weight"):
+        narrower.load(copy_of, Shared)
+
+
+def test_another_model(copy_of: Path) -> None:
+    with pytest.raises(narrower.StorageError, match="another network"):
+        narrower.load(copy_of, Plain)
+
+    def wider() -> nn.Module:
+        model = Shared()
+        model.head.fc = nn.Linear(7, 6)
+        return model
+
+    with pytest.raises(narrower.StorageError, match=r"head\.fc\.weight: expected \[5, 7\], found \[6, 7\]"):
+        narrower.load(copy_of, wider)
+
+
+def test_a_later_version(copy_of: Path) -> None:
+    meta = json.loads((copy_of / "narrower.json").read_text())
+    (copy_of / "narrower.json").write_text(json.dumps({**meta, "format": meta["format"] + 1}))
+    with pytest.raises(narrower.StorageError, match="update narrower"):
+        narrower.load(copy_of, Shared)
+
+
+@given(st.data())
+def test_a_damaged_description_is_an_error_or_loads_rightly(folder: Path, tmp_path_factory: pytest.TempPathFactory,
+                                                            data: st.DataObject) -> None:
+    valid = (folder / "narrower.json").read_text()
+    text = json.dumps(damaged(json.loads(valid), data))
+    if data.draw(st.integers(0, 4)) == 0:
+        text = text[: data.draw(st.integers(0, len(text)))]
+    path = tmp_path_factory.mktemp("fuzz")
+    (path / "narrower.json").write_text(text)
+    shutil.copy(folder / "model.safetensors", path)
+    try:
+        model = narrower.load(path, Shared)
+    except narrower.StorageError as e:
+        assert "narrower.json" in str(e) or "safetensors" in str(e)
+    else:
+        want = tensors(narrower.load(folder, Shared))
+        assert all(torch.equal(t, want[n]) for n, t in tensors(model).items())
+        small = narrower.narrow(model, reference.halved(model, IMAGES))
+        narrower.save(small, path)
+    finally:
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("edit", ["tie", "untie", "swap"])
+def test_edited_ties_are_refused(copy_of: Path, edit: str) -> None:
+    """A description that says other tensors are shared than the network shares would load wrong values."""
+    meta = json.loads((copy_of / "narrower.json").read_text())
+    if edit == "tie":
+        meta["tied"]["bn2.weight"] = "bn1.weight"
+    elif edit == "untie":
+        meta["tied"] = {}
+    else:
+        meta["tied"] = {"left.weight": "right.weight"}
+    (copy_of / "narrower.json").write_text(json.dumps(meta))
+    with pytest.raises(narrower.StorageError):
+        narrower.load(copy_of, Shared)
+
+
+def test_a_factory_that_gives_no_module(copy_of: Path) -> None:
+    with pytest.raises(narrower.StorageError):
+        narrower.load(copy_of, lambda: None)  # type: ignore[arg-type, return-value]
