@@ -49,8 +49,8 @@ def test_dense_costs_are_those_counted(name: str) -> None:
     assert model.cost("params", model.dense) == reference.params(net)
     assert model.cost("macs", model.dense) == pytest.approx(reference.macs(net, case.inputs))
     for kind in ("macs", "params"):
-        parts = model.by_tensor(kind, model.dense)  # type: ignore[arg-type]
-        assert sum(parts.values()) == pytest.approx(model.cost(kind, model.dense))  # type: ignore[arg-type]
+        parts = model.by_tensor(kind, model.dense)
+        assert sum(parts.values()) == pytest.approx(model.cost(kind, model.dense))
 
 
 @given(st.sampled_from(NAMES), st.data())

@@ -34,6 +34,10 @@ def widths(plan: narrower.Plan) -> dict[str, int]:
     return {g.name: len(plan.keep[g.name]) for g in plan.graph.free}
 
 
+def asked(kind: str, value: float) -> dict[str, Any]:
+    return {kind: value}
+
+
 def edited(plan: narrower.Plan, name: str, kept: list[int]) -> narrower.Plan:
     """The plan with other channels kept in one group, its costs counted anew."""
     data = json.loads(plan.to_json())
@@ -51,7 +55,7 @@ def test_the_budget_is_met_and_the_prediction_is_what_is_counted(name: str, kind
     model = case.make()
     graph = graph_of(name)
     for fraction in (0.35, 0.5, 0.87):
-        plan = narrower.plan(graph, narrower.random(graph), **{kind: fraction})
+        plan = narrower.plan(graph, narrower.random(graph), **asked(kind, fraction))
         dense, narrow = getattr(plan, kind)
         assert narrow <= fraction * dense
         small = narrower.narrow(model, plan)
@@ -106,14 +110,14 @@ def test_absolute_numbers_are_fractions_of_the_dense_network() -> None:
 def test_any_budget(fraction: float, kind: str, name: str, seed: int, round_to: int, least: int) -> None:
     graph = graph_of(name)
     try:
-        plan = narrower.plan(graph, narrower.random(graph, seed), round_to=round_to, min_channels=least, **{kind: fraction})
+        plan = narrower.plan(graph, narrower.random(graph, seed), round_to=round_to, min_channels=least, **asked(kind, fraction))
     except narrower.BudgetError:
         return
     dense, narrow = getattr(plan, kind)
     assert 0 < narrow <= fraction * dense * (1 + 1e-12)
     for g in graph.free:
         kept = plan.keep[g.name]
-        assert len(kept) >= min(least, g.size) and (np.diff(kept) > 0).all() and 0 <= kept[0] and kept[-1] < g.size
+        assert len(kept) >= min(least, g.size) and (np.diff(kept) > 0).all() and kept[0] >= 0 and kept[-1] < g.size
 
 
 def test_units_of_the_scores_do_not_matter() -> None:
@@ -135,7 +139,7 @@ def test_a_group_of_equally_important_channels_loses_less_than_one_with_idle_one
 @pytest.mark.parametrize("values", ["zero", "negative", "equal", "integers"])
 def test_odd_but_legal_scores(values: str) -> None:
     graph = graph_of("plain")
-    make = {"zero": torch.zeros, "negative": lambda n: -torch.arange(n).float(), "equal": torch.ones,
+    make: Any = {"zero": torch.zeros, "negative": lambda n: -torch.arange(n).float(), "equal": torch.ones,
             "integers": lambda n: torch.arange(n)}[values]
     scores = narrower.Scores({g.name: make(g.size) for g in graph.free})
     plan = narrower.plan(graph, scores, macs=0.5)
@@ -235,15 +239,15 @@ def test_an_unreachable_budget_names_the_least_and_that_can_be_reached(name: str
         options = {"exclude": graph.free[0].name}
     scores = narrower.random(graph)
     with pytest.raises(narrower.BudgetError) as error:
-        narrower.plan(graph, scores, **{kind: 1e-6}, **options)
+        narrower.plan(graph, scores, **asked(kind, 1e-6), **options)
     found = LEAST.search(str(error.value))
     assert found, str(error.value)
     least = float(found[1].replace(",", ""))
     assert kind in str(error.value) and "mostly" in str(error.value)
-    plan = narrower.plan(graph, scores, **{kind: least * 1.001 + 1}, **options)
+    plan = narrower.plan(graph, scores, **asked(kind, least * 1.001 + 1), **options)
     assert getattr(plan, kind)[1] == pytest.approx(least, rel=2e-3, abs=2)
     with pytest.raises(narrower.BudgetError):
-        narrower.plan(graph, scores, **{kind: least * 0.98}, **options)
+        narrower.plan(graph, scores, **asked(kind, least * 0.98), **options)
 
 
 def test_what_stands_in_the_way_is_named() -> None:

@@ -110,10 +110,13 @@ def test_only_narrowed_models_are_saved(tmp_path: Path) -> None:
     with pytest.raises(narrower.StorageError, match="narrow"):
         narrower.save(Plain(), tmp_path / "x")
     small = narrower.narrow(Plain(), reference.halved(Plain(), IMAGES))
-    small.added = nn.Linear(2, 2)  # type: ignore[assignment]
+    small.added = nn.Linear(2, 2)
     with pytest.raises(narrower.StorageError, match="added"):
         narrower.save(small, tmp_path / "x")
     del small.added
+    small.fc = nn.Linear(6, 9)
+    with pytest.raises(narrower.StorageError, match="fc"):
+        narrower.save(small, tmp_path / "x")
     del small.fc
     with pytest.raises(narrower.StorageError, match="fc"):
         narrower.save(small, tmp_path / "x")
