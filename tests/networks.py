@@ -539,6 +539,34 @@ def sums_by_cumsum(m: Any, x: Tensor) -> Tensor:
     return x * torch.ones(x.shape[1], dtype=x.dtype, device=x.device).cumsum(0).view(1, -1, 1, 1)
 
 
+def index_filled(m: Any, x: Tensor) -> Tensor:
+    mask = torch.ones(1, x.shape[1], 1, 1, dtype=x.dtype, device=x.device)
+    return x * mask.index_fill_(1, torch.arange(4, device=x.device), 3.0)
+
+
+def index_put(m: Any, x: Tensor) -> Tensor:
+    mask = torch.ones(1, x.shape[1], 1, 1, dtype=x.dtype, device=x.device)
+    mask[:, torch.arange(2, 5, device=x.device)] = 3.0
+    return x * mask
+
+
+def masked_by_itself(m: Any, x: Tensor) -> Tensor:
+    c = x.shape[1]
+    mask = torch.ones(c, c, dtype=x.dtype, device=x.device).tril_().sum(1)
+    return x * mask.view(1, c, 1, 1)
+
+
+def even_summed(m: Any, x: Tensor) -> Tensor:
+    """The mean over everything but the image, as often as there are channels."""
+    return torch.tanh(x * x.mean((2, 3), keepdim=True)) * x.new_ones(1, x.shape[1], 1, 1).expand(len(x), -1, 1, 1).sum(1, True)
+
+
+def accumulated(m: Any, x: Tensor) -> Tensor:
+    """Written piece by piece into a list of numbers on the way."""
+    parts = [x[:, k::2] * (k + 1) for k in range(2)]
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
 def written_slices(m: Any, x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[:, :5] = x[:, 7:]
@@ -634,6 +662,31 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "made_by_cumsum": (lambda: Trap(sums_by_cumsum), "."),
     "made_by_linspace": (
         lambda: Trap(lambda m, x: x * torch.linspace(0, 1, x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)), "."),
+    "index_filled": (lambda: Trap(index_filled), "."),
+    "index_put": (lambda: Trap(index_put), "."),
+    "lower_triangle": (lambda: Trap(masked_by_itself), "."),
+    "even_summed": (lambda: Trap(even_summed), "."),
+    "sum_of_ones": (lambda: Trap(lambda m, x: x.tanh() * torch.ones(x.shape[1], dtype=x.dtype).sum()), "."),
+    "norm_of_ones": (lambda: Trap(lambda m, x: x.tanh() / torch.ones(x.shape[1], dtype=x.dtype).norm()), "."),
+    "full_of_width": (lambda: Trap(lambda m, x: x.tanh() / torch.full((1,), float(x.shape[1]), dtype=x.dtype)), "."),
+    "tensor_of_width": (lambda: Trap(lambda m, x: x.tanh() / torch.sqrt(torch.tensor(float(x.shape[1])))), "."),
+    "new_tensor_of_width": (lambda: Trap(lambda m, x: x.tanh() / x.new_tensor(x.shape[1])), "."),
+    "power_of_width": (lambda: Trap(lambda m, x: x.abs().add(1) ** (1 / x.shape[1])), "."),
+    "clamped_by_width": (lambda: Trap(lambda m, x: x.clamp(max=x.shape[1] / 24)), "."),
+    "rolled_flat": (lambda: Trap(lambda m, x: x + x.roll(1)), "."),
+    "rolled_by_width": (lambda: Trap(lambda m, x: x + x.roll(x.shape[1] // 4, 2)), "."),
+    "even_channels": (lambda: Trap(lambda m, x: x[:, ::2], 6), "."),
+    "every_second_turn": (lambda: Trap(accumulated), "."),
+    "last_four": (lambda: Trap(lambda m, x: x[:, -4:], 4), "."),
+    "padded_and_cut": (lambda: Trap(lambda m, x: F.pad(x, (0, 0, 0, 0, 2, -2))), "."),
+    "padded_by_width": (lambda: Trap(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, x.shape[1] // 2)), 18), "."),
+    "doubled_and_cut": (lambda: Trap(lambda m, x: torch.cat([x, x], 1)[:, 6:18]), "."),
+    "meshed": (lambda: Trap(lambda m, x: torch.cat([x, torch.linspace(-1, 1, 8).view(1, 1, 1, 8).expand(len(x), 1, 8, 8)
+                                                    .to(x.dtype)], 1), 13), "."),
+    "looked_up": (lambda: Trap(lambda m, x: x * m.table(torch.arange(2)).sum(0).view(1, -1, 1, 1), table=nn.Embedding(5, 12)),
+                  None),
+    "looked_up_by_channel": (
+        lambda: Trap(lambda m, x: x * m.table(torch.arange(x.shape[1])).view(1, -1, 1, 1), table=nn.Embedding(12, 1)), "."),
     "own_statistics": (lambda: Trap(own_statistics, mean=torch.zeros(12)), None),
     "view_minus_one_4": (lambda: Trap(lambda m, x: x.view(len(x), -1, 4, 8, 8).sum(2), 3), None),
     "view_4_minus_one": (lambda: Trap(lambda m, x: x.view(len(x), 4, -1, 8, 8).sum(1), 3), None),
