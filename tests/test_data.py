@@ -55,13 +55,14 @@ def test_move_is_pad_crop_flip() -> None:
 def test_augmentation_and_order_follow_seed_and_epoch() -> None:
     data = digits()
 
-    def epoch(seed: int, epoch: int, start: int = 0) -> list[torch.Tensor]:
-        return [x for x, _ in batches(data.train.augmented(seed, epoch), 500, order=epoch, start=start)]
+    def epoch(seed: int, epoch: int, order: int = 5, start: int = 0) -> list[torch.Tensor]:
+        return [x for x, _ in batches(data.train.augmented(seed, epoch), 500, order=order, start=start)]
 
     assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1), epoch(0, 1), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1)[1:], epoch(0, 1, start=1), strict=True))
     assert not torch.equal(epoch(0, 1)[0], epoch(1, 1)[0])
     assert not torch.equal(epoch(0, 1)[0], epoch(0, 2)[0])
+    assert not torch.equal(epoch(0, 1)[0], epoch(0, 1, order=6)[0])
 
 
 def test_each_image_once_and_shards_are_disjoint() -> None:
@@ -74,7 +75,8 @@ def test_each_image_once_and_shards_are_disjoint() -> None:
 
 def test_training_shards_have_the_same_number_of_batches() -> None:
     data = TensorImages(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.arange(9), (0.5,), (0.5,))
-    assert len({len(batches(data, 2, order=0, shard=(rank, 2))) for rank in range(2)}) == 1
+    more = TensorImages(torch.zeros(11, 1, 2, 2, dtype=torch.uint8), torch.arange(11), (0.5,), (0.5,))
+    assert len({len(batches(more, 2, order=0, shard=(rank, 3))) for rank in range(3)}) == 1
     assert [len(y) for _, y in batches(data, 4, order=0)] == [4, 4]  # a single image would break BatchNorm
     assert [len(y) for _, y in batches(data, 4)] == [4, 4, 1]
 
@@ -88,11 +90,15 @@ def test_folder_in_natural_order_with_values(tmp_path: Path) -> None:
 
 
 def test_large_images_are_read_as_needed(tmp_path: Path) -> None:
-    data = folder(images(tmp_path, size=80), Reading(size=72))
+    root = images(tmp_path, size=80)
+    for path in root.glob("train/*/*.png"):
+        Image.effect_noise((80, 80), 100).convert("RGB").save(path)  # so that every crop differs
+    data = folder(root, Reading(size=72))
     assert isinstance(data.train, LazyImages) and data.input_size == (3, 72, 72)
     assert next(iter(batches(data.val, 2)))[0].shape == (2, 3, 72, 72)
     one, two = (next(iter(batches(data.train.augmented(0, 1), 6, workers=w)))[0] for w in (0, 1))
     assert torch.equal(one, two)
+    assert not torch.equal(one, next(iter(batches(data.train.augmented(0, 2), 6)))[0])
     assert folder(tmp_path, Reading()).input_size == (3, 224, 224)
     assert folder(tmp_path, Reading(size=16)).input_size == (3, 16, 16)
 
