@@ -343,6 +343,8 @@ PATTERNS: dict[str, Case] = {
                       {"0.0": 7, "1.expand.0": 12}),
     "grouped": Case(lambda: chain(unit(3, 12), unit(12, 8, 3, groups=4), unit(8, 6, 3, groups=2), Head(6)), IMAGES,
                     {"0.0": 12, "1.0": 8, "2.0": 6}),
+    "regrouped": Case(lambda: chain(unit(3, 6), unit(6, 12, 3, groups=3), unit(12, 8, 3, groups=2), Head(8)), IMAGES,
+                      {"0.0": 6, "1.0": 12, "2.0": 8}),
     "squeeze_excite": Case(
         lambda: chain(unit(3, 8), SqueezeExcite(8, 5), unit(8, 9), SqueezeExcite(9, 4, linear=True), Head(9)), IMAGES,
         {"0.0": 8, "1.fc1": 5, "2.0": 9, "3.fc1": 4}),

@@ -28,7 +28,8 @@ from narrower.labels import (
 
 def regrouped(shape: tuple[int, ...], draw: st.DataObject) -> tuple[int, ...]:
     """Another shape with as many elements."""
-    left, out = prod(shape), []
+    left = prod(shape)
+    out: list[int] = []
     while left > 1 and len(out) < 5:
         n = draw.draw(st.sampled_from([d for d in range(1, left + 1) if left % d == 0]))
         out.append(n)
