@@ -16,13 +16,13 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The extra that is installed is the name of the stamp file: .venv/cli.installed, .venv/dev.installed.
+# The extra that is installed is the name of the stamp file: .venv/cli.installed, .venv/dev.installed (which has all of cli).
 $(VENV)/%.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "narrower needs Python 3.10 or later; choose one with: make PYTHON=python3.11 ..." >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --editable '.[$*]'
-	touch $@
+	touch $@ $(if $(filter dev,$*),$(VENV)/cli.installed)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
