@@ -18,9 +18,10 @@ lint: $(VENV)/dev.installed
 
 # The extra that is installed is the name of the stamp file: .venv/cli.installed, .venv/dev.installed (which has all of cli).
 $(VENV)/%.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "narrower needs Python 3.10 or later; choose one with: make PYTHON=python3.11 ..." >&2; exit 1; }
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "narrower needs Python 3.10 or later; choose one with: make PYTHON=python3.11 ..." >&2; exit 1; }; \
+	  echo "creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --editable '.[$*]'
 	touch $@ $(if $(filter dev,$*),$(VENV)/cli.installed)
 
