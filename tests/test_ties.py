@@ -37,7 +37,7 @@ def test_nearest_integers_are_the_nearest(n: int, m: int, data: st.DataObject) -
     most = np.array([data.draw(st.integers(1, 4)) for _ in range(n)])
     want = np.array([data.draw(st.integers(0, int(k))) for k in most])
     found = nearest_integers(equations, want, most)
-    assert not (equations @ found).any() and (0 <= found).all() and (found <= most).all()
+    assert not (equations @ found).any() and (found >= 0).all() and (found <= most).all()
     assert np.abs(found - want).sum() == brute(equations, want, most, np.zeros(n))
 
 
@@ -89,13 +89,13 @@ def test_moves_and_removals_keep_every_tie(name: str) -> None:
     rng = np.random.default_rng(0)
     for part in components(graph):
         for move in part.moves():
-            assert move.any() and (0 <= move).all() and (move <= part.sizes).all()
+            assert move.any() and (move >= 0).all() and (move <= part.sizes).all()
             assert not len(part.equations) or not (part.equations @ move).any()
         for _ in range(5):
             most = part.sizes - 1
             want = rng.integers(0, part.sizes)
             lost = part.removable(want, most)
-            assert (0 <= lost).all() and (lost <= most).all()
+            assert (lost >= 0).all() and (lost <= most).all()
             assert not len(part.equations) or not (part.equations @ lost).any()
     every = {(c.group, int(k)) for p in components(graph) for c in p.cells for k in c.channels}
     assert every == {(g.name, k) for g in graph.free for k in range(g.size)}, "each channel is in one cell"

@@ -1,0 +1,197 @@
+"""What users get wrong: each is an error of narrower's own that says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networks
+import pytest
+import reference
+import torch
+from networks import IMAGES, Plain, images
+from torch import Tensor, nn
+
+import narrower
+
+
+class Function(nn.Module):
+    """A forward given by a function, and one convolution."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 6, 3), function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+WRONG_INPUTS: dict[str, Any] = {
+    "one channel": images(1), "no batch": IMAGES[0, 0], "flat": torch.randn(4, 3), "integers": torch.zeros(2, 3, 8, 8).long(),
+    "too small": torch.randn(1, 3, 2, 2), "double": IMAGES.double(), "two": (IMAGES, IMAGES), "none": None, "text": "image.png",
+    "unknown keyword": {"picture": IMAGES}, "empty tuple": (), "empty dict": {}, "a list": [IMAGES], "a number": 3,
+    "a shape": (3, 8, 8), "a module": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+def test_inputs_that_the_model_does_not_take(name: str) -> None:
+    with pytest.raises(narrower.TraceError) as error:
+        narrower.trace(Plain(), WRONG_INPUTS[name])
+    assert "example inputs" in str(error.value) and "Check" in str(error.value)
+    assert error.value.__cause__ is not None, "what PyTorch said is kept"
+
+
+def test_the_message_has_the_shape_and_the_models_own_error() -> None:
+    with pytest.raises(narrower.TraceError, match=r"\(4, 1, 8, 8\).*RuntimeError.*channels"):
+        narrower.trace(Plain(), images(1))
+
+
+def test_a_forward_that_fails() -> None:
+    def fails(m: Any, x: Tensor) -> Tensor:
+        raise KeyError("no such layer")
+
+    with pytest.raises(narrower.TraceError, match="KeyError.*no such layer"):
+        narrower.trace(Function(fails), IMAGES)
+
+
+def test_a_forward_that_is_interrupted_is_no_error_of_the_model() -> None:
+    def stops(m: Any, x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        narrower.trace(Function(stops), IMAGES)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(), nn.MaxPool2d(2), nn.Flatten()])
+def test_no_parameters(model: nn.Module) -> None:
+    with pytest.raises(narrower.TraceError, match="no parameters"):
+        narrower.trace(model, IMAGES)
+
+
+def test_no_layer_that_makes_channels() -> None:
+    with pytest.raises(narrower.TraceError, match="convolution"):
+        narrower.trace(nn.Sequential(nn.BatchNorm2d(3), nn.PReLU(3)), IMAGES)
+
+
+@pytest.mark.parametrize("model", [None, "resnet18", torch.zeros(3), Plain, lambda x: x, Plain().state_dict()])
+def test_no_module(model: Any) -> None:
+    with pytest.raises(narrower.TraceError, match="Module"):
+        narrower.trace(model, IMAGES)
+
+
+def test_an_mlp_is_narrowed_like_a_cnn() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(5, 6)
+    plan = reference.halved(model, x)
+    assert {g.name: g.size for g in plan.graph.free} == {"0": 10, "2": 8}
+    reference.exact(model, plan, x)
+    assert reference.macs(narrower.narrow(model, plan), x) == plan.macs[1] == 6 * 5 + 5 * 4 + 4 * 3
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)),
+                                   nn.Linear(8, 5)])
+def test_nothing_is_free_and_the_message_says_what_pins(model: nn.Module) -> None:
+    graph = narrower.trace(model, IMAGES)
+    assert not graph.free and "network output" in str(graph)
+    with pytest.raises(narrower.PlanError, match="nothing is free.*network output"):
+        narrower.plan(graph, {}, macs=0.5)
+
+
+def test_wrapped_models_say_what_to_unwrap() -> None:
+    with pytest.raises(narrower.TraceError, match=r"DataParallel.*model\.module"):
+        narrower.trace(nn.DataParallel(Plain()), IMAGES)
+    compiled: Any = torch.compile(Plain(), backend="eager")
+    with pytest.raises(narrower.TraceError, match=r"model\._orig_mod"):
+        narrower.trace(compiled, IMAGES)
+
+
+def test_distributed_models_say_what_to_unwrap() -> None:
+    class DistributedDataParallel(nn.Module):  # a real one needs a process group
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(narrower.TraceError, match=r"DistributedDataParallel.*model\.module"):
+        narrower.trace(DistributedDataParallel(Plain()), IMAGES)
+
+
+def test_scripted_models_are_refused() -> None:
+    scripted: Any = torch.jit.trace(Plain().eval(), IMAGES)
+    with pytest.raises(narrower.TraceError, match="copied"):
+        narrower.trace(scripted, IMAGES)
+
+
+def test_symbolically_traced_models_are_models() -> None:
+    """What torchvision's feature extractors are."""
+    exported = torch.fx.symbolic_trace(Plain().eval())
+    plan = reference.halved(exported, IMAGES)
+    reference.exact(exported, plan, IMAGES)
+
+
+def test_layers_without_values_yet() -> None:
+    model = nn.Sequential(nn.LazyConv2d(6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    with pytest.raises(narrower.TraceError, match=r"0\.weight is not initialised.*run the model once"):
+        narrower.trace(model, IMAGES)
+    model(IMAGES)
+    assert [g.name for g in narrower.trace(model, IMAGES).free] == ["0"]
+
+
+def test_lazy_batch_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.LazyBatchNorm2d(), nn.Conv2d(6, 4, 3))
+    with pytest.raises(narrower.TraceError, match="not initialised"):
+        narrower.trace(model, IMAGES)
+
+
+def test_a_model_that_cannot_be_copied_is_named_or_narrowed() -> None:
+    model = Plain()
+    model.file = open(__file__)  # type: ignore[assignment]  # noqa: SIM115
+    try:
+        plan = reference_or_error(model)
+        if plan is not None:
+            narrower.narrow(model, plan)
+    except narrower.NarrowerError as e:
+        assert "copied" in str(e) or "file" in str(e)
+    finally:
+        model.file.close()  # type: ignore[union-attr, operator]
+
+
+def reference_or_error(model: nn.Module) -> narrower.Plan | None:
+    graph = narrower.trace(model, IMAGES)
+    return narrower.plan(graph, narrower.random(graph), remove=0.5)
+
+
+def test_other_models_and_plans_do_not_mix() -> None:
+    plan = reference.halved(Plain(), IMAGES)
+    with pytest.raises(narrower.PlanError, match="not the one that was traced"):
+        narrower.narrow(networks.UNet(), plan)
+    with pytest.raises(narrower.NarrowerError):
+        narrower.verify(networks.UNet(), Plain(), plan, IMAGES)
+
+
+def test_verify_with_inputs_that_the_model_does_not_take() -> None:
+    model = Plain()
+    plan = reference.halved(model, IMAGES)
+    with pytest.raises(narrower.VerifyError, match="inputs"):
+        narrower.verify(model, narrower.narrow(model, plan), plan, images(1))
+
+
+@pytest.mark.parametrize("call", ["hrank", "measure", "recalibrate"])
+def test_batches_that_the_model_does_not_take(call: str) -> None:
+    model = Plain()
+    graph = narrower.trace(model, IMAGES)
+    calls: dict[str, Any] = {
+        "hrank": lambda: narrower.hrank(model, graph, [images(1)]),
+        "measure": lambda: narrower.measure(model, images(1), seconds=0.0),
+        "recalibrate": lambda: narrower.recalibrate(model, [images(1)]),
+    }
+    with pytest.raises((narrower.NarrowerError, RuntimeError), match="channels"):
+        calls[call]()
+    assert model.training and model.bn1.momentum == 0.1
+
+
+def test_scores_of_another_model() -> None:
+    graph = narrower.trace(Plain(), IMAGES)
+    with pytest.raises((narrower.NarrowerError, KeyError), match=r"conv1"):
+        narrower.magnitude(networks.UNet(), graph)
+    with pytest.raises(narrower.PlanError, match="same graph"):
+        narrower.plan(graph, narrower.random(narrower.trace(networks.UNet(), IMAGES)), macs=0.5)
