@@ -128,7 +128,7 @@ def test_prune_from_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_train_prune_eval_inspect(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", *SMALL, "--epochs", "2", "--output", "dense"]) == 0
     before = snapshot("dense")
-    arguments = ["--checkpoint", "dense/model.safetensors", "--method", "magnitude", "--remove", '{"conv1": 0.5}']
+    arguments = ["--checkpoint", "dense/model.safetensors", "--method", "magnitude", "--remove", "0.5"]
     assert cli.main(["prune", *SMALL, *arguments, "--epochs", "0", "--exclude", "conv2", "--output", "narrow"]) == 0
     assert snapshot("dense") == before
     assert weights("narrow")["conv1.weight"].shape == (4, 3, 3, 3)
@@ -312,6 +312,9 @@ def test_interrupted_and_resumed(
         assert same(checkpoint["model"], weights("cut"))  # usable without going on
     assert cli.main(["prune", "--resume", "cut"]) == 0
     assert same(weights("whole"), weights("cut"))
+    assert cli.main(["prune", "--resume", "cut"]) == 0  # nothing is left to do: evaluated again, and not logged twice
+    assert same(weights("whole"), weights("cut"))
+    assert sum(row["stage"] == "score" for row in rows("cut")) == 1  # not done again
     figures = [next(row for row in reversed(rows(run)) if row["stage"] == "measure") for run in ("whole", "cut")]
     assert figures[0]["narrow"]["top1"] == figures[1]["narrow"]["top1"]
     assert figures[0]["cut_top1"] == figures[1]["cut_top1"]
