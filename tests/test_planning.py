@@ -110,7 +110,8 @@ def test_absolute_numbers_are_fractions_of_the_dense_network() -> None:
 def test_any_budget(fraction: float, kind: str, name: str, seed: int, round_to: int, least: int) -> None:
     graph = graph_of(name)
     try:
-        plan = narrower.plan(graph, narrower.random(graph, seed), round_to=round_to, min_channels=least, **asked(kind, fraction))
+        scores = narrower.random(graph, seed)
+        plan = narrower.plan(graph, scores, round_to=round_to, min_channels=least, **asked(kind, fraction))
     except narrower.BudgetError:
         return
     dense, narrow = getattr(plan, kind)
