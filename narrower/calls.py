@@ -43,7 +43,7 @@ class Recorder(Protocol):
     def constant(self, call: Call, size: int, key: int) -> Ids:
         """Ids of channels that are there whatever is removed."""
 
-    def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
+    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """Which dimension of a view that splits channels shrinks with them."""
 
     def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
@@ -52,8 +52,11 @@ class Recorder(Protocol):
     def role(self, label: Label | None, role: str) -> None:
         """The parameter dimension behind a label makes ("out") or reads ("in") channels."""
 
-    def use(self, label: Label | None, positions: float) -> None:
-        """Each element of the parameter behind a label is used that many times."""
+    def use(self, label: Label | None, macs: float) -> None:
+        """The parameter behind a label takes part in that many multiply-adds."""
+
+    def depthwise(self, call: Call) -> bool:
+        """Whether a convolution has (in the dense network) one group for each channel that it reads."""
 
     def reads(self, label: Label, source: Tensor, pool: int) -> None:
         """A convolution reads the maps of `source` (which comes from a pooling, if `pool` is its number)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def macs_of(model: nn.Module, example_inputs: Any) -> float:
             continue
         break
     first = flattened(example_inputs)[0]
-    return sum(n * stage.tensors[name].numel() for name, n in mode.uses.items()) / max(1, first.shape[0])
+    return sum(mode.macs.values()) / max(1, first.shape[0])
 
 
 def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> dict[str, float]:
@@ -72,10 +73,38 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def model_inputs(batch: Any, model: nn.Module) -> Any:
-    """What the model takes of a batch: all of it, or the first part of a pair (inputs, targets), on the model's device."""
+    """What the model takes of a batch, on its device: the first part of a pair (inputs, targets), or all of it; a pair is both
+    where the model's forward needs two arguments."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        batch = batch[0]
-    return to_device(batch, device_of(model))
+        needed = [p for p in inspect.signature(model.forward).parameters.values()
+                  if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(needed) < 2 or not isinstance(batch[0], Tensor):
+            batch = batch[0]
+    return to_device(tuple(batch) if isinstance(batch, list) else batch, device_of(model))
+
+
+def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
+    """What the model takes of each batch and how many samples that is, up to `images` of them in all."""
+    seen = 0
+    for batch in batches:
+        inputs = model_inputs(batch, model)
+        count = flattened(inputs)[0].shape[0]
+        if images is not None and seen + count > images:
+            inputs, count = first(inputs, images - seen), images - seen
+        if count:
+            yield inputs, count
+        seen += count
+        if images is not None and seen >= images:
+            return
+
+
+def first(x: Any, count: int) -> Any:
+    """The first samples of a batch."""
+    if isinstance(x, Tensor):
+        return x[:count]
+    if isinstance(x, dict):
+        return {k: first(v, count) for k, v in x.items()}
+    return type(x)(first(v, count) for v in x) if type(x) in (list, tuple) else x
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -103,18 +132,16 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
     training = {m: m.training for m in model.modules()}
     momenta = [m.momentum for m in norms]
     model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative average
-        m.train()
     seen = 0
     try:
-        for batch in batches:
-            inputs = model_inputs(batch, model)
+        for inputs, count in samples(batches, model, images):
+            if not seen:
+                for m in norms:
+                    m.reset_running_stats()
+                    m.momentum = None  # cumulative average
+                    m.train()
             call(model, inputs)
-            seen += flattened(inputs)[0].shape[0]
-            if images is not None and seen >= images:
-                break
+            seen += count
     finally:
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum

@@ -23,15 +23,14 @@ def convolution(r: Recorder, call: Call) -> Sequence[Carried]:
     """convolution(x, w, bias, stride, padding, dilation, transposed, output_padding, groups)."""
     x, w, bias, transposed, groups = *call.args[:3], call.args[6], call.args[8]
     out: Tensor = call.out
-    c, channels = r.of(x), x.shape[1]
+    c = r.of(x)
     w_in, w_out = r.weight(w, groups, transposed)
-    positions = (x if transposed else out).numel() // (x if transposed else out).shape[1]
     inputs = free_at(c, 1)
     into = at_channels(r, inputs[0]) if inputs else None
-    depthwise = groups > 1 and groups == channels
+    depthwise = r.depthwise(call)
     ids_out = None if w_out is None else w_out.ids.reshape(-1)
     r.role(w_out, "out")
-    r.use(w_out, positions)
+    r.use(w_out, (x if transposed else out).numel() * w[0].numel())
     if depthwise:
         if into is not None:
             if ids_out is None:
@@ -84,9 +83,7 @@ def matmul(r: Recorder, call: Call) -> Sequence[Carried]:
     left = [collapsed(x, [a.ndim - 2], r.unite) for x in free_at(ca, ka)]
     right = [collapsed(x, [b.ndim - 1], r.unite) if b.ndim > 1 else x for x in free_at(cb, kb)]
     weight = next((x for x in (*cb.labels, *ca.labels) if x.axis), None)
-    if weight is not None:  # multiply-adds for each element of the weight
-        held = b if any(x is weight for x in cb.labels) else a
-        r.use(weight, out.numel() * a.shape[ka] / max(1, held.numel()))
+    r.use(weight, out.numel() * a.shape[ka])
     # the contracted dimension is the last but one of `right`: bring both to (batch..., k)
     contract(r, [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in left],
              [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in right], call.name)

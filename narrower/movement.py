@@ -24,7 +24,7 @@ def view(r: Recorder, call: Call) -> Sequence[Carried]:
         label = collapsed(label, faster_dims(label, old, new), r.unite)
         moved, spread = reshaped(label, old, new)
         if len(spread) > 1:
-            free = r.split_dim(call, spread, new)
+            free = r.split_dim(call, spread, moved.ids)
             moved = Label(moved.ids, free, None)
             moved = collapsed(moved, [d for d in spread if d > free], r.unite)
             r.tie(moved)
@@ -61,7 +61,7 @@ def cut(r: Recorder, call: Call) -> Sequence[Carried]:
     dim = normal(rest[0], x.ndim)
     start, end, step = slice(*rest[1:]).indices(x.shape[dim])
     c = r.of(x)
-    if end - start == x.shape[dim]:
+    if end - start == x.shape[dim] and step == 1:
         return [c._replace(view=True)]
     return [c._replace(labels=tuple(piece(label, dim, start, end, step) for label in c.labels), view=True)]
 
@@ -155,13 +155,13 @@ def pad(r: Recorder, call: Call) -> Sequence[Carried]:
     for label in r.of(x).labels:
         for k in range(len(amounts) // 2):
             dim, before, after = x.ndim - 1 - k, amounts[2 * k], amounts[2 * k + 1]
-            if dim == label.free and (before > 0 or after > 0):
+            label = piece(label, dim, max(0, -before), x.shape[dim] + min(0, after))
+            before, after = max(0, before), max(0, after)
+            if dim == label.free and (before or after):
                 lead = along(r.constant(call, before, 0), x.ndim, dim)
                 tail = along(r.constant(call, after, 1), x.ndim, dim)
-                label = Label(joined([lead, label.ids, tail], dim, [before, x.shape[dim], after]), dim)
-            elif before < 0 or after < 0:
-                label = piece(label, dim, max(0, -before), x.shape[dim] + min(0, after))
-            elif label.ids.shape[dim] > 1 and (before or after):
+                label = Label(joined([lead, label.ids, tail], dim, [before, label.ids.shape[dim], after]), dim)
+            elif before or after:
                 label = collapsed(label, [dim], r.unite)
         labels.append(label)
     return [Carried(tuple(labels))]
@@ -170,6 +170,9 @@ def pad(r: Recorder, call: Call) -> Sequence[Carried]:
 def reorder(r: Recorder, call: Call) -> Sequence[Carried]:
     """flip and roll, run on the ids themselves."""
     c = r.of(call.args[0])
+    if call.name == "roll" and len(call.args) < 3:
+        r.pin(c.labels, "roll over all dimensions at once")
+        return [c._replace(labels=())]
     ndim = call.args[0].ndim
     labels = []
     for label in c.labels:

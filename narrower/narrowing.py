@@ -32,12 +32,8 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     Raises PlanError if the model's tensors are not those that were traced.
     """
     graph = plan.graph
-    dense = named_tensors(model)
-    shapes = {n: tuple(t.shape) for n, t in dense.items()}
-    if shapes != dict(graph.shapes):
-        odd = sorted(n for n in {*shapes, *graph.shapes} if shapes.get(n) != graph.shapes.get(n))[:3]
-        raise PlanError("the model is not the one that was traced: " + "; ".join(
-            f"{n} is {shapes.get(n, 'missing')}, was {graph.shapes.get(n, 'missing')}" for n in odd))
+    dense = same_network(model, plan)
+    shapes = graph.shapes
     cuts = selections(graph, plan.keep)
     memo: dict[int, Tensor] = {}
     swapped: dict[Tensor, tuple[Tensor, list[Any]]] = {}
@@ -60,11 +56,23 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
         carry(optimizer, swapped)
     before = getattr(model, RECORD, None)
     record = {
+        "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
         "dense": before["dense"] if before else {n: list(s) for n, s in shapes.items()},
         "plans": [*(before["plans"] if before else ()), {g.name: [int(c) for c in plan.keep[g.name]] for g in graph.free}],
     }
     setattr(small, RECORD, record)
     return small
+
+
+def same_network(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of the model, or PlanError if they are not those that were traced."""
+    tensors, traced = named_tensors(model), plan.graph.shapes
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    odd = sorted(n for n in {*shapes, *traced} if shapes.get(n) != traced.get(n))[:3]
+    if odd:
+        raise PlanError("the model is not the one that was traced: " + "; ".join(
+            f"{n} is {shapes.get(n, 'missing')}, was {traced.get(n, 'missing')}" for n in odd))
+    return tensors
 
 
 def duplicate_shapes(small: nn.Module, dense: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> nn.Module:
@@ -127,13 +135,19 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     graph = plan.graph
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance
+    same_network(model, plan)
     inputs = cast(example_inputs, kind)
     reference = masked(model, plan).to(kind).eval()
     memo = {id(t): t.detach().clone() for t in small.buffers()}
     candidate = duplicate(small, memo).to(kind).eval()
     with torch.no_grad():
-        want = flattened(run(reference, inputs, Survivors(graph, plan)))  # type: ignore[arg-type]
-        have = flattened(run(candidate, inputs, Nothing()))  # type: ignore[arg-type]
+        outs = []
+        for what, net, mode in (("dense", reference, Survivors(graph, plan)), ("narrow", candidate, Nothing())):
+            try:
+                outs.append(flattened(run(net, inputs, mode)))
+            except Exception as e:
+                raise VerifyError(f"the {what} network fails on these inputs: {type(e).__name__}: {e}") from e
+    want, have = outs
     if [t.shape for t in want] != [t.shape for t in have]:
         raise VerifyError(f"the narrow network's outputs have shapes {[tuple(t.shape) for t in have]}, "
                           f"the dense one's {[tuple(t.shape) for t in want]}")

@@ -133,6 +133,8 @@ def made(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[str, Any
 
 def matching(graph: Graph, pattern: str) -> list[str]:
     """Free groups whose name, or the name of one of whose layers, matches. PlanError where there is none."""
+    if not isinstance(pattern, str):
+        raise PlanError(f"{pattern!r} is no pattern: give the name of a group or layer as a string")
     hits = [g for g in graph if any(fnmatch.fnmatchcase(n, pattern) for n in (g.name, *g.layers))]
     if not hits:
         near = difflib.get_close_matches(pattern, [g.name for g in graph], 3, 0.3)
@@ -159,8 +161,9 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     """
     if (remove is None) == (macs is None and params is None):
         raise PlanError("give either a budget (macs=, params=) or remove=")
-    if round_to < 1 or min_channels < 1:
-        raise PlanError(f"round_to and min_channels are at least 1, not {round_to} and {min_channels}")
+    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+        if type(value) is not int or value < 1:
+            raise PlanError(f"{name}={value!r}: give a whole number from 1")
     if not graph.free:
         why = "; ".join(f"{g.name}: {g.pinned}" for g in graph.groups[:4])
         raise PlanError(f"nothing is free in this network ({why})")

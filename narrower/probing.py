@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .calls import Call
 from .groups import Graph
 from .labels import Carried, Ids, Label
-from .recording import Recording, Trace, numbers_of
+from .recording import Recording, Trace
 from .solving import Solution
 from .surgery import Keep, Selection, fit, sliced
 from .ties import components
@@ -57,10 +57,16 @@ class Probe(Recording):
             raise Mismatch(ids, f"{name} has another size when narrow")
         return ids
 
+    def labelled(self, name: str, dim: int, size: int) -> bool:
+        return (name, dim) in self.axes.start
+
+    def depthwise(self, call: Call) -> bool:
+        return call.place in self.dense.depthwise_calls
+
     def constant(self, call: Call, size: int, key: int) -> Ids:
         k = ("constant", call.name, call.number, key)
         if self.axes.size.get(k) != size:
-            raise Mismatch(np.zeros(0, int), "a padding grows or shrinks with the channels")
+            raise Mismatch(np.zeros(0, int), f"a padding grows or shrinks with the channels ({self.where()})")
         return self.unit[self.axes.start[k]:self.axes.start[k] + size]
 
     def unite(self, a: Ids, b: Ids) -> None:
@@ -74,11 +80,12 @@ class Probe(Recording):
             bad = x != y
             raise Mismatch(np.concatenate([x[bad], y[bad]]), f"other channels meet when narrow ({self.where()})")
 
-    def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
+    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """A view splits channels: only the dimension that the trace took as free may have another size now."""
         free = self.dense.choices.get(call.place, dims[-1])
         dense = self.dense.log[call.place].shapes[0] if call.place < len(self.dense.log) else ()
-        if self.dense.splits.get(call.place) != tuple(dims) or len(dense) != len(new):
+        new = tuple(call.out.shape)
+        if self.dense.splits.get(call.place, ((), ids))[0] != tuple(dims) or len(dense) != len(new):
             raise Mismatch(np.zeros(0, int), f"other shapes when narrow ({self.where()})")
         changed = [d for d in dims if dense[d] != new[d]]
         if changed and changed != [free]:
@@ -87,7 +94,7 @@ class Probe(Recording):
 
     def refused(self, name: str, args: Sequence[Any]) -> None:
         """A call failed: if it is a view that splits channels, its sizes may tell that another dimension shrinks."""
-        dims = self.dense.splits.get(self.place)
+        dims, _ = self.dense.splits.get(self.place, ((), None))
         if dims and name in ("view", "_unsafe_view", "reshape") and len(args) > 1:
             dense, now = self.dense.log[self.place].shapes[0], args[1]
             changed = [d for d in dims if d < len(now) and now[d] != dense[d]]
@@ -103,7 +110,7 @@ class Probe(Recording):
         if call.place >= len(self.dense.log) or self.dense.log[call.place].name != call.name:
             raise wrong("other operators run")
         event = self.dense.log[call.place]
-        if event.numbers != numbers_of(call):
+        if event.numbers != self.numbers(call):
             raise wrong(f"{call.name} gets other numbers")
         for t, now, shape, was in zip(outs, carried, event.shapes, event.carried, strict=False):
             if now.uniform and was.uniform and not now.labels:
@@ -113,9 +120,11 @@ class Probe(Recording):
                 a != b and d not in free and d not in now.even for d, (a, b) in enumerate(zip(t.shape, shape, strict=True))
             ):
                 raise wrong(f"{call.name} gives another shape")
-            if [x.free for x in now.labels] != [x.free for x in was.labels]:
+            # a dimension that is left with one channel may have lost its label in a view
+            ours, theirs = ([x for x in c.labels if t.shape[x.free] > 1] for c in (now, was))
+            if [x.free for x in ours] != [x.free for x in theirs]:
                 raise wrong(f"{call.name} treats channels differently")
-            for a, b in zip(now.labels, was.labels, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
                 if not self.survives(a.ids, b):
                     raise wrong(f"{call.name} gives other channels")
 

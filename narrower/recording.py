@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .calls import Call, at_channels, free_at, tensors_in
 from .labels import NOTHING, Carried, Ids, Label, along, collapsed, fibres
 from .meta import inferred
-from .ops import pooling, rule_for
+from .mixing import reduce
+from .ops import RULES, pooling, rule_for
 
 CARRIED = "_narrower_carried"
 
@@ -91,7 +93,11 @@ class Recording(TorchDispatchMode):
                 self.pin(labels, f"operator aten.{name} is not known")
             self.happened(call, outs, [NOTHING] * len(outs))
             return out
-        carried = rule(self, call)
+        try:
+            carried = rule(self, call)
+        except (ValueError, IndexError, TypeError, AttributeError) as e:  # a form of the operator that its rule does not know
+            self.pin([x for t in inputs for x in self.of(t).labels], f"aten.{name} in a form that is not known ({e})")
+            carried = [NOTHING] * len(outs)
         if pooling(name, args):
             carried = [c._replace(pool=self.pools) for c in carried]
             self.pooled(inputs[0])
@@ -119,7 +125,7 @@ class Recording(TorchDispatchMode):
         labels = []
         groups = self.conv_groups.get(name, 1)
         for dim, size in enumerate(t.shape):
-            if (size == 1 and groups == 1) or (name in self.conv_groups and dim > 1):
+            if (name in self.conv_groups and dim > 1) or not self.labelled(name, dim, size):
                 continue
             ids = self.axis(name, dim, size, groups if dim == 1 else 1)
             if dim == 1 and groups > 1:
@@ -140,7 +146,7 @@ class Recording(TorchDispatchMode):
         if id(w) in self.tensors and not hasattr(w, CARRIED):
             name = self.tensors[id(w)]
             first = Label(self.axis(name, 0, w.shape[0], 1), 0, (name, 0))
-            if w.shape[1] > 1 or (transposed and blocks < w.shape[0]):
+            if self.labelled(name, 1, w.shape[1]) or (transposed and blocks < w.shape[0]):
                 second = Label(self.axis(name, 1, w.shape[1], blocks), 0, (name, 1))
             if transposed and blocks > 1 and blocks == w.shape[0]:  # depthwise: what is made goes with what is read
                 return None, Label(first.ids.repeat(w.shape[1]), 0, first.axis)
@@ -166,18 +172,47 @@ class Recording(TorchDispatchMode):
     def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
         return self.axes.ids((name, dim), size, blocks)
 
+    def labelled(self, name: str, dim: int, size: int) -> bool:
+        """Whether a dimension of a parameter holds channels: a single one cannot go."""
+        return size > 1
+
+    def depthwise(self, call: Call) -> bool:
+        return bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1])
+
+    def numbers(self, call: Call) -> tuple[Any, ...]:
+        """The arguments of a call that must not depend on widths, and what else would tell one that does."""
+        args, first = call.args, call.args[0] if call.args else None
+        if call.name in FILLED:
+            return tuple(args[FILLED[call.name]:][:1])
+        if call.name in SIZED:
+            return ()
+        extra: tuple[Any, ...] = ()
+        if isinstance(first, Tensor) and not self.of(first).labels:
+            if RULES.get(call.name) is reduce:  # a sum over something as long as the channels
+                extra = tuple(first.shape)
+            elif call.name in MADE:  # a number made into a tensor
+                if first.is_meta:
+                    raise Unseen("a tensor made from numbers")
+                extra = tuple(first.flatten()[:16].tolist())
+        args = args[3:8] if call.name == "convolution" else args[SIZED_UNTIL.get(call.name, 0):]
+        return *extra, *(a for a in args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
+
     def where(self) -> str:
         """The innermost module that is running, and its source line."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and id(owner) in self.modules:
-                file = frame.f_code.co_filename
-                if f"torch{'/'}nn{'/'}" not in file.replace("\\", "/"):
-                    short = "/".join(file.replace("\\", "/").split("/")[-2:])
-                    return f"{self.modules[id(owner)] or type(owner).__name__}, {short}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
+            if place := self.place_of(frame):
+                return place
+            frame = frame.f_back
         return "model"
+
+    def place_of(self, frame: FrameType) -> str:
+        """Module and source line of a frame, if a module of the model runs in it."""
+        owner = frame.f_locals.get("self")
+        file = frame.f_code.co_filename.replace("\\", "/")
+        if not isinstance(owner, nn.Module) or id(owner) not in self.modules or "torch/nn/" in file:
+            return ""
+        return f"{self.modules[id(owner)] or type(owner).__name__}, {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
 
     # -------------------------------------------------------------------------------- what rules say: see Recorder
 
@@ -186,7 +221,7 @@ class Recording(TorchDispatchMode):
     def tie(self, label: Label) -> None: ...
     def mix(self, call: Call, label: Label) -> None: ...
     def role(self, label: Label | None, role: str) -> None: ...
-    def use(self, label: Label | None, positions: float) -> None: ...
+    def use(self, label: Label | None, macs: float) -> None: ...
     def reads(self, label: Label, source: Tensor, pool: int) -> None: ...
     def pooled(self, source: Tensor) -> None: ...
     def refused(self, name: str, args: Sequence[Any]) -> None: ...
@@ -195,8 +230,12 @@ class Recording(TorchDispatchMode):
     def constant(self, call: Call, size: int, key: int) -> Ids:
         raise NotImplementedError
 
-    def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
+    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         raise NotImplementedError
+
+
+class Unseen(Exception):
+    """Meta tensors hide what the forward does."""
 
 
 class Event(NamedTuple):
@@ -211,18 +250,12 @@ class Event(NamedTuple):
 # sizes among the arguments of these follow from the widths; the shapes that come out are compared instead
 SIZED = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "slice", "split", "split_with_sizes", "empty", "zeros",
-    "ones", "full", "rand", "randn", "arange", "new_empty", "new_zeros", "new_ones", "new_full", "empty_strided",
+    "ones", "rand", "randn", "arange", "new_empty", "new_zeros", "new_ones", "empty_strided",
     "new_empty_strided", "as_strided_", "repeat",
 }
 SIZED_UNTIL = {"native_group_norm": 6, "native_layer_norm": 4}
-
-
-def numbers_of(call: Call) -> tuple[Any, ...]:
-    """The arguments of a call that must not depend on widths."""
-    if call.name in SIZED:
-        return ()
-    args = call.args[3:8] if call.name == "convolution" else call.args[SIZED_UNTIL.get(call.name, 0):]
-    return tuple(a for a in args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
+MADE = {"lift_fresh", "lift_fresh_copy"}
+FILLED = {"full": 1, "new_full": 2, "full_like": 1}
 
 
 class Trace(Recording):
@@ -236,21 +269,19 @@ class Trace(Recording):
         self.pins: list[tuple[Ids, str]] = []
         self.mixers: list[tuple[str, int, int, Ids]] = []
         self.roles: dict[tuple[str, int], str] = {}
-        self.uses: Counter[str] = Counter()
+        self.macs: Counter[str] = Counter()  # by weight
+        self.depthwise_calls: set[int] = set()
         self.maps: dict[int, tuple[str | None, int, Ids]] = {}
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
         self.pool_inputs: list[Ids | None] = []
-        self.splits: dict[int, tuple[int, ...]] = {}
+        self.splits: dict[int, tuple[tuple[int, ...], Ids]] = {}
         self.log: list[Event] = []
-        self.merged: list[tuple[int, str]] = []
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
-        self.log.append(Event(call.name, numbers_of(call), [tuple(t.shape) for t in outs], list(carried)[: len(outs)]))
+        self.log.append(Event(call.name, self.numbers(call), [tuple(t.shape) for t in outs], list(carried)[: len(outs)]))
 
     def unite(self, a: Ids, b: Ids) -> None:
-        if a.size == 1 < b.size:
-            self.merged.append((int(a.reshape(-1)[0]), self.where()))
         if a is not b:
             x, y = np.broadcast_arrays(a, b)
             self.pairs.append((x.reshape(-1), y.reshape(-1)))
@@ -277,17 +308,22 @@ class Trace(Recording):
             self.pins.append((ids, f"zero-padded channels ({self.where()})"))
         return ids
 
-    def split_dim(self, call: Call, dims: Sequence[int], new: Sequence[int]) -> int:
-        self.splits[call.place] = tuple(dims)
+    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
+        self.splits[call.place] = tuple(dims), ids
         return self.choices.get(call.place, dims[-1])
 
     def role(self, label: Label | None, role: str) -> None:
         if label is not None and label.axis is not None:
             self.roles[label.axis] = role
 
-    def use(self, label: Label | None, positions: float) -> None:
+    def use(self, label: Label | None, macs: float) -> None:
         if label is not None and label.axis is not None:
-            self.uses[label.axis[0]] += round(positions)
+            self.macs[label.axis[0]] += round(macs)
+
+    def depthwise(self, call: Call) -> bool:
+        if super().depthwise(call):
+            self.depthwise_calls.add(call.place)
+        return call.place in self.depthwise_calls
 
     def reads(self, label: Label, source: Tensor, pool: int) -> None:
         """A convolution reads `source`: its maps are seen there, or before the pooling that it comes from."""
@@ -309,7 +345,7 @@ class Trace(Recording):
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: Any, mode: Recording) -> Any:
+def run(model: nn.Module, inputs: Any, mode: TorchDispatchMode) -> Any:
     """One forward under `mode`; attention as plain matrix products, so that the same operators run on every device."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
         if isinstance(inputs, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +99,6 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
         for (tensor, _), start, size in makers:
             for g in np.unique(group_of[unit[start:start + size]]):
                 layers[g].append(tensor.rpartition(".")[0] or tensor)
-    together = {int(unit[i]): f"its channels can only go together ({where})" for t in traces for i, where in t.merged}
     taken: dict[str, int] = {}
     for g in range(len(sizes)):
         base = layers[g][0]
@@ -107,7 +107,10 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
         if group_reason[g] is None and names[g] in pinned:
             group_reason[g] = pinned[names[g]]
         if group_reason[g] is None and sizes[g] < 2:
-            group_reason[g] = together.get(int(np.nonzero(group_of == g)[0][0]), "a single channel")
+            one = int(np.nonzero(group_of == g)[0][0])
+            width = max(int((unit[start:start + size] == one).sum()) for _, start, size in makers)
+            group_reason[g] = (f"the {width} channels of {base} can only go together" if width > 1
+                               else f"one channel of {base} by itself")
     slices: list[list[Slice]] = [[] for _ in sizes]
     for key, start in axes.start.items():
         if key[0] == "constant":
@@ -132,7 +135,7 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
                     for key, (weight, pool, ids) in main.maps.items())
     mixers = tuple(Mixer(name, number, dim, len(ids), members(ids)) for name, number, dim, ids in main.mixers)
     graph = Graph(
-        groups, dict(shapes), parameters, {w: n / batch for w, n in main.uses.items()},
+        groups, dict(shapes), parameters, {w: n / batch / prod(shapes[w]) for w, n in main.macs.items()},
         tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, tuple(notes),
     )
     return Solution(graph, unit, group_of, channel_of)
@@ -158,13 +161,14 @@ def members_of(unit: np.ndarray, group_of: np.ndarray, channel_of: np.ndarray,
 def ties(traces: Sequence[Trace], unit: np.ndarray, group_of: np.ndarray, channel_of: np.ndarray,
          names: Sequence[str]) -> list[Tie]:
     """Ties whose blocks differ; each once."""
-    seen: set[bytes] = set()
+    seen: set[tuple[object, ...]] = set()
     out = []
     for rows in (rows for t in traces for rows in t.ties):
         blocks = np.unique(np.sort(unit[rows], axis=1), axis=0)
-        if len(blocks) < 2 or blocks.tobytes() in seen:
+        key = (blocks.shape, blocks.tobytes())
+        if len(blocks) < 2 or key in seen:
             continue
-        seen.add(blocks.tobytes())
+        seen.add(key)
         maps = [{m.group: m.channels for _, m in members_of(b, group_of, channel_of, names)} for b in blocks]
         if any(maps):
             out.append(Tie(tuple(maps)))

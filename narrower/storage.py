@@ -33,9 +33,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
     if record is None:
         raise StorageError("this model has no record of narrowing: save takes what narrow, load or merge returned")
     tensors = named_tensors(model)
-    unknown = [n for n in tensors if n not in record["dense"]]
-    if unknown:
-        raise StorageError(f"{unknown[0]} is not part of the network that was narrowed")
+    now = {n: list(t.shape) for n, t in tensors.items()}
+    if now != record["shapes"]:
+        raise StorageError(f"the network has changed since it was narrowed: {differences(record['shapes'], now)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     first: dict[int, str] = {}
@@ -44,7 +44,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
     meta = {
         "format": FORMAT,
         "dense": record["dense"],
-        "shapes": {n: list(t.shape) for n, t in tensors.items()},
+        "shapes": now,
         "tied": {n: o for n, o in same.items() if n != o},
         "plans": record["plans"],
         "extra": extra,
@@ -71,16 +71,24 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
     except (SafetensorError, OSError) as e:
         raise StorageError(f"{folder / WEIGHTS} cannot be read ({e}): it is truncated or no safetensors file") from e
     model = make_model()
+    if not isinstance(model, nn.Module):
+        raise StorageError(f"make_model must return the dense network, not {type(model).__name__}")
     here = named_tensors(model)
     found = {n: list(t.shape) for n, t in here.items()}
     if found != meta["dense"]:
         raise StorageError(f"{folder / META} is of another network than the factory makes: {differences(meta['dense'], found)}")
+    first: dict[int, str] = {}
+    shared = {n: o for n, t in here.items() if (o := first.setdefault(id(t), n)) != n}
+    if shared != meta["tied"]:
+        raise StorageError(f"{folder / META} says other tensors are shared than in the factory's network")
     for n, shape in meta["shapes"].items():
         origin = meta["tied"].get(n, n)
         if origin not in data:
             raise StorageError(f"{folder / WEIGHTS} lacks {origin}, which {META} names")
         if list(data[origin].shape) != shape:
             raise StorageError(f"{n}: {WEIGHTS} has shape {list(data[origin].shape)}, {META} says {shape}")
+        if data[origin].is_floating_point() != here[n].is_floating_point():
+            raise StorageError(f"{n}: {WEIGHTS} has {data[origin].dtype}, the network {here[n].dtype}")
     made: dict[int, Tensor] = {}
     new: dict[str, Tensor] = {}
     for n, t in here.items():
@@ -90,7 +98,7 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
         new[n] = made[id(t)]
     with torch.no_grad():
         fit(model, new)
-    setattr(model, RECORD, {"dense": meta["dense"], "plans": meta["plans"]})
+    setattr(model, RECORD, {k: meta[k] for k in ("dense", "shapes", "plans")})
     return model
 
 

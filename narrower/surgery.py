@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import StorageError
+from .errors import PlanError, StorageError, TraceError
 from .groups import Graph
 
 Keep = Mapping[str, np.ndarray]  # group name -> kept channels, ascending
@@ -42,6 +42,8 @@ def selections(graph: Graph, keep: Keep) -> dict[str, list[Selection]]:
         stays = np.ones(graph.shapes[tensor][dim] * blocks, dtype=bool)
         stays[np.concatenate(parts)] = False
         rows = stays.reshape(blocks, -1)
+        if len(set(rows.sum(1).tolist())) > 1:
+            raise PlanError(f"{tensor}: each of its {blocks} groups must keep equally many channels")
         out.setdefault(tensor, []).append(Selection(dim, np.nonzero(rows)[1].reshape(blocks, -1)))
     return out
 
@@ -156,15 +158,22 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     The same as copy.deepcopy with a memo, but several times faster: it copies the tables of a module itself and hands only what
     is not plain to copy.deepcopy. Modules with a `__deepcopy__` or `__reduce__` of their own go there whole.
     """
-    memo: dict[int, Any] = dict(tensors)
-    return copied_module(model, memo)
+    try:
+        return copied_module(model, dict(tensors))
+    except RuntimeError as e:
+        computed = [n or "the model" for n, m in model.named_modules()
+                    if any(isinstance(v, Tensor) and v.grad_fn is not None for v in vars(m).values())]
+        if not computed:
+            raise
+        raise TraceError(f"{computed[0]} holds a tensor that is computed from others (old-style weight_norm or prune): make it "
+                         "permanent first, with torch.nn.utils.remove_weight_norm or prune.remove") from e
 
 
 def copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     kind = type(module)
     if id(module) in memo:
         return memo[id(module)]
-    if any(n in vars(c) for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch.") for n in CUSTOM):
+    if any(n in vars(c) for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch.nn.") for n in CUSTOM):
         return copy.deepcopy(module, memo)
     new: nn.Module = kind.__new__(kind)
     memo[id(module)] = new

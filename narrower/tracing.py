@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,24 +127,19 @@ class Tracer:
         self.pinned: dict[str, str] = {}
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
-        self.parameters = frozenset(n for n, t in stage.tensors.items() if isinstance(t, nn.Parameter))
+        self.parameters = frozenset(n for n, _ in stage.model.named_parameters())
 
     def graph(self, allow_inexact: bool) -> Graph:
-        traces, axes = self.dense()
-        for _ in range(200):
-            solution = self.solved(traces, axes)
-            try:
-                self.probe(traces, solution)
-            except Mismatch as e:
-                if e.choice is not None:
-                    mode = "train" if self.probing_train else "eval"
-                    if self.choices[mode].get(e.choice[0]) != e.choice[1]:
-                        self.choices[mode][e.choice[0]] = e.choice[1]
-                        traces, axes = self.dense()
-                        continue
-                self.blame(traces, solution, e)
-                continue
-            break
+        traces, axes, solution = self.settled()
+        other = self.other_choices(traces["eval"], solution)
+        if other:  # views that split channels which are pinned now: perhaps the other of their dimensions shrinks
+            before = self.choices["eval"], self.pinned, self.notes
+            self.choices["eval"], self.pinned = {**self.choices["eval"], **other}, {}
+            again = self.settled()
+            if free_channels(again[2].graph) > free_channels(solution.graph):
+                traces, axes, solution = again
+            else:
+                self.choices["eval"], self.pinned, self.notes = before
         graph = solution.graph
         if not allow_inexact:
             for g in graph.free:
@@ -153,6 +149,35 @@ class Tracer:
         if not graph.positions:
             raise TraceError("the model has no convolution or linear layer: narrower works on convolutional networks")
         return graph
+
+    def settled(self) -> tuple[dict[str, Trace], Axes, Solution]:
+        """Trace, solve and probe until nothing disagrees."""
+        traces, axes = self.dense()
+        while True:
+            solution = self.solved(traces, axes)
+            try:
+                self.probe(traces, solution)
+                return traces, axes, solution
+            except Mismatch as e:
+                mode = "train" if self.probing_train else "eval"
+                if e.choice is not None and e.choice[0] not in self.choices[mode]:
+                    self.choices[mode][e.choice[0]] = e.choice[1]
+                    self.pinned = {}  # groups may be others now
+                    traces, axes = self.dense()
+                elif not solution.graph.free:
+                    raise TraceError(f"the forward does not do the same twice: {e.reason}") from e
+                else:
+                    self.blame(traces, solution, e)
+
+    def other_choices(self, trace: Trace, solution: Solution) -> dict[int, int]:
+        """For views by number: the first of the dimensions over which they spread channels that are pinned."""
+        out = {}
+        for place, (dims, ids) in trace.splits.items():
+            groups = solution.group_of[solution.unit[ids]].reshape(-1)
+            reasons = {solution.graph.groups[g].pinned or "" for g in set(groups.tolist()) if g >= 0}
+            if place not in self.choices["eval"] and any(r and "output" not in r and "channel" not in r[:14] for r in reasons):
+                out[place] = dims[0]
+        return out
 
     def solved(self, traces: dict[str, Trace], axes: Axes) -> Solution:
         tensors = flattened(self.stage.inputs)
@@ -210,7 +235,7 @@ class Tracer:
                     raise
                 except Exception as e:
                     ids = [x.ids.reshape(-1) for c in probe.carried_in() for x in c.labels]
-                    where = probe.failed or "outside of an operator"
+                    where = probe.failed or traced_to(probe, e)
                     raise Mismatch(np.concatenate(ids) if ids else np.zeros(0, int),
                                    f"the forward fails when narrow: {short(e)} ({where})") from e
                 if mode == "eval" and shapes != self.out_shapes:
@@ -254,6 +279,16 @@ class Tracer:
             else:
                 break  # only together
         return suspects
+
+
+def free_channels(graph: Graph) -> int:
+    return sum(g.size * len(g.layers) for g in graph.free)
+
+
+def traced_to(mode: Recording, e: BaseException) -> str:
+    """Module and source line that an error comes from."""
+    places = [mode.place_of(frame) for frame, _ in walk_tb(e.__traceback__)]
+    return next((p for p in reversed(places) if p), "model")
 
 
 def short(e: BaseException) -> str:

@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import DataError
 from ..groups import Graph, MapSource, Members
-from ..measuring import model_inputs
+from ..measuring import samples
 from ..ops import pooling, rule_for
 from ..planning import Scores, plan
 from ..recording import run
 from ..surgery import named_tensors
-from ..tracing import flattened
 from .rank import rank
 from .simple import magnitude
 
@@ -49,13 +48,10 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
     seen, check = 0, FIRST_CHECK
     last: Scores | None = None
     try:
-        for batch in batches:
-            inputs = model_inputs(batch, model)
+        for inputs, count in samples(batches, model, images):
             mode = Maps(model, graph, averages)
-            run(model, inputs, mode)  # type: ignore[arg-type]
-            seen += flattened(inputs)[0].shape[0]
-            if images is not None and seen >= images:
-                break
+            run(model, inputs, mode)
+            seen += count
             if (macs is not None or params is not None) and seen >= check:
                 now = scores_of(model, graph, averages)
                 if last is not None and agreement(graph, last, now, macs, params) >= SETTLED:

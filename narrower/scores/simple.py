@@ -109,7 +109,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
         for t in params.values():
             t.requires_grad_(True)
         for inputs, targets in batches:
-            inputs = model_inputs((inputs, None), model)
+            inputs = model_inputs(inputs, model)
             value = loss(call(model, inputs), to_device(targets, next(iter(params.values())).device))
             grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
             seen += 1
