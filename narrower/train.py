@@ -101,7 +101,7 @@ def train(
 
     Raises:
         ConfigError: the loss is not finite, or the checkpoint belongs to other settings.
-        KeyboardInterrupt: Ctrl-C, after the step under way was finished and saved in `checkpoint`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step under way was finished and saved in `checkpoint`.
     """
     accelerator = accelerator or make_accelerator()
     shard = (accelerator.process_index, accelerator.num_processes)
@@ -211,7 +211,7 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising it, so that a step is never cut in half; the second one raises."""
+    """Collect Ctrl-C and SIGTERM instead of raising, so that a step is never cut in half; the second one raises."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield asked
@@ -222,11 +222,12 @@ def interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _placed(x: Tensor, y: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:

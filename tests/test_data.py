@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ def test_augmentation_and_order_follow_seed_and_epoch() -> None:
 
 def test_each_image_once_and_shards_are_disjoint() -> None:
     data = digits().val
+    assert isinstance(data, TensorImages)
     plain = torch.cat([y for _, y in batches(data, 100)])
     assert torch.equal(plain, data.labels)
     parts = [torch.cat([x for x, _ in batches(data, 100, order=3, shard=(rank, 3))]) for rank in range(3)]
@@ -146,7 +148,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         (lambda root: [path.unlink() for path in root.glob("*/2/*")], "one class only"),
     ],
 )
-def test_folders_that_are_not_as_they_should_be(break_it, says: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_folders_that_are_not_as_they_should_be(break_it: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     break_it(images(tmp_path))
     with pytest.raises(DataError, match=says):
         open_data("", tmp_path)

@@ -75,8 +75,8 @@ def test_learning_rate_rises_and_falls() -> None:
     assert 0.1 < rates[-1] < 0.101 and rates[55] == pytest.approx(0.55, abs=0.02)
 
 
-def interrupting(at: int) -> Any:
-    """A `watch` that presses Ctrl-C before the batch `at`, counted over all epochs."""
+def interrupting(at: int, number: signal.Signals = signal.SIGINT) -> Any:
+    """A `watch` that presses Ctrl-C, or sends another signal, before the batch `at`, counted over all epochs."""
     count = 0
 
     def watch(batches: Any, description: str, total: int) -> Iterator[Any]:
@@ -84,7 +84,7 @@ def interrupting(at: int) -> Any:
         for batch in batches:
             if "epoch" in description:
                 if count == at:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), number)
                 count += 1
             yield batch
 
@@ -110,6 +110,13 @@ def test_resumed_is_uninterrupted(at: int, options: dict[str, Any], tmp_path: Pa
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in part] for part in (rows, pieces)]
     assert timeless[0] == timeless[1]
+
+
+def test_a_cluster_that_stops_the_job(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(network(), tmp_path / "checkpoint.pt", watch=interrupting(2, signal.SIGTERM))
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
