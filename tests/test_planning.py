@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from networks import IMAGES, PATTERNS, chain, unit
 
 import narrower
+from narrower.ties import components
 
-NAMES = ["plain", "residual", "dense", "depthwise", "grouped", "squeeze_excite", "shuffle", "chunked", "unet", "transposed",
-         "volume", "tokens", "shared"]
+NAMES = ["plain", "residual", "dense", "depthwise", "grouped", "regrouped", "squeeze_excite", "shuffle", "chunked", "unet",
+         "transposed", "volume", "tokens", "shared"]
 GRAPHS: dict[str, narrower.Graph] = {}
 
 
@@ -81,6 +82,26 @@ def test_nothing_that_was_removed_fits_back(name: str, round_to: int) -> None:
                 assert more.macs[1] > fraction * more.macs[0] or more.params[1] > 0.9 * more.params[0], g.name
                 tried += 1
         assert tried
+
+
+@pytest.mark.parametrize("name", ["grouped", "regrouped", "shuffle", "chunked", "transposed", "selective"])
+def test_nothing_fits_back_where_parts_stay_equal(name: str) -> None:
+    """The smallest steps that keep the parts equal, each tried with the best of the channels that are gone."""
+    graph = graph_of(name)
+    for fraction in (0.4, 0.55, 0.7, 0.85):
+        scores = narrower.random(graph, seed=int(100 * fraction))
+        plan = narrower.plan(graph, scores, macs=fraction)
+        for part in components(graph):
+            gone = [[c for c in cell.channels.tolist() if c not in plan.keep[cell.group]] for cell in part.cells]
+            for move in part.moves():
+                if any(n > len(g) for n, g in zip(move, gone, strict=True)):
+                    continue
+                data = json.loads(plan.to_json())
+                for cell, n, lost in zip(part.cells, move.tolist(), gone, strict=True):
+                    back = sorted(lost, key=lambda c: -float(scores[cell.group][c]))[:n]
+                    data["keep"][cell.group] = sorted(data["keep"][cell.group] + back)
+                more = narrower.Plan.from_json(json.dumps(data), graph)
+                assert more.macs[1] > fraction * more.macs[0], (part.cells[0].group, fraction)
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "unet"])
