@@ -62,7 +62,7 @@ def make(block: Block, shape: Shape) -> tuple[nn.Module, Shape]:
     """The block as a module, and the shape that it gives."""
     kind, w, o, inner = block
     c, height, width = shape
-    small = min(height, width)
+    small, even = min(height, width), height % 2 == width % 2 == 0
     act = ACTIVATIONS[o % len(ACTIVATIONS)]
     g = divisor(c, o)
     if kind == "bare":
@@ -80,7 +80,7 @@ def make(block: Block, shape: Shape) -> tuple[nn.Module, Shape]:
         if (end.height, end.width) == (height, width):
             other = unit(c, end.channels, 1, act=act())
             return Apply(lambda x, a, b: a(x) * b(x) if o % 2 else torch.maximum(a(x), b(x)), a=body, b=other), end
-    if kind == "option_a" and small % 2 == 0 and small >= 4:
+    if kind == "option_a" and even and small >= 4:
         return networks.OptionA(c, c + w), Shape(c + w, height // 2, width // 2)
     if kind == "dense":
         block_ = networks.Dense(c, w, 1 + o % 3)
@@ -112,7 +112,7 @@ def make(block: Block, shape: Shape) -> tuple[nn.Module, Shape]:
             return nn.Upsample(scale_factor=2, mode="bilinear"), Shape(c, 2 * height, 2 * width)
         groups = g if o % 3 == 1 else 1
         return nn.ConvTranspose2d(c, w * groups, 2, 2, groups=groups), Shape(w * groups, 2 * height, 2 * width)
-    if kind == "pixels" and small % 2 == 0:
+    if kind == "pixels" and even:
         def there_and_back(x: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
             return F.pixel_shuffle(up(down(F.pixel_unshuffle(x, 2))), 2)
         return Apply(there_and_back, down=unit(4 * c, w), up=nn.Conv2d(w, 12, 1)), shape._replace(channels=3)
@@ -125,7 +125,7 @@ def make(block: Block, shape: Shape) -> tuple[nn.Module, Shape]:
         heads = 1 + o % 2
         layers = {n: nn.Linear(c, heads * w) for n in "qkv"}
         return Apply(lambda x, **ls: attention(x, heads=heads, **ls), **layers, out=nn.Linear(heads * w, c)), shape
-    if kind == "unet" and small % 2 == 0 and small >= 4:
+    if kind == "unet" and even and small >= 4:
         body, end = assemble(inner, Shape(w, height // 2, width // 2))
         if (end.height, end.width) == (height // 2, width // 2):
             inside = chain(nn.MaxPool2d(2), unit(c, w), body, nn.ConvTranspose2d(end.channels, w + 1, 2, 2))
