@@ -53,17 +53,19 @@ class Terminal(Reporter):
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.run: Run | None = None
+        self.quiet = False  # in all but one of several processes
         self._bars: list[Progress] = []
 
     def print(self, what: Any, *, error: bool = False) -> None:
-        (self.err if error else self.out).print(what, markup=False)
+        if error or not self.quiet:
+            (self.err if error else self.out).print(what, markup=False)
         if self.run is not None:
             text = io.StringIO()
             Console(file=text, width=200, highlight=False, soft_wrap=True).print(what, markup=False)
             self.run.print(text.getvalue())
 
     def watch(self, iterable: Iterable[Any], description: str = "", total: int = 0) -> Iterator[Any]:
-        if not self.err.is_terminal:
+        if self.quiet or not self.err.is_terminal:
             yield from iterable
             return
         columns = (TextColumn("{task.description}"), BarColumn(), Count(), Rate(), TimeRemainingColumn())
@@ -150,6 +152,7 @@ def begin(settings: Settings, terminal: Terminal, *names: str) -> Job:
     """Check the output folder, then find the images and complete the settings."""
     given = settings.run
     accelerator = make_accelerator(given.device)
+    terminal.quiet = not accelerator.is_main_process
     folder = Path(given.resume or given.output or default_folder(*names, settings.model.model))
     run = Run(folder, resume=bool(given.resume), overwrite=given.overwrite, writes=accelerator.is_main_process)
     terminal.run = run
@@ -176,6 +179,7 @@ def run_train(settings: Settings, terminal: Terminal, _: Namespace) -> None:
 
 def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     accelerator = make_accelerator(settings.run.device)
+    terminal.quiet = not accelerator.is_main_process
     job = open_job(settings, Run(Path(), overwrite=True, writes=False), accelerator, terminal)
     if given.run is None and not (settings.model.checkpoint or settings.model.pretrained):
         raise ConfigError("say what to evaluate: a run folder, or --model with --checkpoint or --pretrained")

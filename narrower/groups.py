@@ -47,6 +47,7 @@ class ChannelGroup:
 
     @property
     def free(self) -> bool:
+        """Whether its channels can go."""
         return self.pinned is None
 
 

@@ -20,7 +20,7 @@ from .ties import components
 class Mismatch(Exception):
     """Other channels meet than in the dense forward, or a size is fixed: the ids concerned, and why."""
 
-    def __init__(self, ids: np.ndarray, reason: str, choice: tuple[int, int] | None = None) -> None:
+    def __init__(self, ids: np.ndarray, reason: str, choice: tuple[str, int] | None = None) -> None:
         super().__init__(reason)
         self.ids, self.reason, self.choice = ids, reason, choice
 
@@ -82,24 +82,25 @@ class Probe(Recording):
 
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """A view splits channels: only the dimension that the trace took as free may have another size now."""
-        free = self.dense.choices.get(call.place, dims[-1])
+        was, _, where = self.dense.splits.get(call.place, ((), ids, ""))
+        free = self.dense.choices.get(where, dims[-1])
         dense = self.dense.log[call.place].shapes[0] if call.place < len(self.dense.log) else ()
         new = tuple(call.out.shape)
-        if self.dense.splits.get(call.place, ((), ids))[0] != tuple(dims) or len(dense) != len(new):
+        if was != tuple(dims) or len(dense) != len(new):
             raise Mismatch(np.zeros(0, int), f"other shapes when narrow ({self.where()})")
         changed = [d for d in dims if dense[d] != new[d]]
         if changed and changed != [free]:
-            raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (call.place, changed[0]))
+            raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (where, changed[0]))
         return free
 
     def refused(self, name: str, args: Sequence[Any]) -> None:
         """A call failed: if it is a view that splits channels, its sizes may tell that another dimension shrinks."""
-        dims, _ = self.dense.splits.get(self.place, ((), None))
+        dims, _, where = self.dense.splits.get(self.place, ((), None, ""))
         if dims and name in ("view", "_unsafe_view", "reshape") and len(args) > 1:
             dense, now = self.dense.log[self.place].shapes[0], args[1]
             changed = [d for d in dims if d < len(now) and now[d] != dense[d]]
             if len(now) == len(dense) and len(changed) == 1:
-                raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (self.place, changed[0]))
+                raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (where, changed[0]))
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
         """The same call as in the dense forward, with the same numbers; what comes out has the surviving channels, in order."""

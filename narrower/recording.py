@@ -261,9 +261,9 @@ FILLED = {"full": 1, "new_full": 2, "full_like": 1}
 class Trace(Recording):
     """Collects the equations, ties, pins and uses of a dense forward."""
 
-    def __init__(self, model: nn.Module, axes: Axes, choices: dict[int, int]) -> None:
+    def __init__(self, model: nn.Module, axes: Axes, choices: dict[str, int]) -> None:
         super().__init__(model, axes)
-        self.choices = choices  # split view by number -> dimension that stays free
+        self.choices = choices  # where a view splits channels -> the dimension that stays free
         self.pairs: list[tuple[Ids, Ids]] = []
         self.ties: list[Ids] = []
         self.pins: list[tuple[Ids, str]] = []
@@ -275,7 +275,7 @@ class Trace(Recording):
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
         self.pool_inputs: list[Ids | None] = []
-        self.splits: dict[int, tuple[tuple[int, ...], Ids]] = {}
+        self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
         self.log: list[Event] = []
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
@@ -309,8 +309,9 @@ class Trace(Recording):
         return ids
 
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
-        self.splits[call.place] = tuple(dims), ids
-        return self.choices.get(call.place, dims[-1])
+        where = self.where()
+        self.splits[call.place] = tuple(dims), ids, where
+        return self.choices.get(where, dims[-1])
 
     def role(self, label: Label | None, role: str) -> None:
         if label is not None and label.axis is not None:

@@ -48,6 +48,8 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
     if type(model).__name__ in WRAPPERS:
         inner = "_orig_mod" if type(model).__name__ == "OptimizedModule" else "module"
         raise TraceError(f"the model is wrapped in {type(model).__name__}: trace model.{inner} instead")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("the model is compiled by torch.jit (scripted or traced): trace the Python module that it was made from")
     if not any(True for _ in model.parameters()):
         raise TraceError("the model has no parameters: there is nothing to narrow")
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
@@ -123,7 +125,7 @@ class Tracer:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.choices: dict[str, dict[int, int]] = {"eval": {}, "train": {}}
+        self.choices: dict[str, int] = {}
         self.pinned: dict[str, str] = {}
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
@@ -133,13 +135,13 @@ class Tracer:
         traces, axes, solution = self.settled()
         other = self.other_choices(traces["eval"], solution)
         if other:  # views that split channels which are pinned now: perhaps the other of their dimensions shrinks
-            before = self.choices["eval"], self.pinned, self.notes
-            self.choices["eval"], self.pinned = {**self.choices["eval"], **other}, {}
+            before = self.choices, self.pinned, self.notes
+            self.choices, self.pinned = {**self.choices, **other}, {}
             again = self.settled()
             if free_channels(again[2].graph) > free_channels(solution.graph):
                 traces, axes, solution = again
             else:
-                self.choices["eval"], self.pinned, self.notes = before
+                self.choices, self.pinned, self.notes = before
         graph = solution.graph
         if not allow_inexact:
             for g in graph.free:
@@ -159,9 +161,8 @@ class Tracer:
                 self.probe(traces, solution)
                 return traces, axes, solution
             except Mismatch as e:
-                mode = "train" if self.probing_train else "eval"
-                if e.choice is not None and e.choice[0] not in self.choices[mode]:
-                    self.choices[mode][e.choice[0]] = e.choice[1]
+                if e.choice is not None and e.choice[0] not in self.choices:
+                    self.choices[e.choice[0]] = e.choice[1]
                     self.pinned = {}  # groups may be others now
                     traces, axes = self.dense()
                 elif not solution.graph.free:
@@ -169,14 +170,14 @@ class Tracer:
                 else:
                     self.blame(traces, solution, e)
 
-    def other_choices(self, trace: Trace, solution: Solution) -> dict[int, int]:
-        """For views by number: the first of the dimensions over which they spread channels that are pinned."""
+    def other_choices(self, trace: Trace, solution: Solution) -> dict[str, int]:
+        """For views by their place: the first of the dimensions over which they spread channels that are pinned."""
         out = {}
-        for place, (dims, ids) in trace.splits.items():
+        for dims, ids, where in trace.splits.values():
             groups = solution.group_of[solution.unit[ids]].reshape(-1)
             reasons = {solution.graph.groups[g].pinned or "" for g in set(groups.tolist()) if g >= 0}
-            if place not in self.choices["eval"] and any(r and "output" not in r and "channel" not in r[:14] for r in reasons):
-                out[place] = dims[0]
+            if where not in self.choices and any(r and "output" not in r and "channel" not in r[:14] for r in reasons):
+                out[where] = dims[0]
         return out
 
     def solved(self, traces: dict[str, Trace], axes: Axes) -> Solution:
@@ -186,8 +187,8 @@ class Tracer:
 
     def dense(self) -> tuple[dict[str, Trace], Axes]:
         """The equations of the dense forward: in eval mode, and in train mode where that reaches further parameters."""
-        axes = Axes()
-        first = Trace(self.stage.model, axes, self.choices["eval"])
+        axes, self.notes = Axes(), []
+        first = Trace(self.stage.model, axes, self.choices)
         try:
             self.out_shapes = self.outputs(first)
         except Exception as e:
@@ -195,7 +196,7 @@ class Tracer:
         traces = {"eval": first}
         idle = self.parameters - first.seen
         if idle:
-            second = Trace(self.stage.model, axes, self.choices["train"])
+            second = Trace(self.stage.model, axes, self.choices)
             self.stage.model.train()
             try:
                 self.outputs(second)
@@ -223,11 +224,9 @@ class Tracer:
         keep = trial(solution.graph) if keep is None else keep
         cuts = selections(solution.graph, keep)
         undo = narrowed_in_place(self.stage.model, self.stage.tensors, cuts)
-        self.probing_train = False
         try:
             for mode, dense in traces.items():
-                self.probing_train = mode == "train"
-                self.stage.model.train(self.probing_train)
+                self.stage.model.train(mode == "train")
                 probe = Probe(self.stage.model, dense, solution, keep, cuts)
                 try:
                     shapes = self.outputs(probe)

@@ -45,6 +45,16 @@ def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores
     )  # fmt: skip
 
 
+def agreed(job: Job, plan: narrower.Plan) -> narrower.Plan:
+    """The first process's plan, in all of them: ties may break differently elsewhere."""
+    if job.accelerator.num_processes == 1:
+        return plan
+    from accelerate.utils import broadcast_object_list
+
+    (text,) = broadcast_object_list([plan.to_json()])
+    return narrower.Plan.from_json(text, plan.graph)
+
+
 def sample(job: Job, count: int) -> Iterator[Batch]:
     """`count` training images, not augmented, drawn by the seed, on the device."""
     config = job.settings.train
@@ -65,7 +75,7 @@ def narrowed(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
         scores = score(given, model, graph, images, job.settings.run.seed)
         facts["method"] = given.method
     with job.stage("plan") as facts:
-        plan = make_plan(given, graph, scores)
+        plan = agreed(job, make_plan(given, graph, scores))
         facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
     with job.stage("narrow"):
         small = narrower.narrow(model, plan)
