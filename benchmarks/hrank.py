@@ -75,7 +75,7 @@ def main() -> None:
     print(f"{args.images} images, {torch.get_num_threads()} threads; seconds")
     print(f"published procedure  {slow:8.1f}  (scaled from a part)")
     print(f"narrower             {whole:8.1f}  {slow / whole:6.1f}x")
-    print(f"narrower, settled    {settled:8.1f}  {slow / settled:6.1f}x  keeps {same:.1%} of the same channels at half the MACs")
+    print(f"narrower, settled    {settled:8.1f}  {slow / settled:6.1f}x  keeps {same:.1%} of the same at half the MACs")
 
 
 if __name__ == "__main__":

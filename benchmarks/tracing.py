@@ -2,8 +2,8 @@
 
     pip install torch-pruning==1.6.1 && python benchmarks/tracing.py
 
-Both take half of the channels of every layer that can lose some, at random. Each pair of runs is on fresh copies of one model, in turn; the
-median of the repetitions counts. torch-pruning is called as its README recommends, with the classifier left alone.
+Both take half of the channels of every layer that can lose some, at random. Each pair of runs is on fresh copies of one
+model, in turn; the median of the repetitions counts. torch-pruning is called as its README recommends, with the classifier left alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def theirs(model: nn.Module, x: torch.Tensor) -> float:
 
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     start = time.perf_counter()
-    pruner = tp.pruner.BasePruner(model, x, importance=tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=[last])
+    importance = tp.importance.RandomImportance()
+    pruner = tp.pruner.BasePruner(model, x, importance=importance, pruning_ratio=0.5, ignored_layers=[last])
     pruner.step()
     return time.perf_counter() - start
 

@@ -49,7 +49,7 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
         inner = "_orig_mod" if type(model).__name__ == "OptimizedModule" else "module"
         raise TraceError(f"the model is wrapped in {type(model).__name__}: trace model.{inner} instead")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError("the model is compiled by torch.jit (scripted or traced): trace the Python module that it was made from")
+        raise TraceError("the model is compiled by torch.jit (scripted or traced): trace the Python module it was made from")
     if not any(True for _ in model.parameters()):
         raise TraceError("the model has no parameters: there is nothing to narrow")
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
