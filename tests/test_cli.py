@@ -27,6 +27,7 @@ import narrower
 from narrower import cli, runs
 from narrower.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 NETWORK = """
 import torch
 from torch import nn
@@ -336,11 +337,11 @@ def test_without_the_extras() -> None:
     """What is missing is named, with the command that installs it."""
     for missing in ("jsonargparse", "rich"):
         program = f"import sys; sys.modules[{missing!r}] = None; import narrower.cli"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert "pip install 'narrower[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "narrower", "--version"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "narrower", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"narrower {narrower.__version__}\n" and done.returncode == 0
