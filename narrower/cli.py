@@ -222,7 +222,7 @@ COMMANDS: dict[str, tuple[Command, str, list[tuple[type, tuple[str, ...]]]]] = {
         [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, EVALUATING), (RunConfig, ("device",))],
     ),
 }
-DEFAULTS = {"prune": {"epochs": 10, "lr": 0.02}}
+DEFAULTS = {"prune": {"epochs": 15, "lr": 0.02}}
 EXAMPLES = {
     "inspect": "narrower inspect --model cifar_resnet56",
     "train": "narrower train --model cifar_resnet56 --data-dir cifar10 --epochs 100 -b 128 --amp --channels-last",
