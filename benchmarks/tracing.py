@@ -3,7 +3,8 @@
     pip install torch-pruning==1.6.1 && python benchmarks/tracing.py
 
 Both take half of the channels of every layer that can lose some, at random. Each pair of runs is on fresh copies of one
-model, in turn; the median of the repetitions counts. torch-pruning is called as its README recommends, with the classifier left alone.
+model, in turn; the median of the repetitions counts.
+torch-pruning is called as its README recommends, with the classifier left alone.
 """
 
 from __future__ import annotations

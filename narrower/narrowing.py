@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +49,8 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
         memo[id(t)] = new
         swapped[t] = (new, cut)
     small = duplicate(model, memo)
-    # deepcopy has put the new tensors in place; fit sets the attributes that mirror their shapes
-    changed = {name: t for name, t in named_tensors(small).items() if tuple(t.shape) != shapes[name]}
-    undo = fit(duplicate_shapes(small, dense, changed), changed)
-    del undo
+    # the new tensors are in place; fit sets the attributes that mirror their shapes
+    fit(small, {name: t for name, t in named_tensors(small).items() if tuple(t.shape) != shapes[name]}, shapes)
     if optimizer is not None:
         carry(optimizer, swapped)
     before = getattr(model, RECORD, None)
@@ -73,16 +72,6 @@ def same_network(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         raise PlanError("the model is not the one that was traced: " + "; ".join(
             f"{n} is {shapes.get(n, 'missing')}, was {traced.get(n, 'missing')}" for n in odd))
     return tensors
-
-
-def duplicate_shapes(small: nn.Module, dense: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> nn.Module:
-    """`small` with the dense tensors back under the changed names, so that `fit` sees shapes before and after."""
-    for name in changed:
-        owner, _, leaf = name.rpartition(".")
-        module = small.get_submodule(owner)
-        store = module._parameters if leaf in module._parameters else module._buffers
-        store[leaf] = dense[name]  # type: ignore[assignment]
-    return small
 
 
 def format_of(t: Tensor) -> torch.memory_format:
@@ -142,7 +131,9 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     candidate = duplicate(small, memo).to(kind).eval()
     with torch.no_grad():
         outs = []
-        for what, net, mode in (("dense", reference, Survivors(graph, plan)), ("narrow", candidate, Nothing())):
+        modes: list[tuple[str, nn.Module, AbstractContextManager[Any]]] = [
+            ("dense", reference, Survivors(graph, plan)), ("narrow", candidate, nullcontext())]
+        for what, net, mode in modes:
             try:
                 outs.append(flattened(run(net, inputs, mode)))
             except Exception as e:
@@ -202,13 +193,6 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, dict):
         return {k: cast(v, dtype) for k, v in x.items()}
     return type(x)(cast(v, dtype) for v in x) if type(x) in (list, tuple) else x
-
-
-class Nothing(TorchDispatchMode):
-    """Runs what it sees."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 class Survivors(TorchDispatchMode):

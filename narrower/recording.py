@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -346,7 +347,7 @@ class Trace(Recording):
 
 
 @torch.no_grad()
-def run(model: nn.Module, inputs: Any, mode: TorchDispatchMode) -> Any:
+def run(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any]) -> Any:
     """One forward under `mode`; attention as plain matrix products, so that the same operators run on every device."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
         if isinstance(inputs, dict):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from .errors import StorageError
@@ -50,7 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
         "extra": extra,
     }
     text = json.dumps(meta)
-    save_file(data, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})
+    (folder / (WEIGHTS + ".part")).write_bytes(serialize(data, metadata={"format": "pt"}))
     (folder / (META + ".part")).write_text(text)
     os.replace(folder / (WEIGHTS + ".part"), folder / WEIGHTS)
     os.replace(folder / (META + ".part"), folder / META)

@@ -98,9 +98,10 @@ class Undo(NamedTuple):
     value: Any
 
 
-def fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Undo]:
+def fit(model: nn.Module, tensors: Mapping[str, Tensor], dense: Mapping[str, tuple[int, ...]] | None = None) -> list[Undo]:
     """Put `tensors` (by parameter or buffer name, other shapes allowed) into `model`, in place, and update the attributes
-    that mirror their shapes. Tied tensors must be the same object under each of their names. Returns what was replaced.
+    that mirror their shapes. Tied tensors must be the same object under each of their names. `dense`
+    gives the shapes before, if the tensors are already there. Returns what was replaced.
 
     Raises StorageError for a name that the model does not have.
     """
@@ -120,7 +121,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Undo]:
             old = store.get(leaf)
             if old is None:
                 raise StorageError(f"the model has no tensor {owner}.{leaf}")
-            before[leaf] = tuple(old.shape)
+            before[leaf] = dense[f"{owner}.{leaf}".lstrip(".")] if dense else tuple(old.shape)
             undo.append(Undo(module, leaf, old))
             store[leaf] = t  # type: ignore[assignment]
         for attribute, value in mirrored(module, before).items():
