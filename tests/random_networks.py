@@ -44,8 +44,8 @@ class Apply(nn.Module):
 
 
 def divisor(n: int, option: int) -> int:
-    """A divisor of n between 2 and 4 if there is one."""
-    found = [d for d in (2, 3, 4) if n % d == 0]
+    """A divisor of n between 2 and 4, and less than n, if there is one."""
+    found = [d for d in (2, 3, 4) if n % d == 0 and d < n]
     return found[option % len(found)] if found else 1
 
 

@@ -33,8 +33,8 @@ def examine(model: Random, request: dict[str, Any], seed: int) -> None:
     """All that must hold of one network and one request for it."""
     torch.manual_seed(seed)
     graph = narrower.trace(model, INPUTS)
-    for g in graph:
-        assert g.pinned is None or re.search(RIGHTLY, g.pinned), f"{g.name} is pinned: {g.pinned}"
+    for g in graph:  # of two channels one would be left, and a dimension of size one does not tell what it holds
+        assert g.pinned is None or g.size <= 2 or re.search(RIGHTLY, g.pinned), f"{g.name} is pinned: {g.pinned}"
     if not graph.free:
         return
     try:
