@@ -117,7 +117,7 @@ def test_distributed_models_say_what_to_unwrap() -> None:
 
 def test_scripted_models_are_refused() -> None:
     scripted: Any = torch.jit.trace(Plain().eval(), IMAGES)
-    with pytest.raises(narrower.TraceError, match="copied"):
+    with pytest.raises(narrower.TraceError, match="jit"):
         narrower.trace(scripted, IMAGES)
 
 

@@ -54,6 +54,7 @@ def pinned(trace: Trace) -> set[int]:
 
 # ------------------------------------------------------------------------------------------------ movement
 
+ROWS = torch.tensor([1, 0])
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "view": lambda x: x.view(2, C, 24),
     "flatten": lambda x: x.flatten(1),
@@ -94,7 +95,7 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "shuffled pixels": lambda x: F.pixel_shuffle(x, 2),
     "cropped channels": lambda x: F.pad(x, (0, 0, 0, 0, -2, -3)),
     "indexed rows": lambda x: x[:, :, torch.tensor([1, 0, 3])],
-    "indexed rows and columns": lambda x: x[:, :, [1, 0], [2, 3]],
+    "indexed rows and columns": lambda x: x[:, :, ROWS, ROWS + 2],
     "selected rows": lambda x: x.index_select(2, torch.tensor([1, 1])),
     "windows": lambda x: x.view(2, C, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(12, C, 2, 2),
     "tokens": lambda x: x.flatten(2).transpose(1, 2),

@@ -361,6 +361,16 @@ def test_json_of_another_network_or_version() -> None:
         narrower.Plan.from_json(json.dumps({**data, "format": 99}), graph)
 
 
+@pytest.mark.parametrize("value", [None, "6", [None], {"a": 1}, 6.5, True, -1])
+@pytest.mark.parametrize("key", ["groups", "keep"])
+def test_json_with_a_wrong_value(key: str, value: Any) -> None:
+    graph = graph_of("plain")
+    data = json.loads(narrower.plan(graph, narrower.random(graph), remove=0.5).to_json())
+    for damage in ({**data, key: value}, {**data, key: {**data[key], "conv1": value}}, {**data, key: {**data[key], "x": value}}):
+        with pytest.raises(narrower.PlanError):
+            narrower.Plan.from_json(json.dumps(damage), graph)
+
+
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-3, 20), st.floats(), st.text(max_size=5)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
