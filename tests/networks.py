@@ -378,7 +378,7 @@ class Trick(nn.Module):
         super().__init__()
         self.function = function
         for name, value in held.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
@@ -438,6 +438,43 @@ class OwnWeights(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight - self.weight.mean((2, 3), keepdim=True)
         return self.head(F.relu(F.conv2d(self.stem(x), w * self.gain, padding=1)))
+
+
+def by_mean_and_std(w: Tensor) -> Tensor:
+    return (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+
+
+def by_var_mean(w: Tensor) -> Tensor:
+    v, m = torch.var_mean(w, dim=(1, 2, 3), keepdim=True, unbiased=False)
+    return (w - m) / torch.sqrt(v + 1e-10)
+
+
+def by_steps(w: Tensor) -> Tensor:
+    """As the paper's authors wrote it."""
+    w = w - w.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
+    return w / (w.view(len(w), -1).std(1).view(-1, 1, 1, 1) + 1e-5)
+
+
+def by_batch_norm(w: Tensor) -> Tensor:
+    """As timm does."""
+    return F.batch_norm(w.reshape(1, len(w), -1), None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(w)
+
+
+STANDARDISED: dict[str, Callable[[Tensor], Tensor]] = {
+    f.__name__: f for f in (by_mean_and_std, by_var_mean, by_steps, by_batch_norm)
+}
+
+
+class Standardised(nn.Module):
+    """Weight standardisation: each filter is normalised over all that it reads."""
+
+    def __init__(self, standardise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = unit(3, 12, act=nn.Sigmoid()), nn.Conv2d(12, 9, 3), Head(9)
+        self.standardise = standardise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(F.conv2d(self.stem(x), self.standardise(self.conv.weight), self.conv.bias)))
 
 
 class Branching(nn.Module):
@@ -569,6 +606,31 @@ def accumulated(m: Any, x: Tensor) -> Tensor:
     return torch.stack(parts, 2).flatten(1, 2)
 
 
+def blurred(m: Any, x: Tensor) -> Tensor:
+    """The same small filter on every map, made as wide as the maps are."""
+    return F.conv2d(x, m.kernel.to(x.dtype).repeat(x.shape[1], 1, 1, 1), padding=1, groups=x.shape[1])
+
+
+def modulated(m: Any, x: Tensor) -> Tensor:
+    """StyleGAN2: a filter for each sample, normalised over what it reads, as one grouped convolution."""
+    b, c, h, w = x.shape
+    weight = m.weight * m.style(x.mean((2, 3))).view(b, 1, c, 1, 1)
+    weight = weight * (weight.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+    return F.conv2d(x.reshape(1, b * c, h, w), weight.view(-1, c, 3, 3), padding=1, groups=b).view(b, -1, h, w)
+
+
+def conditional(m: Any, x: Tensor) -> Tensor:
+    """CondConv: a mixture of filters for each sample."""
+    b, c, h, w = x.shape
+    mixed = torch.sigmoid(m.route(x.mean((2, 3)))) @ m.experts.flatten(1)
+    return F.conv2d(x.reshape(1, b * c, h, w), mixed.view(-1, c, 3, 3), padding=1, groups=b).view(b, -1, h, w)
+
+
+def above_the_median(m: Any, x: Tensor) -> Tensor:
+    s = x.mean((2, 3))
+    return x * (s > s.median(1, keepdim=True).values)[:, :, None, None]
+
+
 def written_slices(m: Any, x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[:, :5] = x[:, 7:]
@@ -689,6 +751,23 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
                   None),
     "looked_up_by_channel": (
         lambda: Trap(lambda m, x: x * m.table(torch.arange(x.shape[1])).view(1, -1, 1, 1), table=nn.Embedding(12, 1)), "."),
+    "blurred": (lambda: Trap(blurred, kernel=torch.rand(1, 1, 3, 3)), "."),
+    "blurred_by_buffer": (
+        lambda: Trap(lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=len(m.kernel)), kernel=torch.rand(12, 1, 3, 3)), "."),
+    "conditional": (lambda: Trap(conditional, 7, route=nn.Linear(12, 3), experts=nn.Parameter(torch.randn(3, 7, 12, 3, 3))), "."),
+    "circular": (lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="circular")), "."),
+    "reflected": (lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="reflect")), None),
+    "channel_shuffle_module": (lambda: chain(unit(3, 12), nn.ChannelShuffle(3), unit(12, 9), Head(9)), "."),
+    "batch_statistics": (
+        lambda: chain(unit(3, 12), nn.BatchNorm2d(12, track_running_stats=False), unit(12, 9), Head(9)), None),
+    "norm_of_vectors": (
+        lambda: chain(unit(3, 12), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 5)), None),
+    "tensordot": (lambda: Trap(lambda m, x: torch.tensordot(x, m.fc.weight, ([1], [1])).permute(0, 3, 1, 2), 7,
+                               fc=nn.Linear(12, 7, bias=False)), None),
+    "above_the_median": (lambda: Trap(above_the_median), "."),
+    "dropped_channels": (lambda: chain(unit(3, 12), nn.Dropout2d(0.2), nn.AlphaDropout(0.1), unit(12, 9), Head(9)), None),
+    "modulated": (
+        lambda: Trap(modulated, 7, style=nn.Linear(12, 12), weight=nn.Parameter(torch.randn(1, 7, 12, 3, 3))), None),
     "own_statistics": (lambda: Trap(own_statistics, mean=torch.zeros(12)), None),
     "view_minus_one_4": (lambda: Trap(lambda m, x: x.view(len(x), -1, 4, 8, 8).sum(2), 3), None),
     "view_4_minus_one": (lambda: Trap(lambda m, x: x.view(len(x), 4, -1, 8, 8).sum(1), 3), None),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from networks import IMAGES, MIXERS, PATTERNS, TRAPS, Plain, chain, images, unit
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -112,6 +113,27 @@ def test_layers_that_mix_channels(name: str) -> None:
     assert {g.name for g in strict.free} == {g.name for g in graph.free if g.exact}
     plan = narrower.plan(strict, scores(strict, 0), remove=0.5)
     reference.exact(model, plan, IMAGES)
+
+
+@pytest.mark.parametrize("name", networks.STANDARDISED)
+def test_weight_standardisation_sees_the_surviving_channels(name: str) -> None:
+    """The narrow layer normalises each filter over what it still reads; verify takes the same for its reference."""
+    standardise = networks.STANDARDISED[name]
+    model = networks.Standardised(standardise).double().eval()
+    x = IMAGES.double()
+    graph = narrower.trace(model, x)
+    assert graph["stem.0"].free and not graph["stem.0"].exact
+    assert graph["conv"].free
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.4)
+    small = narrower.narrow(model, plan)
+    a, b = plan.keep["stem.0"], plan.keep["conv"]
+    weight, bias = model.get_parameter("conv.weight")[b][:, a], model.get_parameter("conv.bias")[b]
+    maps = F.relu(F.conv2d(model.stem(x)[:, a], standardise(weight), bias)).mean((2, 3))
+    want = F.linear(maps, model.get_parameter("head.fc.weight")[:, b], model.get_parameter("head.fc.bias"))
+    assert torch.allclose(small(x), want, rtol=1e-10)
+    assert narrower.verify(model, small, plan, x).error < 1e-9
+    strict = narrower.trace(model, x, allow_inexact=False)
+    assert [g.name for g in strict.free] == ["conv"]
 
 
 # ------------------------------------------------------------------------------------------------ kept as it was
