@@ -24,5 +24,5 @@ settings.load_profile("narrower")
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seeded() -> None:
     torch.manual_seed(0)

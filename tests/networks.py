@@ -753,8 +753,10 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
         lambda: Trap(lambda m, x: x * m.table(torch.arange(x.shape[1])).view(1, -1, 1, 1), table=nn.Embedding(12, 1)), "."),
     "blurred": (lambda: Trap(blurred, kernel=torch.rand(1, 1, 3, 3)), "."),
     "blurred_by_buffer": (
-        lambda: Trap(lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=len(m.kernel)), kernel=torch.rand(12, 1, 3, 3)), "."),
-    "conditional": (lambda: Trap(conditional, 7, route=nn.Linear(12, 3), experts=nn.Parameter(torch.randn(3, 7, 12, 3, 3))), "."),
+        lambda: Trap(lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=len(m.kernel)), kernel=torch.rand(12, 1, 3, 3)),
+        None),
+    "conditional": (
+        lambda: Trap(conditional, 7, route=nn.Linear(12, 3), experts=nn.Parameter(torch.randn(3, 7, 12, 3, 3))), "."),
     "circular": (lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="circular")), "."),
     "reflected": (lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="reflect")), None),
     "channel_shuffle_module": (lambda: chain(unit(3, 12), nn.ChannelShuffle(3), unit(12, 9), Head(9)), "."),
