@@ -109,7 +109,7 @@ class PruneConfig:
     min_channels: Annotated[int, "channels that every group keeps at least"] = 1
     images: Annotated[int, "training images for scoring"] = 640
     recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
-    dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 20
+    dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 25
     dense_lr: Annotated[float, "its learning rate"] = 0.1
 
     def __post_init__(self) -> None:

@@ -112,7 +112,7 @@ def digits(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     *,
-    test_size: float = 0.2,
+    test_size: float = 1 / 3,
     seed: int = 0,
 ) -> ImageData:
     """The 1,797 8x8 digits that scikit-learn ships with, enlarged to `size` px, in a stratified split.
