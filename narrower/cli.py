@@ -188,7 +188,7 @@ def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     table = Table(title=f"{given.run or settings.model.model} on {job.data.name}, {len(job.data.val):,} images")
     for name in ("top-1", *(name for name, _ in costs(Figures(0, 0, 0, 0, 0)))):
         table.add_column(name, justify="right")
-    table.add_row(f"{top1:.2f} %", *(text for _, text in costs(figures(model, job.example, top1))))
+    table.add_row(f"{top1:.2f} %", *(text for _, text in costs(figures(job.example, (model, top1))[0])))
     terminal.print(table)
 
 

@@ -18,12 +18,13 @@ from .groups import Graph, Mixer
 from .ops import rule_for
 from .planning import Plan
 from .recording import run
-from .surgery import duplicate, fit, named_tensors, selections, sliced
+from .surgery import collector_paused, duplicate, fit, named_tensors, selections, sliced
 from .tracing import flattened
 
 RECORD = "narrower_record"
 
 
+@collector_paused()
 def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """A copy of `model` with the channels of `plan` only: ordinary modules of the same classes; `model` is untouched.
 

@@ -8,6 +8,7 @@ what mixes channels in a way that removal changes by definition (`mix`). An oper
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ def pooling(name: str, args: Sequence[Any]) -> bool:
     return "pool" in name
 
 
+@cache
 def rule_for(func: Any) -> tuple[str, Rule | None]:
     """Name without the in-place underscore, and the rule; any operator that torch tags as pointwise has one."""
     name = func._schema.name.split("::")[-1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -48,8 +50,11 @@ def selections(graph: Graph, keep: Keep) -> dict[str, list[Selection]]:
     return out
 
 
-def sliced(t: Tensor, chosen: Iterable[Selection]) -> Tensor:
+def sliced(t: Tensor, chosen: Sequence[Selection]) -> Tensor:
     """The part of `t` that stays; same dtype, device and memory format."""
+    if t.is_meta:  # only the shape matters
+        sizes = {dim: rows.shape[1] for dim, rows in chosen}
+        return torch.empty([sizes.get(d, n) for d, n in enumerate(t.shape)], dtype=t.dtype, device="meta")
     # blocks refer to the dense dimension 0, so dimensions that are read in blocks go first
     for dim, rows in sorted(chosen, key=lambda s: -len(s.rows)):
         index = torch.as_tensor(rows, device=t.device)
@@ -139,6 +144,18 @@ def undone(undo: list[Undo]) -> None:
             module._buffers[name] = value
         else:
             setattr(module, name, value)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without garbage collection: a full one, set off by many small objects, can take longer than a trace."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from .groups import Graph
 from .probing import Mismatch, Probe, narrowed_in_place, trial
 from .recording import Axes, Recording, Trace, run
 from .solving import Solution, solve
-from .surgery import duplicate, named_tensors, selections, undone
+from .surgery import collector_paused, duplicate, named_tensors, selections, undone
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -33,6 +33,7 @@ class Stage(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
+@collector_paused()
 def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) -> Graph:
     """Find the channel groups of `model` by running its forward on `example_inputs`.
 

@@ -80,8 +80,7 @@ def prune(job: Job) -> Result:
         with saved(job, lambda: narrower.save(small, folder)):
             top1 = job.train(small, "fine-tune", runs.CHECKPOINT, job.settings.train)
     with job.stage("measure", busy="measuring") as facts:
-        dense = figures(model, job.example, dense_top1)
-        narrow = figures(small, job.example, top1)
+        dense, narrow = figures(job.example, (model, dense_top1), (small, top1))
         facts |= {"dense": asdict(dense), "narrow": asdict(narrow), "cut_top1": cut_top1}
     return Result(dense, narrow, cut_top1, folder)
 
