@@ -177,7 +177,7 @@ def batches(
         workers: reading processes; images in memory need none.
     """
     if isinstance(images, StreamImages):
-        return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_ignore_interrupt)
+        return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_signals_of_a_worker)
     count = len(images)
     draw = None if order is None else torch.Generator().manual_seed(order)
     if draw is None:
@@ -189,12 +189,13 @@ def batches(
         chunks.pop()  # BatchNorm cannot train on one image
     if isinstance(images, TensorImages):
         return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is)
-    return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_ignore_interrupt)
+    return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_signals_of_a_worker)
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(_: int) -> None:
+def _signals_of_a_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not what training has made of it
