@@ -67,7 +67,7 @@ def main() -> None:
     scores = narrower.hrank(model, graph, images.split(64))
     whole = time.perf_counter() - start
     start = time.perf_counter()
-    early = narrower.hrank(model, graph, images.split(32), macs=0.5)
+    early = narrower.hrank(model, graph, images.split(64), macs=0.5)
     settled = time.perf_counter() - start
     slow = published(model, images, args.sample, 3)
     kept, kept_early = (narrower.plan(graph, s, macs=0.5).keep for s in (scores, early))

@@ -95,7 +95,8 @@ class Graph:
     """All channel groups of a network, and the sizes that costs need.
 
     `shapes` has every parameter and buffer; `positions` the number of times that each element of a convolution or linear
-    weight is used for one sample, so that macs = sum(positions * elements).
+    weight is used for one sample, so that macs = sum(positions * elements). `computed` names the parameter behind each
+    convolution (by its number in the forward) that does not read one as it is.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -106,6 +107,7 @@ class Graph:
     sources: tuple[MapSource, ...] = ()
     mixers: tuple[Mixer, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    computed: Mapping[int, str] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:

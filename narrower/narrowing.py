@@ -204,11 +204,16 @@ class Survivors(TorchDispatchMode):
         self.plan = plan
         self.calls: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
         self.counts: Counter[str] = Counter()
+        self.unread = {number: unread(graph, plan, tensor) for number, tensor in graph.computed.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, _ = rule_for(func)
         mixer = self.calls.get((name, self.counts[name]))
         self.counts[name] += 1
+        if name == "convolution" and self.counts[name] - 1 in self.unread:
+            # its weight is computed from one with zeros: the zeros may be gone, so what it reads becomes zero
+            gone = torch.as_tensor(self.unread[self.counts[name] - 1], device=args[0].device)
+            args = (args[0].index_fill(1, gone, 0), *args[1:])
         if mixer is None:
             return func(*args, **(kwargs or {}))
         x = args[0]
@@ -225,6 +230,16 @@ class Survivors(TorchDispatchMode):
         for m in mixer.members:
             stays[m.positions] = np.isin(m.channels, self.plan.keep[m.group]) if m.group in self.plan.keep else True
         return np.nonzero(np.tile(stays, size // mixer.size))[0]
+
+
+def unread(graph: Graph, plan: Plan, tensor: str) -> np.ndarray:
+    """The input channels that the narrow convolution with that weight does not have."""
+    gone = [np.zeros(0, dtype=np.int64)]
+    for name, kept in plan.keep.items():
+        for s in graph[name].slices:
+            if s.tensor == tensor and s.role == "in":
+                gone.append(s.positions[~np.isin(s.channels, kept)])
+    return np.concatenate(gone)
 
 
 def on_survivors(name: str, rest: Sequence[Any], dim: int, ndim: int, stays: Tensor) -> list[Any]:

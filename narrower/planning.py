@@ -97,7 +97,7 @@ class Plan:
             raise PlanError(f"the plan has format {version}, this version of narrower reads {FORMAT}")
         here = {g.name: g.size for g in graph.free}
         if groups != here:
-            odd = sorted(set(groups.items()) ^ set(here.items()))[:3]
+            odd = [n for n in {**here, **groups} if groups.get(n) != here.get(n)][:3]
             raise PlanError(f"the plan is of another network: its groups differ, for example {odd}")
         return made(graph, {n: checked(n, kept, here) for n, kept in keep.items()}, request)
 

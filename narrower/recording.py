@@ -201,11 +201,14 @@ class Recording(TorchDispatchMode):
     def where(self) -> str:
         """The innermost module that is running, and its source line."""
         frame: FrameType | None = sys._getframe(1)
+        module = ""
         while frame is not None:
             if place := self.place_of(frame):
                 return place
+            owner = frame.f_locals.get("self")
+            module = module or (self.modules.get(id(owner), "") if isinstance(owner, nn.Module) else "")
             frame = frame.f_back
-        return "model"
+        return module or "model"
 
     def place_of(self, frame: FrameType) -> str:
         """Module and source line of a frame, if a module of the model runs in it."""
@@ -272,12 +275,19 @@ class Trace(Recording):
         self.roles: dict[tuple[str, int], str] = {}
         self.macs: Counter[str] = Counter()  # by weight
         self.depthwise_calls: set[int] = set()
+        self.computed: dict[int, str] = {}  # convolutions by number whose weight is computed, and from which parameter
         self.maps: dict[int, tuple[str | None, int, Ids]] = {}
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
         self.pool_inputs: list[Ids | None] = []
         self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
         self.log: list[Event] = []
+
+    def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
+        read, made = super().weight(w, blocks, transposed)
+        if read is not None and read.axis is not None and hasattr(w, CARRIED):
+            self.computed[self.counts["convolution"] - 1] = read.axis[0]
+        return read, made
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
         self.log.append(Event(call.name, self.numbers(call), [tuple(t.shape) for t in outs], list(carried)[: len(outs)]))

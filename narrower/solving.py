@@ -136,7 +136,7 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
     mixers = tuple(Mixer(name, number, dim, len(ids), members(ids)) for name, number, dim, ids in main.mixers)
     graph = Graph(
         groups, dict(shapes), parameters, {w: n / batch / prod(shapes[w]) for w, n in main.macs.items()},
-        tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, tuple(notes),
+        tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, tuple(notes), dict(main.computed),
     )
     return Solution(graph, unit, group_of, channel_of)
 

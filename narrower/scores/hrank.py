@@ -21,7 +21,7 @@ from .rank import rank
 from .simple import magnitude
 
 SETTLED = 0.975  # share of kept channels on which half the images and all of them agree
-FIRST_CHECK = 32  # images
+FIRST_CHECK = 64  # images
 
 
 @torch.no_grad()
