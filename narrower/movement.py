@@ -216,6 +216,20 @@ def pixel_shuffle(r: Recorder, call: Call) -> Sequence[Carried]:
     return [Carried(tuple(out))]
 
 
+def channel_shuffle(r: Recorder, call: Call) -> Sequence[Carried]:
+    """channel_shuffle(x, groups): channels at one place of all groups go together, else their order would change."""
+    x, groups = call.args
+    out = []
+    for label in r.of(x).labels:
+        if label.free != 1 or label.ids.size != label.ids.shape[1]:
+            r.pin([label], "channel shuffle of a tensor whose channels lie elsewhere")
+            continue
+        rows = label.ids.reshape(groups, -1)
+        r.unite(rows[:1], rows)
+        out.append(Label(along(rows.T.reshape(-1), x.ndim, 1), 1))
+    return [Carried(tuple(out))]
+
+
 def index(r: Recorder, call: Call) -> Sequence[Carried]:
     """index(x, [None, i, ...]), index_select, embedding: only dimensions without channels may be indexed."""
     x, out = call.args[0], call.out

@@ -19,6 +19,7 @@ from .labels import NOTHING, Carried
 from .mixing import batch_norm, convolution, glu, group_norm, layer_norm, matmul, reduce, softmax, spatial
 from .movement import (
     cat,
+    channel_shuffle,
     cut,
     expand,
     index,
@@ -86,6 +87,7 @@ KINDS: dict[Rule, str] = {
     reorder: "flip roll",
     repeat: "repeat",
     pixel_shuffle: "pixel_shuffle pixel_unshuffle",
+    channel_shuffle: "channel_shuffle native_channel_shuffle",
     convolution: "convolution _convolution",
     matmul: "mm addmm bmm baddbmm mv addmv",
     batch_norm: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
