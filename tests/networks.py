@@ -427,6 +427,20 @@ class TrainingOnly(nn.Module):
         return out
 
 
+class TiedFault(nn.Module):
+    """A fixed size that meets two groups, of which a grouped convolution wants equally many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = unit(3, 12), unit(12, 6), unit(12, 6)
+        self.grouped, self.head = unit(12, 8, groups=2), Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.cat([self.a(x), self.b(x)], 1)
+        return self.head(self.grouped(x.view(-1, 12, 64).relu().view(-1, 12, 8, 8)))
+
+
 class OwnWeights(nn.Module):
     """Weights that are made from parameters in the forward (weight standardisation within each filter, scaled)."""
 
@@ -801,6 +815,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
         lambda: Trap(lambda m, x: checkpoint.checkpoint(m.inner, x, use_reentrant=False), 7, inner=unit(12, 7)),
         None),
     "training_only": (TrainingOnly, None),
+    "tied_fault": (TiedFault, "TiedFault"),
     "own_weights": (OwnWeights, None),
     "branching": (Branching, None),
 }
