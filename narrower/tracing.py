@@ -21,6 +21,7 @@ from .probing import Mismatch, Probe, narrowed_in_place, trial
 from .recording import Axes, Recording, Trace, run
 from .solving import Solution, solve
 from .surgery import collector_paused, duplicate, named_tensors, selections, undone
+from .ties import components
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
@@ -258,9 +259,14 @@ class Tracer:
     def bisect(self, traces: dict[str, Trace], solution: Solution, suspects: list[str]) -> list[str]:
         """The smallest half of the suspects that still fails alone, repeatedly."""
         full = trial(solution.graph)
+        tied = [{c.group for c in part.cells} for part in components(solution.graph)]
 
         def fails(names: list[str]) -> bool:
-            keep = {n: k if n in names else np.arange(solution.graph[n].size) for n, k in full.items()}
+            cut, size = set(names), 0
+            while len(cut) > size:  # tied groups can only be cut together
+                size = len(cut)
+                cut.update(*(part for part in tied if part & cut))
+            keep = {n: k if n in cut else np.arange(solution.graph[n].size) for n, k in full.items()}
             try:
                 self.probe(traces, solution, keep)
             except Mismatch:
