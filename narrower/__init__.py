@@ -14,6 +14,7 @@ from .groups import ChannelGroup, Graph, Slice
 from .measuring import measure, recalibrate
 from .narrowing import Verification, narrow, verify
 from .planning import Budget, Plan, Scores, plan
+from .resrep import Forgetting, ResRep
 from .scores.hrank import hrank
 from .scores.simple import bn_scale, fpgm, magnitude, random, taylor
 from .storage import load, save
@@ -22,7 +23,7 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Graph", "NarrowerError", "Plan", "PlanError",
-    "Scores", "Slice", "StorageError", "TraceError", "Verification", "VerifyError", "bn_scale", "fpgm", "hrank", "load",
+    "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Forgetting", "Graph", "NarrowerError", "Plan", "PlanError",
+    "ResRep", "Scores", "Slice", "StorageError", "TraceError", "Verification", "VerifyError", "bn_scale", "fpgm", "hrank", "load",
     "magnitude", "measure", "narrow", "plan", "random", "recalibrate", "save", "taylor", "trace", "verify",
 ]

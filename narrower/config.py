@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from .errors import ConfigError
 
-METHODS = ("hrank", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+METHODS = ("hrank", "resrep", "magnitude", "fpgm", "bn_scale", "taylor", "random")
 
 
 def check(config: Any, **bounds: tuple[float, float]) -> None:
@@ -95,7 +95,9 @@ class TrainConfig:
 class PruneConfig:
     """pruning"""
 
-    method: Annotated[str, "score that says which channels go: hrank, magnitude, fpgm, bn_scale, taylor, random"] = "hrank"
+    method: Annotated[
+        str, "hrank, magnitude, fpgm, bn_scale, taylor or random: score, cut, fine-tune; resrep: train towards zeros, merge"
+    ] = "hrank"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
     remove: Annotated[
@@ -109,6 +111,10 @@ class PruneConfig:
     min_channels: Annotated[int, "channels that every group keeps at least"] = 1
     images: Annotated[int, "training images for scoring"] = 640
     recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
+    scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"
+    forgetting: Annotated[
+        dict[str, Any], "resrep: settings instead of those that follow from --epochs, as JSON: '{\"mask_interval\": 200}'"
+    ] = field(default_factory=dict)
     dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 25
     dense_lr: Annotated[float, "its learning rate"] = 0.1
 
@@ -116,6 +122,9 @@ class PruneConfig:
         check(self, images=(1, inf), recalibrate=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
         if self.method not in METHODS:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
+        if self.method == "resrep" and (self.remove is not None or self.round_to > 1 or self.min_channels > 1):
+            raise ConfigError("--method resrep works towards a budget (--macs, --params): it takes no --remove, --round-to or "
+                              "--min-channels")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -90,13 +90,26 @@ class Tie:
     blocks: tuple[Mapping[str, np.ndarray], ...]
 
 
+class Step(NamedTuple):
+    """One operator call of the traced forward: activations by number, parameters and buffers by name, the plain numbers among
+    its arguments, what came out, whether that has channels, and the first module that returned it as it is."""
+
+    name: str
+    inputs: tuple[int | str | None, ...]
+    numbers: tuple[float, ...]
+    outputs: tuple[int, ...]
+    labelled: bool
+    module: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """All channel groups of a network, and the sizes that costs need.
 
     `shapes` has every parameter and buffer; `positions` the number of times that each element of a convolution or linear
     weight is used for one sample, so that macs = sum(positions * elements). `computed` names the parameter behind each
-    convolution (by its number in the forward) that does not read one as it is.
+    convolution (by its number in the forward) that does not read one as it is. `steps` are the calls of the forward, in order
+    (of the eval forward, then of the train forward where that was traced too).
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -108,6 +121,7 @@ class Graph:
     mixers: tuple[Mixer, ...] = ()
     notes: tuple[str, ...] = field(default=())
     computed: Mapping[int, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:

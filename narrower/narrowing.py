@@ -34,7 +34,7 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     Raises PlanError if the model's tensors are not those that were traced.
     """
     graph = plan.graph
-    dense = same_network(model, plan)
+    dense = same_tensors(model, graph)
     shapes = graph.shapes
     cuts = selections(graph, plan.keep)
     memo: dict[int, Tensor] = {}
@@ -64,9 +64,9 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     return small
 
 
-def same_network(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
     """The tensors of the model, or PlanError if they are not those that were traced."""
-    tensors, traced = named_tensors(model), plan.graph.shapes
+    tensors, traced = named_tensors(model), graph.shapes
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     odd = sorted(n for n in {*shapes, *traced} if shapes.get(n) != traced.get(n))[:3]
     if odd:
@@ -125,7 +125,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     graph = plan.graph
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance
-    same_network(model, plan)
+    same_tensors(model, plan.graph)
     inputs = cast(example_inputs, kind)
     reference = masked(model, plan).to(kind).eval()
     memo = {id(t): t.detach().clone() for t in small.buffers()}

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .calls import Call, at_channels, free_at, tensors_in
+from .groups import Step
 from .labels import NOTHING, Carried, Ids, Label, along, collapsed, fibres
 from .meta import inferred
 from .mixing import reduce
 from .ops import RULES, pooling, rule_for
 
 CARRIED = "_narrower_carried"
+NUMBER = "_narrower_number"
 
 
 class Axes:
@@ -34,7 +36,12 @@ class Axes:
         self.start: dict[tuple[Any, ...], int] = {}
         self.size: dict[tuple[Any, ...], int] = {}
         self.blocks: dict[tuple[Any, ...], int] = {}
-        self.total = 0
+        self.total = self.activations = 0
+
+    def number(self) -> int:
+        """A new number for an activation."""
+        self.activations += 1
+        return self.activations
 
     def ids(self, key: tuple[Any, ...], size: int, blocks: int = 1) -> Ids:
         if key not in self.start:
@@ -282,6 +289,31 @@ class Trace(Recording):
         self.pool_inputs: list[Ids | None] = []
         self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
         self.log: list[Event] = []
+        self.steps: list[Step] = []
+        self.returned: dict[int, str] = {}  # activation -> the first module that returned it
+
+    def __enter__(self) -> Trace:
+        self.hook = nn.modules.module.register_module_forward_hook(self.note_return)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *exception: Any) -> None:
+        self.hook.remove()
+        super().__exit__(*exception)
+
+    def note_return(self, module: nn.Module, args: Any, out: Any) -> None:
+        number = getattr(out, NUMBER, None)
+        if number is not None and id(module) in self.modules:
+            self.returned.setdefault(number, self.modules[id(module)])
+
+    def numbered(self, t: Any) -> int | str | None:
+        """A parameter's or buffer's name, else the activation's number; None for what is no tensor."""
+        if not isinstance(t, Tensor):
+            return None
+        if id(t) in self.tensors and not hasattr(t, NUMBER):
+            return self.tensors[id(t)]
+        if not hasattr(t, NUMBER):
+            setattr(t, NUMBER, self.axes.number())
+        return getattr(t, NUMBER)  # type: ignore[no-any-return]
 
     def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
         read, made = super().weight(w, blocks, transposed)
@@ -291,6 +323,14 @@ class Trace(Recording):
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
         self.log.append(Event(call.name, self.numbers(call), [tuple(t.shape) for t in outs], list(carried)[: len(outs)]))
+        inputs: list[int | str | None] = []
+        for a in call.args:
+            inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]
+        for t in outs:
+            setattr(t, NUMBER, self.axes.number())
+        plain = tuple(float(a) for a in (*call.args, *call.kwargs.values()) if isinstance(a, (int, float)))
+        labelled = any(c.labels for c in carried)
+        self.steps.append(Step(call.name, tuple(inputs), plain, tuple(getattr(t, NUMBER) for t in outs), labelled))
 
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:

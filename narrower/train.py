@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .data import ImageData, Images, batches, mix
 from .errors import ConfigError, StorageError
+from .resrep import ResRep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +33,10 @@ Watch = Callable[..., Any]
 """Wraps an iterable to show progress: `watch(iterable, description, total)`."""
 Log = Callable[[dict[str, Any]], None]
 """Takes a row of metrics."""
+
+
+WORTH_SHRINKING = 0.05
+"""Share of the dense network's cost that must be at zero for an epoch to end in `ResRep.shrink`."""
 
 
 def silent(iterable: Any, description: str = "", total: int = 0) -> Any:
@@ -83,6 +88,7 @@ def train(
     stage: str = "train",
     accelerator: Accelerator | None = None,
     checkpoint: Path | None = None,
+    resrep: ResRep | None = None,
     log: Log = lambda row: None,
     watch: Watch = silent,
 ) -> nn.Module:
@@ -96,7 +102,10 @@ def train(
         stage: name in the rows of `log`.
         accelerator: from `make_accelerator`; made here if not given.
         checkpoint: file that is replaced after every epoch, and from which training goes on if it exists.
-        log: takes a row per epoch: stage, epoch, lr, loss, top1, val_loss, seconds, images_per_second.
+        resrep: compactors on the model, to train along; after an epoch, channels that are zero leave the model where that saves
+            at least `WORTH_SHRINKING` of the dense network.
+        log: takes a row per epoch: stage, epoch, lr, loss, top1, val_loss, seconds, images_per_second, and of `resrep` what
+            its `progress` says.
         watch: shows progress.
 
     Raises:
@@ -107,17 +116,22 @@ def train(
     shard = (accelerator.process_index, accelerator.num_processes)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
-    )
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    model.to(accelerator.device)
+    options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    groups = list(model.parameters()) if resrep is None else resrep.param_groups(**options)
+    optimizer: Any = torch.optim.SGD(groups, **options, nesterov=config.momentum > 0)
+    if resrep is not None:
+        resrep.attach(optimizer)
     settings = {"batch_size": config.batch_size, "seed": seed, "processes": shard[1]}
-    first, done, lost = _resume(checkpoint, model, optimizer, settings, accelerator.device)
+    first, done, lost = _resume(checkpoint, model, optimizer, settings, accelerator.device, resrep)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
     steps = 0
 
     def save(epoch: int, step: int, total: Tensor) -> None:
         if checkpoint is not None and accelerator.is_main_process:
             state = {"epoch": epoch, "step": step, "total": float(total), "settings": settings}
+            if resrep is not None:
+                state["resrep"] = resrep.state_dict()
             _store({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
 
     for epoch in range(first, config.epochs):
@@ -130,7 +144,8 @@ def train(
         seen = 0
         wrapped.train()
         with interrupts() as asked:
-            shown = watch(loader, f"{stage}: epoch {epoch + 1} of {config.epochs}", len(images) // shard[1])
+            title = f"{stage}: epoch {epoch + 1} of {config.epochs}{_costs(resrep)}"
+            shown = watch(loader, title, len(images) // shard[1])
             for step, (x, y) in enumerate(shown, start=done):
                 torch.manual_seed(mix(seed, epoch, step, shard[0]))  # dropout
                 for group in optimizer.param_groups:
@@ -150,6 +165,12 @@ def train(
                     raise KeyboardInterrupt
         if not torch.isfinite(total):
             raise ConfigError(f"the loss is no longer finite in epoch {epoch + 1} of {stage}: try a lower --lr")
+        if resrep is not None and resrep.waiting() >= WORTH_SHRINKING:
+            resrep.shrink()
+            if shard[1] > 1:
+                accelerator._models.clear()
+                del wrapped
+                wrapped = accelerator.prepare_model(model)
         save(epoch, steps, total)  # resumed from here, the epoch has no batches left and is evaluated again
         if asked:
             raise KeyboardInterrupt
@@ -166,6 +187,8 @@ def train(
             "top1": result["top1"],
             "val_loss": result["loss"],
         }
+        if resrep is not None:
+            row |= {key: round(value, 6) for key, value in resrep.progress().items()}
         log(row | {"seconds": seconds, "images_per_second": seen * shard[1] / seconds})
         done, lost = 0, 0.0
     accelerator.free_memory()
@@ -230,6 +253,14 @@ def interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _costs(resrep: ResRep | None) -> str:
+    """For the title of a progress bar."""
+    if resrep is None:
+        return ""
+    at = resrep.progress()
+    return f", masked to {at['masked']:.0%}, reached {at['reached']:.0%}, {at['zero']:.0f} channels at zero"
+
+
 def _placed(x: Tensor, y: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True)
@@ -243,7 +274,12 @@ def _store(state: dict[str, Any], path: Path) -> None:
 
 
 def _resume(
-    checkpoint: Path | None, model: nn.Module, optimizer: Any, settings: dict[str, Any], device: torch.device
+    checkpoint: Path | None,
+    model: nn.Module,
+    optimizer: Any,
+    settings: dict[str, Any],
+    device: torch.device,
+    resrep: ResRep | None = None,
 ) -> tuple[int, int, float]:
     """Epoch, steps done in it and the loss summed so far; zeros where there is no checkpoint."""
     if checkpoint is None or not checkpoint.exists():
@@ -252,6 +288,8 @@ def _resume(
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         found = {key: state["settings"][key] for key in settings}
         if found == settings:
+            if resrep is not None:
+                resrep.load_state_dict(state["resrep"])
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             return state["epoch"], state["step"], state["total"]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import narrower
+
 from ..config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from ..data import ImageData, Reading, open_data
 from ..errors import ConfigError
@@ -70,6 +72,11 @@ class Job:
         """One image of zeros, `[1, C, H, W]`."""
         return torch.zeros(1, *self.data.input_size, device=self.accelerator.device)
 
+    @property
+    def shard(self) -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        return self.accelerator.process_index, self.accelerator.num_processes
+
     def tell(self, row: dict[str, Any]) -> None:
         self.run.log({key: value for key, value in row.items() if key != "text"})
         self.report.tell(row)
@@ -86,7 +93,7 @@ class Job:
     def evaluate(self, model: nn.Module) -> float:
         return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)["top1"]
 
-    def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig) -> float:
+    def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig, resrep: narrower.ResRep | None = None) -> float:
         """Train in place, or go on from the checkpoint `file`; the top-1 after the last epoch."""
         last: dict[str, Any] = {}
 
@@ -97,7 +104,7 @@ class Job:
         with self.stage(stage) as facts:
             train(
                 model, self.data, config, seed=self.settings.run.seed, stage=stage, accelerator=self.accelerator,
-                checkpoint=self.run.folder / file, log=log, watch=self.report.watch,
+                checkpoint=self.run.folder / file, resrep=resrep, log=log, watch=self.report.watch,
             )  # fmt: skip
             facts["top1"] = last["top1"] if last else self.evaluate(model)  # no epochs were asked for
         return facts["top1"]

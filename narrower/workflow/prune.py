@@ -13,6 +13,7 @@ import narrower
 
 from .. import runs
 from ..checkpoints import load_checkpoint
+from .forget import check, forgotten
 from .job import Job
 from .networks import Figures, figures, from_run, loaded, save_weights
 from .oneshot import make_plan, narrowed, trial_scores
@@ -61,7 +62,11 @@ def prune(job: Job) -> Result:
     with job.stage("trace", busy="tracing") as facts:
         graph = narrower.trace(model, job.example)
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
-    make_plan(job.settings.prune, graph, trial_scores(job.settings.prune, model, graph))  # fails before training
+    trains = job.settings.prune.method == "resrep"
+    if trains:  # what cannot be done fails before training
+        check(job, model, graph)
+    else:
+        make_plan(job.settings.prune, graph, trial_scores(job.settings.prune, model, graph))
     _ = job.data.train, job.data.val  # and so do images in memory that cannot be read
     job.run.claim(job.settings.flat())
     dense_top1 = prepare_dense(job, model)
@@ -70,13 +75,13 @@ def prune(job: Job) -> Result:
         small = from_run(job, folder)
         cut_top1 = cut["top1"]
     else:
-        small = narrowed(job, model, graph)
+        small = forgotten(job, model, graph) if trains else narrowed(job, model, graph)
         with job.stage("cut") as facts:
             facts["top1"] = cut_top1 = job.evaluate(small)
         if job.run.writes:
             narrower.save(small, folder)
     top1 = cut_top1
-    if job.settings.train.epochs:
+    if job.settings.train.epochs and not trains:
         with saved(job, lambda: narrower.save(small, folder)):
             top1 = job.train(small, "fine-tune", runs.CHECKPOINT, job.settings.train)
     with job.stage("measure", busy="measuring") as facts:

@@ -1,0 +1,172 @@
+"""The forgetting part of ResRep: compactors, the rule for their gradient, and their merging into what stands before.
+
+Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting" (ICCV 2021). The arithmetic is in
+pure functions over tensors; nothing here knows a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sites import Site
+
+NAME = "compactor"  # the attribute of a site's module
+TINY = 1e-12
+
+
+class Compactor(nn.Module):
+    """A 1x1 convolution that starts as the identity.
+
+    `weight` is `(K, C)` for a full one, `(blocks, K / blocks, C / blocks)` for a block-diagonal and `(K,)` for a diagonal
+    one, with K = C until rows are dropped. Of its rows, `chosen` are to go and `gone` are zero for good. `variance` `(K,)`
+    follows the output's over batch and space, from a quarter of each training batch; empty where nothing needs it.
+    """
+
+    chosen: Tensor
+    gone: Tensor
+    variance: Tensor
+
+    def __init__(self, site: Site, like: Tensor, variance: Tensor | None) -> None:
+        super().__init__()
+        self.dim = site.dim
+        ones = torch.ones(site.size, dtype=like.dtype, device=like.device)
+        self.weight = nn.Parameter(diagonal(ones, site))
+        self.register_buffer("chosen", torch.zeros(site.size, dtype=torch.bool, device=like.device))
+        self.register_buffer("gone", self.chosen.clone())
+        self.register_buffer("variance", ones[:0] if variance is None else variance.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if w.dim() == 1:
+            return x * w.to(x.dtype) if self.dim == -1 else x * w.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+        blocks = w.shape[0] if w.dim() == 3 else 1
+        kernel = w.flatten(0, -2)
+        if x.dim() == 2:
+            y = F.conv1d(x[:, :, None], kernel[..., None], groups=blocks)[:, :, 0]
+        else:
+            conv = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+            y = conv(x, kernel.view(*kernel.shape, *(1,) * (x.dim() - 2)), groups=blocks)
+        if self.training and self.variance.numel():
+            self.follow(y)
+        return y
+
+    @torch.no_grad()
+    def follow(self, y: Tensor) -> None:
+        part = y.detach()[: max(1, len(y) // 4)].float()
+        if part.numel() > part.shape[1]:
+            found = part.var([0, *range(2, y.dim())], unbiased=True)
+            self.variance.lerp_(found.to(self.variance.dtype), 0.1)
+
+
+def behind(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    """The forward hook of a site's module."""
+    return getattr(module, NAME)(output)  # type: ignore[no-any-return]
+
+
+def diagonal(values: Tensor, site: Site) -> Tensor:
+    """A compactor weight of the site's kind with these values on its diagonal."""
+    if site.kind == "diagonal":
+        return values.clone()
+    if site.kind == "full":
+        return torch.diag(values)
+    return torch.diag_embed(values.view(site.blocks, -1))
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """L2 norms of a compactor's rows, shape `(K,)`."""
+    return weight.abs() if weight.dim() == 1 else torch.linalg.vector_norm(weight.flatten(0, -2), dim=1)
+
+
+def rows_like(values: Tensor, weight: Tensor) -> Tensor:
+    """One value per row `(K,)`, shaped to broadcast over a compactor's weight."""
+    return values if weight.dim() == 1 else values.view(*weight.shape[:-1], 1)
+
+
+def unit_rows(weight: Tensor) -> Tensor:
+    """Rows divided by their norms: the gradient of the sum of norms, zero at a zero row."""
+    return weight / rows_like(row_norms(weight), weight).clamp_min(TINY)
+
+
+def ruled(grad: Tensor, weight: Tensor, chosen: Tensor, strength: Tensor) -> Tensor:
+    """The gradient of a compactor (section 3.3, eq. 14): the task's, reset to zero on chosen rows, and the penalty's.
+
+    `grad` and `weight` have the compactor's shape; `chosen` (bool) and `strength` have one entry per row, `(K,)`.
+    """
+    return grad.masked_fill(rows_like(chosen, weight), 0) + rows_like(strength, weight) * unit_rows(weight)
+
+
+def finished(new: Tensor, old: Tensor, chosen: Tensor, threshold: float) -> Tensor:
+    """The chosen rows `(K,)` that have arrived: a step has turned them around, or they are shorter than `threshold`."""
+    along = new * old if new.dim() == 1 else (new * old).flatten(0, -2).sum(1)
+    return chosen & ((along <= 0) | (row_norms(new) < threshold))
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def applied(q: Tensor, t: Tensor) -> Tensor:
+    """A compactor's weight on a tensor whose first dimension holds its C input channels."""
+    if q.dim() == 1:
+        return q.view(-1, *(1,) * (t.dim() - 1)) * t
+    if q.dim() == 2:
+        return (q @ t.reshape(len(t), -1)).view(len(q), *t.shape[1:])
+    return torch.bmm(q, t.reshape(len(q), q.shape[2], -1)).view(-1, *t.shape[1:])
+
+
+def scaled_layer(q: Tensor, weight: Tensor, site: Site) -> Tensor:
+    """The weight of a layer without BatchNorm, its compactor merged."""
+    if not site.transposed:
+        return applied(q, weight)
+    if q.dim() == 2:
+        return applied(q, weight.transpose(0, 1)).transpose(0, 1)
+    parts = weight.view(site.blocks, -1, *weight.shape[1:])
+    return (parts * q.view(site.blocks, 1, -1, *(1,) * (weight.dim() - 2))).view_as(weight)
+
+
+def merged(q: Tensor, site: Site, t: Mapping[str, Tensor], eps: float, variance: Tensor,
+           rest: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of a site's layer and BatchNorm with its compactor merged: they compute the same in eval mode.
+
+    `t` has what the site has of `weight`, `bias` (the layer's) and `gamma`, `beta`, `mean`, `var` (the BatchNorm's), all
+    float64; `rest` `(K,)` is the diagonal of a compactor that will stand behind from now on (ones if None).
+
+    With D = diag(gamma / sqrt(var + eps)), the convolution Q D W and the mean Q D mean give the compactor's output around
+    zero, whose `variance` makes the new running variance; rows are scaled to the length that they had in W, so that
+    training goes on with the same steps.
+    """
+    if site.norm is None:
+        q = q if rest is None else q / rows_like(rest, q)
+        out = {"weight": scaled_layer(q, t["weight"], site)}
+        return out | {"bias": applied(q, t["bias"])} if "bias" in t else out
+    if site.kind == "diagonal":
+        return {"gamma": q * t["gamma"], "beta": q * t["beta"]}
+    rest = torch.ones_like(variance) if rest is None else rest
+    qd = applied_columns(q, t["gamma"] / torch.sqrt(t["var"] + eps))
+    weight = t["weight"].transpose(0, 1) if site.transposed else t["weight"]
+    moved = applied(qd, weight)
+    lengths = moved.flatten(1).norm(dim=1)
+    before = applied(q.abs(), weight.flatten(1).norm(dim=1)) / row_sums(q.abs())
+    scale = torch.where(lengths > 0, before / lengths.clamp_min(1e-300), 1.0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    moved = moved * scale.view(-1, *(1,) * (moved.dim() - 1))
+    out = {
+        "weight": moved.transpose(0, 1) if site.transposed else moved,
+        "mean": applied(qd, t["mean"]) * scale,
+        "var": variance * scale**2,
+        "gamma": torch.sqrt(variance * scale**2 + eps) / scale / rest,
+        "beta": applied(q, t["beta"]) / rest,
+    }
+    return out | {"bias": applied(qd, t["bias"]) * scale} if "bias" in t else out
+
+
+def applied_columns(q: Tensor, d: Tensor) -> Tensor:
+    """Q diag(d)."""
+    return q * d if q.dim() < 3 else q * d.view(len(q), 1, -1)
+
+
+def row_sums(q: Tensor) -> Tensor:
+    return q.flatten(0, -2).sum(1).clamp_min(TINY)

@@ -1,0 +1,425 @@
+"""ResRep: compactors on a model, the schedule of their masks, the rule for their gradients, and the merge.
+
+Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting" (ICCV 2021).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .choosing import choose
+from .compactor import NAME, Compactor, behind, finished, row_norms, rows_like, ruled, unit_rows
+from .cost import CostModel, Kind
+from .errors import BudgetError, ConfigError, PlanError, StorageError
+from .groups import Graph
+from .narrowing import RECORD, same_tensors
+from .planning import Budget, matching, widths
+from .shrinking import Layout, carried, restructure, shaped
+from .sites import Row, Scope, places
+from .surgery import duplicate, named_tensors
+from .ties import Component, components
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How rows are chosen and sent to zero. None: it follows from the number of steps.
+
+    strength: the penalty on every row (lambda of the paper). warmup_steps: steps before the first choice. mask_interval: steps
+    between choices. rows_per_update: how many more channels each choice may take (theta). forget_steps: steps in which a
+    chosen row shrinks from one to zero, whatever the learning rate; 0: by `strength` alone, as published. momentum: of the
+    compactors (SGD). threshold: the length below which a chosen row is zero.
+    """
+
+    strength: float = 1e-4
+    warmup_steps: int | None = None
+    mask_interval: int | None = None
+    rows_per_update: float | None = None
+    forget_steps: int | None = None
+    momentum: float | None = None
+    threshold: float = 1e-5
+
+    @staticmethod
+    def published(steps_per_epoch: int) -> Forgetting:
+        """The settings of the paper (section 4.1) and its code, made for 180 (ImageNet) to 480 epochs."""
+        return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1e-5)
+
+    def over(self, steps: int, channels: int) -> Forgetting:
+        """Every None filled in for that many steps and channels that may go: chosen from 5 % to 50 % of the steps, gone 15 %
+        later, so that a third of the steps is left to the narrow network."""
+        warmup = round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps
+        interval = min(200, max(1, round(0.005 * steps))) if self.mask_interval is None else self.mask_interval
+        updates = max(1, (round(0.5 * steps) - warmup) / interval)
+        return replace(
+            self, warmup_steps=warmup, mask_interval=interval,
+            rows_per_update=channels / updates if self.rows_per_update is None else self.rows_per_update,
+            forget_steps=max(1, round(0.1 * steps)) if self.forget_steps is None else self.forget_steps,
+            momentum=min(0.99, 1 - 1 / max(1.0, 0.03 * steps)) if self.momentum is None else self.momentum,
+        )
+
+
+class ResRep:
+    """Compactors behind the layers of `model` (which is changed, in place), and their training to a budget.
+
+    The model computes what it did before. Train it as ever, with an optimizer over `param_groups` to which `attach` was
+    called; between steps `shrink` takes out what is zero already; `merge` gives the narrow network.
+
+    `macs`, `params`: what may remain, as for `plan`. `steps`: optimizer steps of the whole training; the schedule follows
+    from it. `scope="inner"`: channels that one layer makes, as in the paper; "all": residual streams too. `exclude`: patterns
+    of groups to leave. `settings`: see `Forgetting`.
+
+    Raises PlanError if the model is not the one that was traced or nothing can be compacted, BudgetError for a budget below
+    the least that can be reached, ConfigError for odd settings.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
+                 steps: int, scope: Scope = "inner", exclude: Sequence[str] = (), settings: Forgetting | None = None) -> None:
+        if macs is None and params is None:
+            raise PlanError("give a budget: macs= or params=")
+        if type(steps) is not int or steps < 1:
+            raise ConfigError(f"steps={steps!r}: give the number of optimizer steps of the training")
+        if scope not in ("inner", "all"):
+            raise ConfigError(f"scope={scope!r}: give 'inner' or 'all'")
+        same_tensors(model, graph)
+        if any(isinstance(m, Compactor) for m in model.modules()):
+            raise ConfigError("the model has compactors already: merge them first, or take a fresh model")
+        left_out = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
+        found = places(graph, scope)
+        self.model, self.graph = model, graph
+        self.reasons = {**found.reasons, **dict.fromkeys(left_out, "excluded")}
+        self.parts, self.rows = candidates(graph, {n: r for n, r in found.rows.items() if n not in left_out}, self.reasons)
+        if not self.rows:
+            raise PlanError("ResRep finds nothing to compact: "
+                            + ("; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4]) or "nothing is free"))
+        used = {r.site for mine in self.rows.values() for r in mine}
+        self.sites = {m: s for m, s in found.sites.items() if m in used}
+        self.cost = CostModel(graph)
+        kinds: tuple[Kind, ...] = ("macs", "params")
+        self.dense: dict[Kind, float] = {k: self.cost.cost(k, self.cost.dense) for k in kinds}
+        self.targets = Budget(macs, params).targets(self.dense)
+        self.check_reachable()
+        self.budget = {"macs": macs, "params": params}
+        self.scope, self.steps, self.step = scope, steps, 0
+        self.settings = (settings or Forgetting()).over(steps, sum(graph[n].size for n in self.rows))
+        self.keep = {g.name: np.arange(g.size) for g in graph.free}
+        self.layout = Layout({}, {name: np.arange(s.size) for name, s in self.sites.items()})
+        self.masked = dict(self.dense)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.before: dict[str, Tensor] = {}
+        self.sleeping: dict[str, np.ndarray] = {}
+        self.ruled_rows = {name: np.zeros(s.size, dtype=bool) for name, s in self.sites.items()}
+        for row in (r for mine in self.rows.values() for r in mine):
+            self.ruled_rows[row.site][row.positions] = True
+        self.install()
+
+    # ------------------------------------------------------------------------------------------------ the user's side
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0, momentum: float | None = None,
+                     **options: Any) -> list[dict[str, Any]]:
+        """Two parameter groups for an optimizer: the network's own, and the compactors' (no weight decay; for SGD, that is
+        where `momentum` is given, their own momentum)."""
+        own = {id(c.weight) for c in self.compactors().values()}
+        first: dict[str, Any] = {"params": [p for p in self.model.parameters() if id(p) not in own], "lr": lr,
+                                 "weight_decay": weight_decay, **options}
+        second: dict[str, Any] = {**first, "params": [c.weight for c in self.compactors().values()], "weight_decay": 0.0}
+        if momentum is not None:
+            first["momentum"], second["momentum"] = momentum, self.settings.momentum
+        return [first, second]
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let every step of `optimizer` follow the rule. Raises ConfigError if it lacks a compactor, decays one, or one was
+        attached before."""
+        if self.optimizer is not None:
+            raise ConfigError("attach was called before: a ResRep has one optimizer")
+        group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        for name, c in self.compactors().items():
+            if id(c.weight) not in group_of:
+                raise ConfigError(f"the optimizer has no compactors (missing: {name}): make it from resrep.param_groups(lr=...)")
+            if group_of[id(c.weight)].get("weight_decay"):
+                raise ConfigError(f"the optimizer decays the compactor of {name}: give the compactors weight_decay=0, "
+                                  "as resrep.param_groups does")
+        self.optimizer = optimizer
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
+
+    def shrink(self, *, fold: bool = True, ema: Sequence[nn.Module] = ()) -> float:
+        """Take the channels out of the running network whose rows are zero, and give back the share of the dense MACs (or
+        parameters) that remain. Call it between steps, with no graph held.
+
+        With `fold` compactors are merged into their layers and begin anew as diagonals of their row norms: producers get
+        narrower too. In eval mode the network computes the same; in train mode its BatchNorms take their variance from the
+        compactors' running one. Without, only rows and what reads them go, and training goes on exactly as it would have.
+        The optimizer follows (momentum and the like are sliced), and so do learning rate schedulers; `ema`: averaged copies of
+        the model, such as timm's `ModelEmaV3.module`, which lose the same channels (what they remember of them too).
+        Rebuild DistributedDataParallel around the model afterwards.
+        """
+        keep = self.remaining()
+        changed = any(len(keep[n]) < len(self.keep[n]) for n in keep)
+        if changed:
+            for module in ema:
+                restructure(module, self.graph, self.sites, self.layout, keep, fold=fold)
+            layout, swaps = restructure(self.model, self.graph, self.sites, self.layout, keep, fold=fold)
+            if self.optimizer is not None:
+                carried(self.optimizer, swaps)
+            self.keep, self.layout = keep, layout
+        return self.reached()
+
+    def waiting(self) -> float:
+        """The share of the dense network that `shrink` would take out now."""
+        kind = next(iter(self.targets))
+        return self.cost.cost(kind, widths(self.cost, self.keep)) / self.dense[kind] - self.reached()
+
+    def merge(self, model: nn.Module | None = None) -> nn.Module:
+        """The narrow network: plain modules, every compactor merged; the trained model stays as it is, or `model`: an averaged
+        copy of it. In eval mode it computes what was trained, to rounding. Warns if the budget has not been reached."""
+        source = self.model if model is None else model
+        small = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
+        keep = self.remaining()
+        restructure(small, self.graph, self.sites, self.layout, keep, fold=True, merge=True)
+        now = widths(self.cost, keep)
+        for kind, target in self.targets.items():
+            have = self.cost.cost(kind, now)
+            if have > target:
+                warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {self.dense[kind]:,.0f} remain "
+                              f"({have / self.dense[kind]:.1%}), {target / self.dense[kind]:.1%} was asked for; train longer "
+                              f"(step {self.step} of {self.steps})", stacklevel=2)
+        before = getattr(small, RECORD, None)
+        setattr(small, RECORD, {
+            "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
+            "dense": before["dense"] if before else {n: list(s) for n, s in self.graph.shapes.items()},
+            "plans": [*(before["plans"] if before else ()), {n: [int(c) for c in kept] for n, kept in keep.items()}],
+        })
+        return small
+
+    def progress(self) -> dict[str, float]:
+        """Shares of the dense network: `masked` (without chosen channels) and `reached` (without those that are zero), of the
+        budget's kind; `chosen` and `zero` channels; the least and mean norm of the rows that stay."""
+        kind = next(iter(self.targets))
+        norms = self.norms()
+        chosen = self.chosen_channels()
+        gone = {n: np.setdiff1d(np.arange(self.graph[n].size), kept) for n, kept in self.remaining().items()}
+        stay = np.concatenate([norms[n][~chosen[n]] for n in norms])
+        return {
+            "masked": self.masked[kind] / self.dense[kind], "reached": self.reached(),
+            "chosen": float(sum(c.sum() for c in chosen.values())), "zero": float(sum(len(c) for c in gone.values())),
+            "least_norm": float(stay.min()) if len(stay) else 0.0, "mean_norm": float(stay.mean()) if len(stay) else 0.0,
+        }
+
+    def __str__(self) -> str:
+        p = self.progress()
+        kind = next(iter(self.targets))
+        lines = [f"step {self.step} of {self.steps}: {kind} masked {p['masked']:.1%}, reached {p['reached']:.1%} of the dense "
+                 f"network (budget {self.targets[kind] / self.dense[kind]:.1%}); {p['zero']:.0f} channels are zero, "
+                 f"{p['chosen']:.0f} chosen; norms of the rest from {p['least_norm']:.2f}, {p['mean_norm']:.2f} on average"]
+        return "\n".join([*lines, *(f"not compacted: {n}: {why}" for n, why in self.reasons.items())])
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Schedule, counters, masks and the shapes that shrinking has left; tensors and plain values only. Weights are in the
+        model's own state dict, momentum in the optimizer's."""
+        return {
+            "format": FORMAT, "step": self.step, "steps": self.steps, "budget": dict(self.budget), "scope": self.scope,
+            "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.rows},
+            "masked": dict(self.masked), "keep": {n: k.tolist() for n, k in self.keep.items()},
+            "ends": [(t, d, rows.tolist()) for (t, d), rows in self.layout.ends.items()],
+            "rows": {n: r.tolist() for n, r in self.layout.rows.items()},
+            "masks": {n: {"chosen": c.chosen.clone(), "gone": c.gone.clone()} for n, c in self.compactors().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, on a fresh ResRep around the dense model: the model gets the shapes that it had then
+        (an attached optimizer its parameters). Load the model's and the optimizer's own state dicts after this.
+
+        Raises StorageError for another format, budget, schedule or model.
+        """
+        mine = {"format": FORMAT, "steps": self.steps, "budget": self.budget, "scope": self.scope,
+                "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.rows}}
+        for key, value in mine.items():
+            if state.get(key) != value:
+                what = "the model" if key == "groups" else key
+                raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")
+        if self.layout.ends or self.step:
+            raise StorageError("load_state_dict needs a fresh ResRep around the dense model")
+        layout = Layout({(t, d): np.array(rows) for t, d, rows in state["ends"]},
+                        {n: np.array(r) for n, r in state["rows"].items()})
+        swaps = shaped(self.model, self.graph, self.sites, layout)
+        if self.optimizer is not None:
+            carried(self.optimizer, swaps)
+        self.layout, self.step, self.masked = layout, state["step"], dict(state["masked"])
+        self.keep = {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()}
+        for name, c in self.compactors().items():
+            for mask in ("chosen", "gone"):
+                getattr(c, mask).copy_(state["masks"][name][mask])
+
+    # ------------------------------------------------------------------------------------------------ the rule
+
+    @torch.no_grad()
+    def before_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
+        """The pre-hook: choose when it is time, then turn every compactor's gradient into the rule's."""
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the rule "
+                              "cannot see them: make it with fused=False to use a GradScaler")
+        s, compactors = self.settings, self.compactors()
+        grads = [c.weight.grad for c in compactors.values() if c.weight.grad is not None]
+        if not grads:
+            raise ConfigError("no gradient has reached the compactors: run the model that ResRep was given, then backward()")
+        if not bool(torch.stack([g.sum() for g in grads]).isfinite().all()):
+            raise ConfigError(f"the gradients are not finite at step {self.step}: the step was not made, the weights are those of "
+                              "the last good one; try a lower learning rate")
+        if self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0:  # type: ignore[operator]
+            self.update_masks()
+        group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        for name, c in compactors.items():
+            w, group = c.weight, group_of[id(c.weight)]
+            self.before[name] = w.detach().clone()
+            if w.grad is None:
+                continue
+            strength = self.strengths(name, c, group)
+            if decoupled(optimizer):
+                w.grad.masked_fill_(rows_like(c.chosen, w), 0)
+            else:
+                w.grad.copy_(ruled(w.grad, w, c.chosen, strength))
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
+        """The post-hook: a chosen row that the step has turned around is zero from now on."""
+        group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        for name, c in self.compactors().items():
+            w, old = c.weight, self.before.pop(name)
+            if decoupled(optimizer) and w.grad is not None:
+                w.sub_(rows_like(self.strengths(name, c, group_of[id(w)], decoupled=True), w) * unit_rows(old))
+            c.gone |= finished(w, old, c.chosen, self.settings.threshold)
+            zero = rows_like(c.gone, w)
+            w.masked_fill_(zero, 0)
+            for value in optimizer.state.get(w, {}).values():
+                if isinstance(value, Tensor) and value.shape == w.shape:
+                    value.masked_fill_(zero, 0)
+        self.step += 1
+
+    def strengths(self, name: str, c: Compactor, group: Mapping[str, Any], decoupled: bool = False) -> Tensor:
+        """The penalty of each row: `strength`, for chosen ones enough to take them to zero in `forget_steps` at the present
+        learning rate and momentum. For optimizers that it is decoupled from: how far a row goes in this step."""
+        s = self.settings
+        lr = max(float(group["lr"]), 1e-12)
+        unit = lr if decoupled else 1.0
+        fast = s.strength * unit
+        if s.forget_steps:
+            fast = max(fast, unit * (1 - (0.0 if decoupled else group.get("momentum", 0.0))) / (lr * s.forget_steps))
+        ruled_here = torch.as_tensor(self.ruled_rows[name][self.layout.rows[name]], device=c.weight.device)
+        return torch.where(c.chosen, fast, torch.where(ruled_here, s.strength * unit, 0.0)).to(c.weight.dtype)
+
+    def update_masks(self) -> None:
+        """Choose anew (section 3.3): the lowest rows of all compactors, at most theta of them, up to the budget."""
+        s = self.settings
+        updates = (self.step - s.warmup_steps) // s.mask_interval + 1  # type: ignore[operator]
+        most = math.floor(updates * s.rows_per_update + 1e-9)  # type: ignore[operator]
+        chosen, self.masked = choose(self.cost, self.parts, self.norms(), self.targets, most)
+        for name, c in self.compactors().items():
+            dense = np.zeros(self.sites[name].size, dtype=bool)
+            for group, mine in self.rows.items():
+                for row in mine:
+                    if row.site == name:
+                        dense[row.positions] |= chosen[group][row.channels]
+            here = torch.as_tensor(dense[self.layout.rows[name]], device=c.weight.device)
+            c.chosen.copy_(here | c.gone)
+
+    # ------------------------------------------------------------------------------------------------ what is where
+
+    def compactors(self) -> dict[str, Compactor]:
+        return {name: getattr(self.model.get_submodule(name), NAME) for name in self.sites}
+
+    def install(self) -> None:
+        for name, site in self.sites.items():
+            module = self.model.get_submodule(name)
+            named = named_tensors(self.model)
+            like = named[site.rows[0]]
+            variance = None
+            if site.norm is not None and site.kind != "diagonal":
+                variance = named[f"{site.norm}.weight"].detach() ** 2
+            module.add_module(NAME, Compactor(site, like, variance).train(module.training))
+            module.register_forward_hook(behind)
+
+    def check_reachable(self) -> None:
+        """BudgetError if even one channel of everything is too much."""
+        least = choose(self.cost, self.parts, {n: np.zeros(self.graph[n].size) for n in self.rows},
+                       dict.fromkeys(self.targets, 0.0), 10**9)[1]
+        for kind, target in self.targets.items():
+            if least[kind] > target:
+                others = "; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4])
+                raise BudgetError(
+                    f"{kind}={target:,.0f} ({target / self.dense[kind]:.1%} of the dense network) cannot be reached with "
+                    f"compactors on {len(self.rows)} groups: the least is {least[kind]:,.0f} ({least[kind] / self.dense[kind]:.1%})"
+                    + (f". Left alone: {others}" if others else ""))
+
+    def by_channel(self, of_rows: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
+        """Values of the rows that are left, per channel and per row of it; `fill` for rows that have been dropped."""
+        out: dict[str, list[np.ndarray]] = {}
+        for group, mine in self.rows.items():
+            for row in mine:
+                dense = np.full(self.sites[row.site].size, fill)
+                dense[self.layout.rows[row.site]] = of_rows[row.site]
+                value = np.full(self.graph[group].size, np.nan)
+                order = np.argsort(-dense[row.positions], kind="stable")  # of several positions the longest counts
+                value[row.channels[order][::-1]] = dense[row.positions][order][::-1]
+                out.setdefault(group, []).append(value)
+        return out
+
+    def norms(self) -> dict[str, np.ndarray]:
+        """The root mean square, over the rows of a channel, of their norms."""
+        found = {n: row_norms(c.weight.detach()).double().cpu().numpy() for n, c in self.compactors().items()}
+        return {g: np.sqrt(np.nanmean(np.square(rows), axis=0)) for g, rows in self.by_channel(found, 0.0).items()}
+
+    def chosen_channels(self) -> dict[str, np.ndarray]:
+        found = {n: c.chosen.cpu().numpy().astype(float) for n, c in self.compactors().items()}
+        return {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 1.0).items()}
+
+    def remaining(self) -> dict[str, np.ndarray]:
+        """The channels that stay: all but those whose every row is zero, as far as ties let them go."""
+        found = {n: (~c.gone).cpu().numpy().astype(float) for n, c in self.compactors().items()}
+        alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 0.0).items()}
+        keep = {g.name: np.ones(g.size, dtype=bool) for g in self.graph.free}
+        for part in self.parts:
+            zero = [c.channels[~alive[c.group][c.channels]] for c in part.cells]
+            counts = np.array([len(z) for z in zero])
+            for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True):
+                keep[cell.group][channels[: int(n)]] = False
+        return {n: np.nonzero(k)[0] for n, k in keep.items()}
+
+    def reached(self) -> float:
+        kind = next(iter(self.targets))
+        return self.cost.cost(kind, widths(self.cost, self.remaining())) / self.dense[kind]
+
+
+def candidates(graph: Graph, rows: Mapping[str, tuple[Row, ...]],
+               reasons: dict[str, str]) -> tuple[list[Component], dict[str, tuple[Row, ...]]]:
+    """The components of which every group has rows: tied groups go together or not at all."""
+    parts, mine = [], {}
+    for part in components(graph):
+        groups = {c.group for c in part.cells}
+        if groups <= rows.keys():
+            parts.append(part)
+            mine.update({g: rows[g] for g in groups})
+        else:
+            for g in groups & rows.keys():
+                reasons[g] = f"tied to {next(iter(groups - rows.keys()))}, which has no compactor"
+    return parts, mine
+
+
+def decoupled(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the penalty must stay out of the gradient: all but SGD scale gradients away."""
+    return not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)
+
+
+def fresh_copy(t: Tensor) -> Tensor:
+    new = t.detach().clone()
+    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
