@@ -16,7 +16,7 @@ from ..measuring import samples
 from ..ops import pooling, rule_for
 from ..planning import Scores, plan
 from ..recording import run
-from ..surgery import named_tensors
+from ..surgery import Keep, named_tensors
 from .rank import rank
 from .simple import magnitude
 
@@ -46,15 +46,15 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
     training = {m: m.training for m in model.modules()}
     model.eval()
     seen, check = 0, FIRST_CHECK
-    last: Scores | None = None
+    last: Keep | None = None
     try:
         for inputs, count in samples(batches, model, images):
             mode = Maps(model, graph, averages)
             run(model, inputs, mode)
             seen += count
             if (macs is not None or params is not None) and seen >= check:
-                now = scores_of(model, graph, averages)
-                if last is not None and agreement(graph, last, now, macs, params) >= SETTLED:
+                now = plan(graph, scores_of(model, graph, averages), macs=macs, params=params).keep
+                if last is not None and agreement(last, now) >= SETTLED:
                     break
                 last, check = now, 2 * seen
     finally:
@@ -131,10 +131,7 @@ def scores_of(model: nn.Module, graph: Graph, averages: Averages) -> Scores:
     return out
 
 
-def agreement(graph: Graph, a: Scores, b: Scores, macs: float | None, params: float | None) -> float:
-    """The share of channels kept by `b` that `a` keeps too, under the same budget."""
-    first, second = (plan(graph, s, macs=macs, params=params).keep for s in (a, b))
+def agreement(first: Keep, second: Keep) -> float:
+    """The share of channels that `second` keeps and `first` keeps too."""
     same = sum(len(np.intersect1d(first[n], second[n], assume_unique=True)) for n in second)
     return same / sum(len(kept) for kept in second.values())
-
-

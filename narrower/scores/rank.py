@@ -9,8 +9,10 @@ fastest; a map with a pivot close to zero, where rounding could decide, goes to 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -64,10 +66,19 @@ def _in_threads(work: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], work
     if min(workers, len(chunks)) < 2:
         return [work(chunk) for chunk in chunks]
     try:  # the number of threads belongs to the thread that sets it, and to threads that start afterwards
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, chunks))
+        return list(_pool(workers).map(work, chunks))
     finally:
         torch.set_num_threads(workers)
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that stay: what they have allocated once is theirs, where new ones would ask the system for pages each time."""
+    return ThreadPoolExecutor(workers, "narrower-rank", initializer=torch.set_num_threads, initargs=(1,))
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _count(maps: Tensor) -> Tensor:
