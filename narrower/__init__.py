@@ -23,7 +23,8 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Forgetting", "Graph", "NarrowerError", "Plan", "PlanError",
-    "ResRep", "Scores", "Slice", "StorageError", "TraceError", "Verification", "VerifyError", "bn_scale", "fpgm", "hrank", "load",
-    "magnitude", "measure", "narrow", "plan", "random", "recalibrate", "save", "taylor", "trace", "verify",
+    "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Forgetting", "Graph", "NarrowerError", "Plan",
+    "PlanError", "ResRep", "Scores", "Slice", "StorageError", "TraceError", "Verification", "VerifyError", "bn_scale",
+    "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "plan", "random", "recalibrate", "save", "taylor", "trace",
+    "verify",
 ]

@@ -23,7 +23,8 @@ class Compactor(nn.Module):
 
     `weight` is `(K, C)` for a full one, `(blocks, K / blocks, C / blocks)` for a block-diagonal and `(K,)` for a diagonal
     one, with K = C until rows are dropped. Of its rows, `chosen` are to go and `gone` are zero for good. `variance` `(K,)`
-    follows the output's over batch and space, from a quarter of each training batch; empty where nothing needs it.
+    follows the output's over batch and space, from a quarter of each training batch (16 samples at least); empty where
+    nothing needs it.
     """
 
     chosen: Tensor
@@ -56,7 +57,7 @@ class Compactor(nn.Module):
 
     @torch.no_grad()
     def follow(self, y: Tensor) -> None:
-        part = y.detach()[: max(1, len(y) // 4)].float()
+        part = y.detach()[: max(16, len(y) // 4)].float()
         if part.numel() > part.shape[1]:
             found = part.var([0, *range(2, y.dim())], unbiased=True)
             self.variance.lerp_(found.to(self.variance.dtype), 0.1)
@@ -64,7 +65,7 @@ class Compactor(nn.Module):
 
 def behind(module: nn.Module, args: object, output: Tensor) -> Tensor:
     """The forward hook of a site's module."""
-    return getattr(module, NAME)(output)  # type: ignore[no-any-return]
+    return getattr(module, NAME)(output)
 
 
 def diagonal(values: Tensor, site: Site) -> Tensor:

@@ -294,7 +294,7 @@ class Trace(Recording):
 
     def __enter__(self) -> Trace:
         self.hook = nn.modules.module.register_module_forward_hook(self.note_return)
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         self.hook.remove()
@@ -313,7 +313,7 @@ class Trace(Recording):
             return self.tensors[id(t)]
         if not hasattr(t, NUMBER):
             setattr(t, NUMBER, self.axes.number())
-        return getattr(t, NUMBER)  # type: ignore[no-any-return]
+        return getattr(t, NUMBER)
 
     def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
         read, made = super().weight(w, blocks, transposed)

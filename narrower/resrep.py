@@ -127,10 +127,11 @@ class ResRep:
                      **options: Any) -> list[dict[str, Any]]:
         """Two parameter groups for an optimizer: the network's own, and the compactors' (no weight decay; for SGD, that is
         where `momentum` is given, their own momentum)."""
-        own = {id(c.weight) for c in self.compactors().values()}
-        first: dict[str, Any] = {"params": [p for p in self.model.parameters() if id(p) not in own], "lr": lr,
-                                 "weight_decay": weight_decay, **options}
-        second: dict[str, Any] = {**first, "params": [c.weight for c in self.compactors().values()], "weight_decay": 0.0}
+        forgetting = [c.weight for c in self.compactors().values()]
+        own = {id(w) for w in forgetting}
+        remembering = [p for p in self.model.parameters() if id(p) not in own]
+        first: dict[str, Any] = {"params": remembering, "lr": lr, "weight_decay": weight_decay, **options}
+        second: dict[str, Any] = {**first, "params": forgetting, "weight_decay": 0.0}
         if momentum is not None:
             first["momentum"], second["momentum"] = momentum, self.settings.momentum
         return [first, second]
@@ -143,7 +144,7 @@ class ResRep:
         group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         for name, c in self.compactors().items():
             if id(c.weight) not in group_of:
-                raise ConfigError(f"the optimizer has no compactors (missing: {name}): make it from resrep.param_groups(lr=...)")
+                raise ConfigError(f"the optimizer lacks the compactor of {name}: make it of resrep.param_groups(lr=...)")
             if group_of[id(c.weight)].get("weight_decay"):
                 raise ConfigError(f"the optimizer decays the compactor of {name}: give the compactors weight_decay=0, "
                                   "as resrep.param_groups does")
@@ -274,8 +275,8 @@ class ResRep:
         if not grads:
             raise ConfigError("no gradient has reached the compactors: run the model that ResRep was given, then backward()")
         if not bool(torch.stack([g.sum() for g in grads]).isfinite().all()):
-            raise ConfigError(f"the gradients are not finite at step {self.step}: the step was not made, the weights are those of "
-                              "the last good one; try a lower learning rate")
+            raise ConfigError(f"the gradients are not finite at step {self.step}: the step was not made, the weights are "
+                              "those of the last good one; try a lower learning rate")
         if self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0:  # type: ignore[operator]
             self.update_masks()
         group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
@@ -358,7 +359,8 @@ class ResRep:
                 others = "; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4])
                 raise BudgetError(
                     f"{kind}={target:,.0f} ({target / self.dense[kind]:.1%} of the dense network) cannot be reached with "
-                    f"compactors on {len(self.rows)} groups: the least is {least[kind]:,.0f} ({least[kind] / self.dense[kind]:.1%})"
+                    f"compactors on {len(self.rows)} groups: the least is {least[kind]:,.0f} "
+                    f"({least[kind] / self.dense[kind]:.1%})"
                     + (f". Left alone: {others}" if others else ""))
 
     def by_channel(self, of_rows: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:

@@ -25,7 +25,7 @@ PARTS = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "runn
 
 @dataclass
 class Layout:
-    """Dense positions that are left: of the dimensions that were cut `(blocks, n)`, and of the rows of each site's compactor."""
+    """Dense positions that are left: of the dimensions that were cut `(blocks, n)`, and of each compactor's rows."""
 
     ends: dict[End, np.ndarray] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)

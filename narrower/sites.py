@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -76,8 +76,11 @@ class Zero(NamedTuple):
 MOVES = {name for rule, names in KINDS.items() if rule.__name__ in (
     "view", "permute", "expand", "same", "cut", "select", "split", "unbind", "stack", "reorder", "repeat", "pixel_shuffle",
     "channel_shuffle", "reduce", "spatial") for name in names.split()} - {"logsumexp", "prod", "any", "all"}
-ODD = set("relu relu6 leaky_relu elu selu celu gelu silu mish hardswish tanh abs neg sign sqrt square sin asin atan erf round floor "
-          "ceil trunc softshrink hardshrink prelu _prelu_kernel expm1 log1p softsign".split())
+ODD = {
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "tanh", "abs", "neg", "sign",
+    "sqrt", "square", "sin", "asin", "atan", "erf", "round", "floor", "ceil", "trunc", "softshrink", "hardshrink", "prelu",
+    "_prelu_kernel", "expm1", "log1p", "softsign",
+}
 PRODUCTS = {"mul", "bmm", "baddbmm"}
 
 
@@ -92,6 +95,9 @@ class Walk:
         self.origin: dict[int, str] = {}  # activations that are a parameter, moved
         self.maker: dict[int, Step] = {}  # outputs of convolutions and linear layers
         self.readers = Counter(i for s in graph.steps for i in s.inputs if isinstance(i, int))
+        self.users: dict[str, set[str]] = {}  # the modules that use a convolution's weight
+        for s in graph.steps:
+            self.users.setdefault(self.weight_of(s), set()).add(s.module)
         self.uses = Counter(self.weight_of(s) for s in graph.steps)
         self.needs: list[Zero] = []
         self.gates: set[str] = set()  # sites that make what multiplies a channel
@@ -114,7 +120,7 @@ class Walk:
         name, inputs = step.name, step.inputs
         moved = next((i for i in inputs if i is not None), None)
         if name in MOVES and (isinstance(moved, str) or moved in self.origin):
-            self.origin.update(dict.fromkeys(step.outputs, moved if isinstance(moved, str) else self.origin[moved]))  # type: ignore[index]
+            self.origin.update(dict.fromkeys(step.outputs, moved if isinstance(moved, str) else self.origin[moved]))
         if name == "convolution":
             return self.convolution(step)
         if name in ("mm", "addmm"):
@@ -185,6 +191,8 @@ class Walk:
         wide = shape[1] * groups if transposed else shape[0]
         kind = self.kind(shape, groups, transposed)
         self.maker[step.outputs[0]] = step
+        if len(self.users[weight]) > 1:
+            return Zero(broken=f"{weight} is shared by several layers")
         bias = bias if isinstance(bias, str) else None
         return self.found(step, kind=kind, size=wide, weight=weight, bias=bias, transposed=transposed, blocks=groups)
 
@@ -194,7 +202,7 @@ class Walk:
         out, fan_in = (shape[1], shape[0] // groups) if transposed else (shape[0] // groups, int(np.prod(shape[1:])))
         if transposed:
             return "full" if groups == 1 and out <= fan_in * int(np.prod(shape[2:])) else "diagonal"
-        if out > fan_in or out == 1:
+        if out > fan_in or groups == shape[1] * groups > 1:
             return "diagonal"
         return "full" if groups == 1 else "block"
 
@@ -202,7 +210,7 @@ class Walk:
         operands = [i for i in step.inputs if i is not None]
         bias = operands.pop(0) if step.name == "addmm" else None
         x, w = operands[:2]
-        weight = w if isinstance(w, str) else self.origin.get(w)  # type: ignore[arg-type]
+        weight = w if isinstance(w, str) else self.origin.get(w or 0)
         if not isinstance(x, int) or weight is None:
             live = [i for i in operands if isinstance(i, int) and i in self.labelled]
             self.needs.append(self.all_of(live))
@@ -223,8 +231,8 @@ class Walk:
         size = self.graph.shapes[named[0]][0]
         plain: dict[str, object] = {"kind": "diagonal", "size": size, "norm": norm}
         own = self.sites.get(maker.module) if maker is not None else None
-        if own is None or own.kind == "diagonal" or not isinstance(named[2], str) or self.readers[x] > 1 or (
-                self.uses[str(own.weight)] > 1):  # type: ignore[index]
+        if maker is None or own is None or own.kind == "diagonal" or not isinstance(named[2], str) or (
+                self.readers[maker.outputs[0]] > 1 or self.uses[str(own.weight)] > 1):
             return self.found(step, **plain)
         return self.found(step, kind=own.kind, size=size, norm=norm, weight=own.weight, bias=own.bias,
                           transposed=own.transposed, blocks=own.blocks)

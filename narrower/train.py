@@ -117,9 +117,9 @@ def train(
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
-    options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    groups = list(model.parameters()) if resrep is None else resrep.param_groups(**options)
-    optimizer: Any = torch.optim.SGD(groups, **options, nesterov=config.momentum > 0)
+    given: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    groups = list(model.parameters()) if resrep is None else resrep.param_groups(**given)
+    optimizer: Any = torch.optim.SGD(groups, **given, nesterov=config.momentum > 0)
     if resrep is not None:
         resrep.attach(optimizer)
     settings = {"batch_size": config.batch_size, "seed": seed, "processes": shard[1]}

@@ -77,6 +77,6 @@ def difference(trained: nn.Module, merged: nn.Module, images: Any) -> float:
     want, have = (net.to(images.device).eval()(images).float() for net in (trained, merged))
     error = float((want - have).abs().max() / want.abs().max().clamp_min(1e-12))
     if not error <= MERGED:
-        raise VerifyError(f"the merged network differs from the trained one by {error:.1e} of its outputs (at most {MERGED:.0e} is "
-                          "rounding): narrower is at fault, please report it; the training's checkpoint is kept")
+        raise VerifyError(f"the merged network differs from the trained one by {error:.1e} of its outputs (at most "
+                          f"{MERGED:.0e} is rounding): narrower is at fault, please report it; the checkpoint is kept")
     return error

@@ -93,7 +93,9 @@ class Job:
     def evaluate(self, model: nn.Module) -> float:
         return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)["top1"]
 
-    def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig, resrep: narrower.ResRep | None = None) -> float:
+    def train(
+        self, model: nn.Module, stage: str, file: str, config: TrainConfig, resrep: narrower.ResRep | None = None
+    ) -> float:
         """Train in place, or go on from the checkpoint `file`; the top-1 after the last epoch."""
         last: dict[str, Any] = {}
 
