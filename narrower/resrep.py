@@ -21,7 +21,7 @@ from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
 from .groups import Graph
 from .narrowing import RECORD, same_tensors
-from .planning import Budget, matching, widths
+from .planning import Budget, checked_scores, matching, widths
 from .shrinking import Layout, carried, restructure, shaped
 from .sites import Row, Scope, places
 from .surgery import duplicate, named_tensors
@@ -37,7 +37,9 @@ class Forgetting:
     strength: the penalty on every row (lambda of the paper). warmup_steps: steps before the first choice. mask_interval: steps
     between choices. rows_per_update: how many more channels each choice may take (theta). forget_steps: steps in which a
     chosen row shrinks from one to zero, whatever the learning rate; 0: by `strength` alone, as published. momentum: of the
-    compactors (SGD). threshold: the length below which a chosen row is zero.
+    compactors (SGD). lr_scale: their learning rate relative to the network's; None: such that with their momentum they move
+    as fast as the network's weights do (at ten times that, as published, short trainings do not recover). threshold: the
+    length below which a chosen row is zero.
     """
 
     strength: float = 1e-4
@@ -46,19 +48,20 @@ class Forgetting:
     rows_per_update: float | None = None
     forget_steps: int | None = None
     momentum: float | None = None
+    lr_scale: float | None = None
     threshold: float = 1e-5
 
     @staticmethod
     def published(steps_per_epoch: int) -> Forgetting:
         """The settings of the paper (section 4.1) and its code, made for 180 (ImageNet) to 480 epochs."""
-        return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1e-5)
+        return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1.0, 1e-5)
 
     def over(self, steps: int, channels: int) -> Forgetting:
-        """Every None filled in for that many steps and channels that may go: chosen from 5 % to 50 % of the steps, gone 15 %
-        later, so that a third of the steps is left to the narrow network."""
+        """Every None (but `lr_scale`) filled in for that many steps and channels that must go: chosen from 5 % to 30 % of the
+        steps, gone a little later, so that more than half of the steps is left to the narrow network."""
         warmup = round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps
         interval = min(200, max(1, round(0.005 * steps))) if self.mask_interval is None else self.mask_interval
-        updates = max(1, (round(0.5 * steps) - warmup) / interval)
+        updates = max(1, (round(0.3 * steps) - warmup) / interval)
         return replace(
             self, warmup_steps=warmup, mask_interval=interval,
             rows_per_update=channels / updates if self.rows_per_update is None else self.rows_per_update,
@@ -75,14 +78,16 @@ class ResRep:
 
     `macs`, `params`: what may remain, as for `plan`. `steps`: optimizer steps of the whole training; the schedule follows
     from it. `scope="inner"`: channels that one layer makes, as in the paper; "all": residual streams too. `exclude`: patterns
-    of groups to leave. `settings`: see `Forgetting`.
+    of groups to leave. `scores`: what is known of the channels beforehand; row norms count times a channel's score relative
+    to its group's mean. `settings`: see `Forgetting`.
 
     Raises PlanError if the model is not the one that was traced or nothing can be compacted, BudgetError for a budget below
     the least that can be reached, ConfigError for odd settings.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
-                 steps: int, scope: Scope = "inner", exclude: Sequence[str] = (), settings: Forgetting | None = None) -> None:
+                 steps: int, scope: Scope = "inner", exclude: Sequence[str] = (), scores: Mapping[str, Tensor] | None = None,
+                 settings: Forgetting | None = None) -> None:
         if macs is None and params is None:
             raise PlanError("give a budget: macs= or params=")
         if type(steps) is not int or steps < 1:
@@ -109,7 +114,8 @@ class ResRep:
         self.check_reachable()
         self.budget = {"macs": macs, "params": params}
         self.scope, self.steps, self.step = scope, steps, 0
-        self.settings = (settings or Forgetting()).over(steps, sum(graph[n].size for n in self.rows))
+        self.settings = (settings or Forgetting()).over(steps, self.channels_to_go())
+        self.prior = priors(graph, self.rows, scores)
         self.keep = {g.name: np.arange(g.size) for g in graph.free}
         self.layout = Layout({}, {name: np.arange(s.size) for name, s in self.sites.items()})
         self.masked = dict(self.dense)
@@ -126,7 +132,8 @@ class ResRep:
     def param_groups(self, lr: float, weight_decay: float = 0.0, momentum: float | None = None,
                      **options: Any) -> list[dict[str, Any]]:
         """Two parameter groups for an optimizer: the network's own, and the compactors' (no weight decay; for SGD, that is
-        where `momentum` is given, their own momentum)."""
+        where `momentum` is given, their own momentum, and the rate that goes with it). A loop that sets rates itself
+        multiplies by the group's `lr_scale`."""
         forgetting = [c.weight for c in self.compactors().values()]
         own = {id(w) for w in forgetting}
         remembering = [p for p in self.model.parameters() if id(p) not in own]
@@ -134,6 +141,9 @@ class ResRep:
         second: dict[str, Any] = {**first, "params": forgetting, "weight_decay": 0.0}
         if momentum is not None:
             first["momentum"], second["momentum"] = momentum, self.settings.momentum
+            scale = self.settings.lr_scale
+            second["lr_scale"] = (1 - second["momentum"]) / (1 - momentum) if scale is None else scale
+            second["lr"] = lr * second["lr_scale"]
         return [first, second]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -324,7 +334,8 @@ class ResRep:
         s = self.settings
         updates = (self.step - s.warmup_steps) // s.mask_interval + 1  # type: ignore[operator]
         most = math.floor(updates * s.rows_per_update + 1e-9)  # type: ignore[operator]
-        chosen, self.masked = choose(self.cost, self.parts, self.norms(), self.targets, most)
+        ranking = {n: v * self.prior[n] for n, v in self.norms().items()}
+        chosen, self.masked = choose(self.cost, self.parts, ranking, self.targets, most)
         for name, c in self.compactors().items():
             dense = np.zeros(self.sites[name].size, dtype=bool)
             for group, mine in self.rows.items():
@@ -362,6 +373,12 @@ class ResRep:
                     f"compactors on {len(self.rows)} groups: the least is {least[kind]:,.0f} "
                     f"({least[kind] / self.dense[kind]:.1%})"
                     + (f". Left alone: {others}" if others else ""))
+
+    def channels_to_go(self) -> int:
+        """About how many channels the budget asks for."""
+        rng = np.random.default_rng(0)
+        ranks = {n: rng.random(self.graph[n].size) for n in self.rows}
+        return sum(int(c.sum()) for c in choose(self.cost, self.parts, ranks, self.targets, 10**9)[0].values())
 
     def by_channel(self, of_rows: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
         """Values of the rows that are left, per channel and per row of it; `fill` for rows that have been dropped."""
@@ -415,6 +432,14 @@ def candidates(graph: Graph, rows: Mapping[str, tuple[Row, ...]],
             for g in groups & rows.keys():
                 reasons[g] = f"tied to {next(iter(groups - rows.keys()))}, which has no compactor"
     return parts, mine
+
+
+def priors(graph: Graph, rows: Mapping[str, tuple[Row, ...]], scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+    """Scores relative to their group's mean. Raises PlanError for scores of another graph."""
+    if scores is None:
+        return {n: np.ones(graph[n].size) for n in rows}
+    values = checked_scores(graph, scores, {g.name for g in graph.free} - rows.keys())
+    return {n: v / v.mean() for n, v in values.items()}
 
 
 def decoupled(optimizer: torch.optim.Optimizer) -> bool:

@@ -149,7 +149,7 @@ def train(
             for step, (x, y) in enumerate(shown, start=done):
                 torch.manual_seed(mix(seed, epoch, step, shard[0]))  # dropout
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, epoch * steps + step, steps)
+                    group["lr"] = learning_rate(config, epoch * steps + step, steps) * group.get("lr_scale", 1.0)
                 x, y = _placed(x, y, config, accelerator.device)
                 with autocast(config, accelerator.device):
                     loss = F.cross_entropy(wrapped(x), y, label_smoothing=config.smoothing)

