@@ -223,7 +223,12 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--remove", '{"layer9*": 0.5}'], "no group matches 'layer9*'", nothing),
     (["--exclude", "layer9*"], "no group matches 'layer9*'", nothing),
     (["--macs", "0.5", "--remove", "0.5"], "either a budget", nothing),
-    (["--method", "best"], "take one of hrank, magnitude", nothing),
+    (["--method", "best"], "take one of hrank, resrep, magnitude", nothing),
+    (["--method", "resrep", "--remove", "0.5"], "works towards a budget", nothing),
+    (["--method", "resrep", "--epochs", "0"], "needs --epochs", nothing),
+    (["--method", "resrep", "--macs", "0.01"], "the least is", nothing),
+    (["--method", "resrep", "--scope", "outer"], "'inner' or 'all'", nothing),
+    (["--method", "resrep", "--forgetting", '{"lambda": 1}'], "it knows strength, warmup_steps", nothing),
     (["--images", "0"], "--images 0: give a value of at least 1", nothing),
     (["-b", "0"], "--batch-size 0", nothing),
     (["--lr", "-1"], "--lr -1.0", nothing),
@@ -321,6 +326,48 @@ def test_interrupted_and_resumed(
     assert figures[0]["cut_top1"] == figures[1]["cut_top1"]
     epochs = [[(row["stage"], row["epoch"]) for row in rows(run) if "epoch" in row] for run in ("whole", "cut")]
     assert epochs[0] == epochs[1]
+
+
+RESREP = [*SMALL, "--dense-epochs", "1", "--epochs", "4", "--method", "resrep", "--macs", "0.5", "--scope", "all"]
+
+
+def test_resrep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prune", *RESREP, "--output", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "masked" in out and "channels are zero" in out and "dense against narrow" in out
+    stages = {row["stage"]: row for row in rows("run")}
+    assert {"trace", "resrep", "merge", "cut", "measure"} <= stages.keys() and "fine-tune" not in stages
+    narrow, dense = stages["measure"]["narrow"], stages["measure"]["dense"]
+    assert narrow["macs"] <= 0.5 * dense["macs"]
+    assert narrow["top1"] == stages["cut"]["top1"]
+    assert stages["merge"]["error"] < 1e-4
+    epochs = [row for row in rows("run") if "epoch" in row and row["stage"] == "resrep"]
+    assert epochs[-1]["reached"] <= 0.5 < epochs[0]["reached"] and epochs[-1]["zero"] > 0
+    assert weights("run")["conv1.weight"].shape[0] < 8
+    assert cli.main(["eval", "run"]) == 0
+
+
+def test_resrep_interrupted_and_resumed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The merged network of an interrupted training is usable; the resumed one is the uninterrupted one, across a shrink."""
+    assert cli.main(["prune", *RESREP, "--output", "whole"]) == 0
+    plain = cli.Terminal.watch
+
+    def pressing(self: cli.Terminal, iterable: Any, description: str = "", total: int = 0) -> Iterator[Any]:
+        for number, item in enumerate(plain(self, iterable, description, total)):
+            if description.startswith("resrep: epoch 3") and number == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.Terminal, "watch", pressing)
+        assert cli.main(["prune", *RESREP, "--output", "cut"]) == 130
+    checkpoint = torch.load(Path("cut") / runs.CHECKPOINT, weights_only=True)
+    assert checkpoint["resrep"]["ends"]  # it had shrunk
+    assert cli.main(["eval", "cut"]) == 0
+    assert cli.main(["prune", "--resume", "cut"]) == 0
+    assert same(weights("whole"), weights("cut"))
+    assert cli.main(["prune", "--resume", "cut"]) == 0
+    assert same(weights("whole"), weights("cut"))
 
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
