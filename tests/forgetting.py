@@ -17,7 +17,8 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                for t, low, high in ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 2.0), (m.weight, 0.5, 1.5), (m.bias, -0.3, 0.3)):
+                ranges = ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 2.0), (m.weight, 0.5, 1.5), (m.bias, -0.3, 0.3))
+                for t, low, high in ranges:
                     if t is not None:
                         t.copy_(torch.rand(t.shape, generator=g) * (high - low) + low)
     return model

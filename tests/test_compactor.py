@@ -90,7 +90,8 @@ def test_merging_behind_a_batch_norm(groups: int, bias: bool, rest: bool) -> Non
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    t = {"weight": draw(12, 6 // groups, 3, 3), "gamma": draw(12), "beta": draw(12), "mean": draw(12), "var": draw(12) ** 2 + 0.1}
+    t = {"weight": draw(12, 6 // groups, 3, 3), "var": draw(12) ** 2 + 0.1}
+    t |= {name: draw(12) for name in ("gamma", "beta", "mean")}
     if bias:
         t["bias"] = draw(12)
     site = Site("m", "full" if groups == 1 else "block", 12, weight="w", norm="n", blocks=groups)

@@ -28,7 +28,8 @@ def network() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
 
 def shard(step: int, rank: int) -> tuple[Tensor, Tensor]:
     seed = 2 * step + rank
-    return networks.images(size=12, seed=seed).double(), torch.randint(0, 5, (4,), generator=torch.Generator().manual_seed(seed))
+    g = torch.Generator().manual_seed(seed)
+    return networks.images(size=12, seed=seed).double(), torch.randint(0, 5, (4,), generator=g)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -60,6 +61,7 @@ def test_two_processes_are_two_shards_averaged(tmp_path: Path) -> None:
             x, y = shard(step, rank)
             nn.functional.cross_entropy(model(x), y).backward()
         for p, q in zip(resrep.model.parameters(), other.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
             p.grad = (p.grad + q.grad) / 2
         optimizer.step()
         if step == SHRINK:
