@@ -10,11 +10,12 @@ from .errors import (
     TraceError,
     VerifyError,
 )
+from .forgetting import Forgetting
 from .groups import ChannelGroup, Graph, Slice
 from .measuring import measure, recalibrate
 from .narrowing import Verification, narrow, verify
 from .planning import Budget, Plan, Scores, plan
-from .resrep import Forgetting, ResRep
+from .resrep import ResRep
 from .scores.hrank import hrank
 from .scores.simple import bn_scale, fpgm, magnitude, random, taylor
 from .storage import load, save

@@ -6,9 +6,13 @@ import heapq
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from .cost import CostModel, Kind, Running
-from .ties import Component
+from .groups import Graph
+from .planning import checked_scores
+from .sites import Row
+from .ties import Component, components
 
 
 def choose(cost: CostModel, parts: Sequence[Component], norms: Mapping[str, np.ndarray], targets: Mapping[Kind, float],
@@ -49,3 +53,26 @@ def choose(cost: CostModel, parts: Sequence[Component], norms: Mapping[str, np.n
         if following := best(k):
             heapq.heappush(heap, following)
     return chosen, dict(running.now)
+
+
+def candidates(graph: Graph, rows: Mapping[str, tuple[Row, ...]],
+               reasons: dict[str, str]) -> tuple[list[Component], dict[str, tuple[Row, ...]]]:
+    """The components of which every group has rows: tied groups go together or not at all."""
+    parts, mine = [], {}
+    for part in components(graph):
+        groups = {c.group for c in part.cells}
+        if groups <= rows.keys():
+            parts.append(part)
+            mine.update({g: rows[g] for g in groups})
+        else:
+            for g in groups & rows.keys():
+                reasons[g] = f"tied to {next(iter(groups - rows.keys()))}, which has no compactor"
+    return parts, mine
+
+
+def priors(graph: Graph, rows: Mapping[str, tuple[Row, ...]], scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+    """Scores relative to their group's mean. Raises PlanError for scores of another graph."""
+    if scores is None:
+        return {n: np.ones(graph[n].size) for n in rows}
+    values = checked_scores(graph, scores, {g.name for g in graph.free} - rows.keys())
+    return {n: v / v.mean() for n, v in values.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,27 @@ class Carried(NamedTuple):
 
 
 NOTHING = Carried()
+
+
+class Axes:
+    """Ids for the dimensions of parameters and buffers, handed out when first met, in the order of execution."""
+
+    def __init__(self) -> None:
+        self.start: dict[tuple[Any, ...], int] = {}
+        self.size: dict[tuple[Any, ...], int] = {}
+        self.blocks: dict[tuple[Any, ...], int] = {}
+        self.total = self.activations = 0
+
+    def number(self) -> int:
+        """A new number for an activation."""
+        self.activations += 1
+        return self.activations
+
+    def ids(self, key: tuple[Any, ...], size: int, blocks: int = 1) -> Ids:
+        if key not in self.start:
+            self.start[key], self.size[key], self.blocks[key] = self.total, size * blocks, blocks
+            self.total += size * blocks
+        return np.arange(self.start[key], self.start[key] + self.size[key])
 
 
 def along(ids: Ids, ndim: int, dim: int) -> Ids:

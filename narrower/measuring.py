@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError
-from .recording import Axes, Trace, run
+from .labels import Axes
+from .recording import Trace, run
 from .tracing import flattened, staged
 
 

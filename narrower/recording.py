@@ -20,34 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .calls import Call, at_channels, free_at, tensors_in
 from .groups import Step
-from .labels import NOTHING, Carried, Ids, Label, along, collapsed, fibres
+from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed, fibres
 from .meta import inferred
 from .mixing import reduce
 from .ops import RULES, pooling, rule_for
 
 CARRIED = "_narrower_carried"
 NUMBER = "_narrower_number"
-
-
-class Axes:
-    """Ids for the dimensions of parameters and buffers, handed out when first met, in the order of execution."""
-
-    def __init__(self) -> None:
-        self.start: dict[tuple[Any, ...], int] = {}
-        self.size: dict[tuple[Any, ...], int] = {}
-        self.blocks: dict[tuple[Any, ...], int] = {}
-        self.total = self.activations = 0
-
-    def number(self) -> int:
-        """A new number for an activation."""
-        self.activations += 1
-        return self.activations
-
-    def ids(self, key: tuple[Any, ...], size: int, blocks: int = 1) -> Ids:
-        if key not in self.start:
-            self.start[key], self.size[key], self.blocks[key] = self.total, size * blocks, blocks
-            self.total += size * blocks
-        return np.arange(self.start[key], self.start[key] + self.size[key])
 
 
 class Recording(TorchDispatchMode):

@@ -8,66 +8,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .choosing import choose
+from .choosing import candidates, choose, priors
 from .compactor import NAME, Compactor, behind, finished, row_norms, rows_like, ruled, unit_rows
 from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
+from .forgetting import Forgetting
 from .groups import Graph
 from .narrowing import RECORD, same_tensors
-from .planning import Budget, checked_scores, matching, widths
+from .planning import Budget, matching, widths
 from .shrinking import Layout, carried, restructure, shaped
-from .sites import Row, Scope, places
+from .sites import Scope, places
 from .surgery import duplicate, named_tensors
-from .ties import Component, components
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """How rows are chosen and sent to zero. None: it follows from the number of steps.
-
-    strength: the penalty on every row (lambda of the paper). warmup_steps: steps before the first choice. mask_interval: steps
-    between choices. rows_per_update: how many more channels each choice may take (theta). forget_steps: steps in which a
-    chosen row shrinks from one to zero, whatever the learning rate; 0: by `strength` alone, as published. momentum: of the
-    compactors (SGD). lr_scale: their learning rate relative to the network's; None: such that with their momentum they move
-    as fast as the network's weights do (at ten times that, as published, short trainings do not recover). threshold: the
-    length below which a chosen row is zero.
-    """
-
-    strength: float = 1e-4
-    warmup_steps: int | None = None
-    mask_interval: int | None = None
-    rows_per_update: float | None = None
-    forget_steps: int | None = None
-    momentum: float | None = None
-    lr_scale: float | None = None
-    threshold: float = 1e-5
-
-    @staticmethod
-    def published(steps_per_epoch: int) -> Forgetting:
-        """The settings of the paper (section 4.1) and its code, made for 180 (ImageNet) to 480 epochs."""
-        return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1.0, 1e-5)
-
-    def over(self, steps: int, channels: int) -> Forgetting:
-        """Every None (but `lr_scale`) filled in for that many steps and channels that must go: chosen from 5 % to 30 % of the
-        steps, gone a little later, so that more than half of the steps is left to the narrow network."""
-        warmup = round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps
-        interval = min(200, max(1, round(0.005 * steps))) if self.mask_interval is None else self.mask_interval
-        updates = max(1, (round(0.3 * steps) - warmup) / interval)
-        return replace(
-            self, warmup_steps=warmup, mask_interval=interval,
-            rows_per_update=channels / updates if self.rows_per_update is None else self.rows_per_update,
-            forget_steps=max(1, round(0.1 * steps)) if self.forget_steps is None else self.forget_steps,
-            momentum=min(0.99, 1 - 1 / max(1.0, 0.03 * steps)) if self.momentum is None else self.momentum,
-        )
 
 
 class ResRep:
@@ -348,9 +308,11 @@ class ResRep:
     # ------------------------------------------------------------------------------------------------ what is where
 
     def compactors(self) -> dict[str, Compactor]:
+        """The compactors in the model, by the module that they stand behind."""
         return {name: getattr(self.model.get_submodule(name), NAME) for name in self.sites}
 
     def install(self) -> None:
+        """Put the compactors into the model, as submodules of the modules that they stand behind."""
         for name, site in self.sites.items():
             module = self.model.get_submodule(name)
             named = named_tensors(self.model)
@@ -399,6 +361,7 @@ class ResRep:
         return {g: np.sqrt(np.nanmean(np.square(rows), axis=0)) for g, rows in self.by_channel(found, 0.0).items()}
 
     def chosen_channels(self) -> dict[str, np.ndarray]:
+        """The channels that are to go, a bool for each."""
         found = {n: c.chosen.cpu().numpy().astype(float) for n, c in self.compactors().items()}
         return {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 1.0).items()}
 
@@ -415,31 +378,9 @@ class ResRep:
         return {n: np.nonzero(k)[0] for n, k in keep.items()}
 
     def reached(self) -> float:
+        """The share of the dense cost that remains without the channels that are zero."""
         kind = next(iter(self.targets))
         return self.cost.cost(kind, widths(self.cost, self.remaining())) / self.dense[kind]
-
-
-def candidates(graph: Graph, rows: Mapping[str, tuple[Row, ...]],
-               reasons: dict[str, str]) -> tuple[list[Component], dict[str, tuple[Row, ...]]]:
-    """The components of which every group has rows: tied groups go together or not at all."""
-    parts, mine = [], {}
-    for part in components(graph):
-        groups = {c.group for c in part.cells}
-        if groups <= rows.keys():
-            parts.append(part)
-            mine.update({g: rows[g] for g in groups})
-        else:
-            for g in groups & rows.keys():
-                reasons[g] = f"tied to {next(iter(groups - rows.keys()))}, which has no compactor"
-    return parts, mine
-
-
-def priors(graph: Graph, rows: Mapping[str, tuple[Row, ...]], scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
-    """Scores relative to their group's mean. Raises PlanError for scores of another graph."""
-    if scores is None:
-        return {n: np.ones(graph[n].size) for n in rows}
-    values = checked_scores(graph, scores, {g.name for g in graph.free} - rows.keys())
-    return {n: v / v.mean() for n, v in values.items()}
 
 
 def decoupled(optimizer: torch.optim.Optimizer) -> bool:

@@ -11,8 +11,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from .groups import ChannelGroup, Graph, MapSource, Members, Mixer, Role, Slice, Tie
-from .labels import Ids
-from .recording import Axes, Trace
+from .labels import Axes, Ids
+from .recording import Trace
 
 
 class Solution(NamedTuple):

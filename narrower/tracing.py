@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .errors import TraceError
 from .groups import Graph
+from .labels import Axes
 from .probing import Mismatch, Probe, narrowed_in_place, trial
-from .recording import Axes, Recording, Trace, run
+from .recording import Recording, Trace, run
 from .solving import Solution, solve
 from .surgery import collector_paused, duplicate, named_tensors, selections, undone
 from .ties import components

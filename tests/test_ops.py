@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from narrower.labels import Carried, Label, along
+from narrower.labels import Axes, Carried, Label, along
 from narrower.meta import inferred
 from narrower.ops import KINDS, RULES, pooling, rule_for
-from narrower.recording import CARRIED, Axes, Trace
+from narrower.recording import CARRIED, Trace
 
 C = 12
 

@@ -1,0 +1,45 @@
+"""The schedule of ResRep: when rows are chosen, and how fast they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How rows are chosen and sent to zero. None: it follows from the number of steps.
+
+    strength: the penalty on every row (lambda of the paper). warmup_steps: steps before the first choice. mask_interval: steps
+    between choices. rows_per_update: how many more channels each choice may take (theta). forget_steps: steps in which a
+    chosen row shrinks from one to zero, whatever the learning rate; 0: by `strength` alone, as published. momentum: of the
+    compactors (SGD). lr_scale: their learning rate relative to the network's; None: such that with their momentum they move
+    as fast as the network's weights do (at ten times that, as published, short trainings do not recover). threshold: the
+    length below which a chosen row is zero.
+    """
+
+    strength: float = 1e-4
+    warmup_steps: int | None = None
+    mask_interval: int | None = None
+    rows_per_update: float | None = None
+    forget_steps: int | None = None
+    momentum: float | None = None
+    lr_scale: float | None = None
+    threshold: float = 1e-5
+
+    @staticmethod
+    def published(steps_per_epoch: int) -> Forgetting:
+        """The settings of the paper (section 4.1) and its code, made for 180 (ImageNet) to 480 epochs."""
+        return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1.0, 1e-5)
+
+    def over(self, steps: int, channels: int) -> Forgetting:
+        """Every None (but `lr_scale`) filled in for that many steps and channels that must go: chosen from 5 % to 30 % of the
+        steps, gone a little later, so that more than half of the steps is left to the narrow network."""
+        warmup = round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps
+        interval = min(200, max(1, round(0.005 * steps))) if self.mask_interval is None else self.mask_interval
+        updates = max(1, (round(0.3 * steps) - warmup) / interval)
+        return replace(
+            self, warmup_steps=warmup, mask_interval=interval,
+            rows_per_update=channels / updates if self.rows_per_update is None else self.rows_per_update,
+            forget_steps=max(1, round(0.1 * steps)) if self.forget_steps is None else self.forget_steps,
+            momentum=min(0.99, 1 - 1 / max(1.0, 0.03 * steps)) if self.momentum is None else self.momentum,
+        )
