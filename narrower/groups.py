@@ -90,6 +90,18 @@ class Tie:
     blocks: tuple[Mapping[str, np.ndarray], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A number that a module stores (an attribute, or entry `index` of a tuple or list), which counts channels: `size` in the
+    dense network, less those of `members` that go."""
+
+    module: str
+    attribute: str
+    index: int | None
+    size: int
+    members: tuple[Members, ...]
+
+
 class Step(NamedTuple):
     """One operator call of the traced forward: activations by number, parameters and buffers by name, the plain numbers among
     its arguments, what came out, whether that has channels, and the first module that returned it as it is."""
@@ -109,7 +121,8 @@ class Graph:
     `shapes` has every parameter and buffer; `positions` the number of times that each element of a convolution or linear
     weight is used for one sample, so that macs = sum(positions * elements). `computed` names the parameter behind each
     convolution (by its number in the forward) that does not read one as it is. `steps` are the calls of the forward, in order
-    (of the eval forward, then of the train forward where that was traced too).
+    (of the eval forward, then of the train forward where that was traced too). `edits` are numbers that modules store and that
+    follow the widths.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -122,6 +135,7 @@ class Graph:
     notes: tuple[str, ...] = field(default=())
     computed: Mapping[int, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
+    edits: tuple[Edit, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:

@@ -23,6 +23,7 @@ class Mismatch(Exception):
     def __init__(self, ids: np.ndarray, reason: str, choice: tuple[str, int] | None = None) -> None:
         super().__init__(reason)
         self.ids, self.reason, self.choice = ids, reason, choice
+        self.mode, self.module, self.place = "eval", "", 0  # where the probe stood
 
 
 class Probe(Recording):
@@ -32,13 +33,7 @@ class Probe(Recording):
                  cuts: Mapping[str, list[Selection]]) -> None:
         super().__init__(model, dense.axes)
         self.dense, self.unit, self.cuts = dense, solution.unit, cuts
-        self.alive_units = np.ones(len(solution.group_of) + 1, dtype=bool)
-        for g, group in enumerate(solution.graph.groups):
-            if group.name in keep:
-                gone = np.ones(group.size, dtype=bool)
-                gone[keep[group.name]] = False
-                of_group = np.nonzero(solution.group_of == g)[0]
-                self.alive_units[of_group[gone[solution.channel_of[of_group]]]] = False
+        self.alive_units = alive(solution, keep)
         self.same: dict[tuple[int, int], tuple[Ids, Ids, bool]] = {}
 
     def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
@@ -141,6 +136,18 @@ class Probe(Recording):
             fits = (counts == moved.shape[-1]).all() and moved.shape[:-1] == units.shape[:-1]
             self.same[key] = (now, dense.ids, bool(fits and np.array_equal(left.reshape(moved.shape), moved)))
         return self.same[key][2]
+
+
+def alive(solution: Solution, keep: Keep) -> np.ndarray:
+    """For each unit whether it is left."""
+    out = np.ones(len(solution.group_of) + 1, dtype=bool)
+    for g, group in enumerate(solution.graph.groups):
+        if group.name in keep:
+            gone = np.ones(group.size, dtype=bool)
+            gone[keep[group.name]] = False
+            of_group = np.nonzero(solution.group_of == g)[0]
+            out[of_group[gone[solution.channel_of[of_group]]]] = False
+    return out
 
 
 def trial(graph: Graph, seed: int = 0) -> Keep:

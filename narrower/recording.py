@@ -51,6 +51,8 @@ class Recording(TorchDispatchMode):
         self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address
         self.seen: set[str] = set()
         self.touched: tuple[Tensor, ...] = ()
+        self.given: tuple[Carried | str, ...] = ()
+        self.here = ""  # the module that `where` has found last
         self.failed = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,6 +60,7 @@ class Recording(TorchDispatchMode):
         name, rule = rule_for(func)
         inputs = tensors_in(args)
         self.touched = tuple(inputs)
+        self.given = tuple(getattr(t, CARRIED, None) or self.tensors.get(id(t), NOTHING) for t in inputs)
         for t in inputs:
             if id(t) in self.tensors:
                 self.seen.add(self.tensors[id(t)])
@@ -202,7 +205,8 @@ class Recording(TorchDispatchMode):
         file = frame.f_code.co_filename.replace("\\", "/")
         if not isinstance(owner, nn.Module) or id(owner) not in self.modules or "torch/nn/" in file:
             return ""
-        return f"{self.modules[id(owner)] or type(owner).__name__}, {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
+        self.here = self.modules[id(owner)]
+        return f"{self.here or type(owner).__name__}, {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
 
     # -------------------------------------------------------------------------------- what rules say: see Recorder
 
@@ -229,12 +233,15 @@ class Unseen(Exception):
 
 
 class Event(NamedTuple):
-    """One call of a forward: the plain numbers that it was given, the shapes that came out, and what they carry."""
+    """One call of a forward: the plain numbers that it was given, the shapes that came out, and what they carry; the module
+    that was running, and what the inputs carry (a parameter: its name)."""
 
     name: str
     numbers: tuple[Any, ...]
     shapes: list[tuple[int, ...]]
     carried: list[Carried]
+    module: str = ""
+    inputs: tuple[Carried | str, ...] = ()
 
 
 # sizes among the arguments of these follow from the widths; the shapes that come out are compared instead
@@ -272,14 +279,22 @@ class Trace(Recording):
         self.returned: dict[int, str] = {}  # activation -> the first module that returned it
 
     def __enter__(self) -> Trace:
-        self.hook = nn.modules.module.register_module_forward_hook(self.note_return)
+        register = nn.modules.module
+        self.running: list[str] = []
+        self.hooks = [register.register_module_forward_pre_hook(self.note_call),
+                      register.register_module_forward_hook(self.note_return)]
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         super().__exit__(*exception)
 
+    def note_call(self, module: nn.Module, args: Any) -> None:
+        self.running.append(self.modules.get(id(module), ""))
+
     def note_return(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.running.pop()
         number = getattr(out, NUMBER, None)
         if number is not None and id(module) in self.modules:
             self.returned.setdefault(number, self.modules[id(module)])
@@ -301,7 +316,9 @@ class Trace(Recording):
         return read, made
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
-        self.log.append(Event(call.name, self.numbers(call), [tuple(t.shape) for t in outs], list(carried)[: len(outs)]))
+        shapes = [tuple(t.shape) for t in outs]
+        running = self.running[-1] if self.running else ""
+        self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
         inputs: list[int | str | None] = []
         for a in call.args:
             inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .groups import ChannelGroup, Graph, MapSource, Members, Mixer, Role, Slice, Tie
+from .groups import ChannelGroup, Edit, Graph, MapSource, Members, Mixer, Role, Slice, Tie
 from .labels import Axes, Ids
 from .recording import Trace
 
@@ -48,7 +48,8 @@ def signatures(unit: np.ndarray, axes: Axes) -> np.ndarray:
 
 
 def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, ...]], parameters: frozenset[str],
-          batch: int, pinned: Mapping[str, str], notes: Sequence[str] = ()) -> Solution:
+          batch: int, pinned: Mapping[str, str], notes: Sequence[str] = (),
+          edits: Mapping[tuple[str, str, int | None], Ids] | None = None) -> Solution:
     """Groups from what the traces (eval, and train where it differs) have collected; `pinned` adds reasons by group name."""
     unit = units(axes.total, [p for t in traces for p in t.pairs])
     count = int(unit.max()) + 1 if len(unit) else 0
@@ -138,6 +139,7 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
         groups, dict(shapes), parameters, {w: n / batch / prod(shapes[w]) for w, n in main.macs.items()},
         tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, tuple(notes), dict(main.computed),
         tuple(s._replace(module=t.returned.get(s.outputs[0], "") if s.outputs else "") for t in traces for s in t.steps),
+        tuple(Edit(*place, len(ids), members(ids)) for place, ids in (edits or {}).items()),
     )
     return Solution(graph, unit, group_of, channel_of)
 

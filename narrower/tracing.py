@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .editing import Place, applied, proposals
 from .errors import TraceError
 from .groups import Graph
-from .labels import Axes
-from .probing import Mismatch, Probe, narrowed_in_place, trial
+from .labels import Axes, Ids
+from .probing import Mismatch, Probe, alive, narrowed_in_place, trial
 from .recording import Recording, Trace, run
 from .solving import Solution, solve
 from .surgery import collector_paused, duplicate, named_tensors, selections, undone
@@ -130,6 +131,7 @@ class Tracer:
         self.stage = stage
         self.choices: dict[str, int] = {}
         self.pinned: dict[str, str] = {}
+        self.edits: dict[Place, Ids] = {}
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
         self.parameters = frozenset(n for n, _ in stage.model.named_parameters())
@@ -138,13 +140,13 @@ class Tracer:
         traces, axes, solution = self.settled()
         other = self.other_choices(traces["eval"], solution)
         if other:  # views that split channels which are pinned now: perhaps the other of their dimensions shrinks
-            before = self.choices, self.pinned, self.notes
-            self.choices, self.pinned = {**self.choices, **other}, {}
+            before = self.choices, self.pinned, self.notes, self.edits
+            self.choices, self.pinned, self.edits = {**self.choices, **other}, {}, {}
             again = self.settled()
             if free_channels(again[2].graph) > free_channels(solution.graph):
                 traces, axes, solution = again
             else:
-                self.choices, self.pinned, self.notes = before
+                self.choices, self.pinned, self.notes, self.edits = before
         graph = solution.graph
         if not allow_inexact:
             for g in graph.free:
@@ -166,11 +168,11 @@ class Tracer:
             except Mismatch as e:
                 if e.choice is not None and e.choice[0] not in self.choices:
                     self.choices[e.choice[0]] = e.choice[1]
-                    self.pinned = {}  # groups may be others now
+                    self.pinned, self.edits = {}, {}  # groups may be others now
                     traces, axes = self.dense()
                 elif not solution.graph.free:
                     raise TraceError(f"the forward does not do the same twice: {e.reason}") from e
-                else:
+                elif not self.mended(traces, axes, solution, e):
                     self.blame(traces, solution, e)
 
     def other_choices(self, trace: Trace, solution: Solution) -> dict[str, int]:
@@ -186,7 +188,8 @@ class Tracer:
     def solved(self, traces: dict[str, Trace], axes: Axes) -> Solution:
         tensors = flattened(self.stage.inputs)
         batch = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
-        return solve(list(traces.values()), axes, self.shapes, self.parameters, max(1, batch), self.pinned, self.notes)
+        return solve(list(traces.values()), axes, self.shapes, self.parameters, max(1, batch), self.pinned, self.notes,
+                     self.edits)
 
     def dense(self) -> tuple[dict[str, Trace], Axes]:
         """The equations of the dense forward: in eval mode, and in train mode where that reaches further parameters."""
@@ -227,24 +230,49 @@ class Tracer:
         keep = trial(solution.graph) if keep is None else keep
         cuts = selections(solution.graph, keep)
         undo = narrowed_in_place(self.stage.model, self.stage.tensors, cuts)
+        left = alive(solution, keep)
+        undo += applied(self.stage.model, {p: int(left[solution.unit[ids]].sum()) for p, ids in self.edits.items()})
         try:
             for mode, dense in traces.items():
                 self.stage.model.train(mode == "train")
                 probe = Probe(self.stage.model, dense, solution, keep, cuts)
                 try:
-                    shapes = self.outputs(probe)
-                except Mismatch:
+                    try:
+                        shapes = self.outputs(probe)
+                    except Mismatch:
+                        raise
+                    except Exception as e:
+                        ids = [x.ids.reshape(-1) for c in probe.carried_in() for x in c.labels]
+                        where = probe.failed or traced_to(probe, e)
+                        raise Mismatch(np.concatenate(ids) if ids else np.zeros(0, int),
+                                       f"the forward fails when narrow: {short(e)} ({where})") from e
+                except Mismatch as e:
+                    e.mode, e.module, e.place = mode, probe.here, probe.place
                     raise
-                except Exception as e:
-                    ids = [x.ids.reshape(-1) for c in probe.carried_in() for x in c.labels]
-                    where = probe.failed or traced_to(probe, e)
-                    raise Mismatch(np.concatenate(ids) if ids else np.zeros(0, int),
-                                   f"the forward fails when narrow: {short(e)} ({where})") from e
                 if mode == "eval" and shapes != self.out_shapes:
                     raise Mismatch(np.zeros(0, int), "the output changes its shape when narrow")
         finally:
             self.stage.model.eval()
             undone(undo)
+
+    def mended(self, traces: dict[str, Trace], axes: Axes, solution: Solution, e: Mismatch) -> bool:
+        """Try to let a number that the module at fault stores follow the widths; it must take the probe further."""
+        modules = dict(self.stage.model.named_modules())
+        log = traces[e.mode].log
+        names = [e.module, *(n for n in (e.module.rpartition(".")[0],) if n != e.module)]
+        before = self.edits
+        for edits in proposals([n for n in names if n in modules], modules, log, e.place, axes):
+            if edits.keys() <= before.keys():
+                continue
+            self.edits = {**edits, **before}
+            try:
+                self.probe(traces, solution)
+                return True
+            except Mismatch as now:
+                if (now.mode != e.mode and e.mode == "eval") or now.place > e.place:
+                    return True
+        self.edits = before
+        return False
 
     def blame(self, traces: dict[str, Trace], solution: Solution, e: Mismatch) -> None:
         """Pin the groups at fault: those whose ids met wrongly, or, where the probe does not know, found by bisection."""
