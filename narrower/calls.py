@@ -43,6 +43,10 @@ class Recorder(Protocol):
     def constant(self, call: Call, size: int, key: int) -> Ids:
         """Ids of channels that are there whatever is removed."""
 
+    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+        """Those of the dimensions over which a view seems to spread channels along which they do change: channels that repeat,
+        as over the positions of a kernel, change along fewer."""
+
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """Which dimension of a view that splits channels shrinks with them."""
 

@@ -112,6 +112,9 @@ class PruneConfig:
     images: Annotated[int, "training images for scoring"] = 640
     recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
     scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"
+    prior: Annotated[
+        str, "resrep: score that the row norms are multiplied by when channels are chosen, or none (as published)"
+    ] = "magnitude"
     forgetting: Annotated[
         dict[str, Any], "resrep: settings instead of those that follow from --epochs, as JSON: '{\"mask_interval\": 200}'"
     ] = field(default_factory=dict)
@@ -122,6 +125,8 @@ class PruneConfig:
         check(self, images=(1, inf), recalibrate=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
         if self.method not in METHODS:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
+        if self.prior not in ("none", *METHODS) or self.prior == "resrep":
+            raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m != 'resrep')}")
         if self.method == "resrep" and (self.remove is not None or self.round_to > 1 or self.min_channels > 1):
             raise ConfigError("--method resrep works towards a budget (--macs, --params): it takes no --remove, --round-to or "
                               "--min-channels")

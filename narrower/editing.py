@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
     module: str
     attribute: str
-    index: int | None = None
+    entry: int | None = None
 
 
 Edits = Mapping[Place, Ids]  # the ids that each number counts
@@ -116,10 +116,10 @@ def applied(model: nn.Module, values: Mapping[Place, int]) -> list[Undo]:
         module = model.get_submodule(place.module)
         old = getattr(module, place.attribute)
         undo.append(Undo(module, place.attribute, old))
-        if place.index is None:
+        if place.entry is None:
             setattr(module, place.attribute, value)
         else:
             new = list(old)
-            new[place.index] = value
+            new[place.entry] = value
             setattr(module, place.attribute, type(old)(new))
     return undo

@@ -32,14 +32,14 @@ class Forgetting:
         return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1.0, 1e-5)
 
     def over(self, steps: int, channels: int) -> Forgetting:
-        """Every None (but `lr_scale`) filled in for that many steps and channels that must go: chosen from 5 % to 30 % of the
-        steps, gone a little later, so that more than half of the steps is left to the narrow network."""
+        """Every None (but `lr_scale`) filled in for that many steps and channels that must go: chosen from 5 % to 20 % of the
+        steps, gone a little later, so that two thirds of the steps are left to the narrow network."""
         warmup = round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps
         interval = min(200, max(1, round(0.005 * steps))) if self.mask_interval is None else self.mask_interval
-        updates = max(1, (round(0.3 * steps) - warmup) / interval)
+        updates = max(1, (round(0.2 * steps) - warmup) / interval)
         return replace(
             self, warmup_steps=warmup, mask_interval=interval,
             rows_per_update=channels / updates if self.rows_per_update is None else self.rows_per_update,
-            forget_steps=max(1, round(0.1 * steps)) if self.forget_steps is None else self.forget_steps,
-            momentum=min(0.99, 1 - 1 / max(1.0, 0.03 * steps)) if self.momentum is None else self.momentum,
+            forget_steps=max(1, round(0.06 * steps)) if self.forget_steps is None else self.forget_steps,
+            momentum=min(0.99, 1 - 1 / max(1.0, 0.02 * steps)) if self.momentum is None else self.momentum,
         )

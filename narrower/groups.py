@@ -92,12 +92,12 @@ class Tie:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A number that a module stores (an attribute, or entry `index` of a tuple or list), which counts channels: `size` in the
+    """A number that a module stores (an attribute, or `entry` of a tuple or list), which counts channels: `size` in the
     dense network, less those of `members` that go."""
 
     module: str
     attribute: str
-    index: int | None
+    entry: int | None
     size: int
     members: tuple[Members, ...]
 

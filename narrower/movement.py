@@ -24,6 +24,10 @@ def view(r: Recorder, call: Call) -> Sequence[Carried]:
         label = collapsed(label, faster_dims(label, old, new), r.unite)
         moved, spread = reshaped(label, old, new)
         if len(spread) > 1:
+            spread, whole = r.spread(call, spread, moved.ids), spread
+            for d in set(whole) - set(spread):
+                moved = Label(moved.ids.take([0], axis=d), spread[-1] if spread else -1)
+        if len(spread) > 1:
             free = r.split_dim(call, spread, moved.ids)
             moved = Label(moved.ids, free, None)
             moved = collapsed(moved, [d for d in spread if d > free], r.unite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class Probe(Recording):
         super().__init__(model, dense.axes)
         self.dense, self.unit, self.cuts = dense, solution.unit, cuts
         self.alive_units = alive(solution, keep)
+        self.views: Counter[int] = Counter()  # labels that a view has been asked about
+        self.held: list[Ids] = []  # keeps the ids of arrays in `same` from being used again
         self.same: dict[tuple[int, int], tuple[Ids, Ids, bool]] = {}
 
     def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
@@ -74,6 +77,11 @@ class Probe(Recording):
         if not np.array_equal(x, y):
             bad = x != y
             raise Mismatch(np.concatenate([x[bad], y[bad]]), f"other channels meet when narrow ({self.where()})")
+
+    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+        met = self.views[call.place]
+        self.views[call.place] += 1
+        return self.dense.spreads[call.place][met] if met < len(self.dense.spreads.get(call.place, ())) else tuple(dims)
 
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """A view splits channels: only the dimension that the trace took as free may have another size now."""
@@ -121,8 +129,17 @@ class Probe(Recording):
             if [x.free for x in ours] != [x.free for x in theirs]:
                 raise wrong(f"{call.name} treats channels differently")
             for a, b in zip(ours, theirs, strict=True):
-                if not self.survives(a.ids, b):
+                across = [x for x in theirs if x.free != b.free and b.ids.shape[x.free] > 1 and x.ids.size == x.ids.shape[x.free]]
+                if not (self.survives(a.ids, self.without(b, across)) if across else self.survives(a.ids, b)):
                     raise wrong(f"{call.name} gives other channels")
+
+    def without(self, label: Label, across: Sequence[Label]) -> Label:
+        """A label whose ids change along dimensions that shrink too (a grouped weight's rows), less what goes there."""
+        ids = label.ids
+        for other in across:
+            ids = ids.compress(self.alive_units[self.unit[other.ids.reshape(-1)]], axis=other.free)
+        self.held.append(ids)
+        return Label(ids, label.free)
 
     def survives(self, now: Ids, dense: Label) -> bool:
         """Whether `now` is what is left of the dense ids, in the same order."""

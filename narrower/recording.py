@@ -29,6 +29,9 @@ CARRIED = "_narrower_carried"
 NUMBER = "_narrower_number"
 
 
+MANY = 50_000  # no layer has so many channels: numbers that are viewed as filters later, as in conditional convolutions
+
+
 class Recording(TorchDispatchMode):
     """Carries labels through a forward of `model`; subclasses say what happens to what is learnt."""
 
@@ -60,7 +63,7 @@ class Recording(TorchDispatchMode):
         name, rule = rule_for(func)
         inputs = tensors_in(args)
         self.touched = tuple(inputs)
-        self.given = tuple(getattr(t, CARRIED, None) or self.tensors.get(id(t), NOTHING) for t in inputs)
+        self.given = tuple([getattr(t, CARRIED, None) or self.tensors.get(id(t)) or NOTHING for t in inputs])
         for t in inputs:
             if id(t) in self.tensors:
                 self.seen.add(self.tensors[id(t)])
@@ -224,6 +227,9 @@ class Recording(TorchDispatchMode):
     def constant(self, call: Call, size: int, key: int) -> Ids:
         raise NotImplementedError
 
+    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+        raise NotImplementedError
+
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         raise NotImplementedError
 
@@ -273,6 +279,7 @@ class Trace(Recording):
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
         self.pool_inputs: list[Ids | None] = []
+        self.spreads: dict[int, list[tuple[int, ...]]] = {}  # for each label of a view
         self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
         self.log: list[Event] = []
         self.steps: list[Step] = []
@@ -335,7 +342,9 @@ class Trace(Recording):
 
     def tie(self, label: Label) -> None:
         rows = fibres(label)
-        if len(rows) > 1:
+        if rows.size > MANY:
+            self.pin([label], f"a weight of {rows.size} numbers in one dimension")
+        elif len(rows) > 1:
             self.ties.append(rows)
 
     def pin(self, labels: Sequence[Label], reason: str) -> None:
@@ -354,6 +363,11 @@ class Trace(Recording):
         if size:
             self.pins.append((ids, f"zero-padded channels ({self.where()})"))
         return ids
+
+    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+        real = tuple(d for d in dims if (ids != ids.take([0], axis=d)).any())
+        self.spreads.setdefault(call.place, []).append(real)
+        return real
 
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         where = self.where()

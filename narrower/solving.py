@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -49,7 +49,7 @@ def signatures(unit: np.ndarray, axes: Axes) -> np.ndarray:
 
 def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, ...]], parameters: frozenset[str],
           batch: int, pinned: Mapping[str, str], notes: Sequence[str] = (),
-          edits: Mapping[tuple[str, str, int | None], Ids] | None = None) -> Solution:
+          edits: Mapping[Any, Ids] | None = None) -> Solution:
     """Groups from what the traces (eval, and train where it differs) have collected; `pinned` adds reasons by group name."""
     unit = units(axes.total, [p for t in traces for p in t.pairs])
     count = int(unit.max()) + 1 if len(unit) else 0

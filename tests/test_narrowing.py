@@ -115,10 +115,7 @@ def test_layers_that_mix_channels(name: str) -> None:
     reference.exact(model, plan, IMAGES)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="known limit: pinned when the input cannot shrink"))
-    if n == "by_batch_norm" else n for n in networks.STANDARDISED
-])
+@pytest.mark.parametrize("name", networks.STANDARDISED)
 def test_weight_standardisation_sees_the_surviving_channels(name: str) -> None:
     """The narrow layer normalises each filter over what it still reads; verify takes the same for its reference."""
     standardise = networks.STANDARDISED[name]

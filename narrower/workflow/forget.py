@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from ..config import PruneConfig
 from ..data import batches
 from ..errors import ConfigError, VerifyError
 from .job import Job
-from .oneshot import sample
+from .oneshot import sample, score
 
 MERGED = 1e-3  # largest difference of the merged network, relative to the outputs, in float32
 
 
-def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int) -> narrower.ResRep:
-    """Compactors on `model`, as the settings say.
+def compacted(
+    given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, scores: narrower.Scores | None = None
+) -> narrower.ResRep:
+    """Compactors on `model`, as the settings say; `scores`: what is known of its channels.
 
     Raises:
         ConfigError: a setting of `--forgetting` that there is not.
@@ -34,7 +37,7 @@ def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps
         known = ", ".join(narrower.Forgetting.__dataclass_fields__)
         raise ConfigError(f"--forgetting {given.forgetting}: it knows {known}") from error
     return narrower.ResRep(
-        model, graph, macs=given.macs, params=given.params, steps=steps,
+        model, graph, macs=given.macs, params=given.params, steps=steps, scores=scores,
         scope=given.scope, exclude=given.exclude, settings=settings,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -50,8 +53,15 @@ def forgotten(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
     """Train a copy of `model` with compactors, shrinking on the way, and merge it. What Ctrl-C leaves is merged and saved."""
     config = job.settings.train
     steps = len(batches(job.data.train, config.batch_size, order=0, shard=job.shard, workers=config.workers))
+    given = job.settings.prune
+    scores = None
+    if given.prior != "none":
+        with job.stage("score") as facts:
+            images = job.report.watch(sample(job, given.images), f"scoring ({given.prior})", given.images)
+            scores = score(replace(given, method=given.prior), model, graph, images, job.settings.run.seed)
+            facts["method"] = given.prior
     training = copy.deepcopy(model)
-    resrep = compacted(job.settings.prune, training, graph, max(1, config.epochs * steps))
+    resrep = compacted(given, training, graph, max(1, config.epochs * steps), scores)
     try:
         job.train(training, "resrep", runs.CHECKPOINT, config, resrep)
     except KeyboardInterrupt:
