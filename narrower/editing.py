@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from .events import Event
+from .groups import Graph
 from .labels import Axes, Ids, Label, along, fibres
-from .recording import Event
-from .surgery import Undo, mirrored
+from .surgery import Keep, Undo, mirrored
 
 
 class Place(NamedTuple):
@@ -109,12 +110,23 @@ def counted(module: nn.Module, name: str, attribute: str, labels: Sequence[Label
     return out
 
 
+def numbers(graph: Graph, keep: Keep) -> dict[Place, int]:
+    """The numbers that modules must store when these channels are kept."""
+    out = {}
+    for e in graph.edits:
+        gone = sum(int((~np.isin(m.channels, keep[m.group])).sum()) for m in e.members if m.group in keep)
+        out[Place(e.module, e.attribute, e.entry)] = e.size - gone
+    return out
+
+
 def applied(model: nn.Module, values: Mapping[Place, int]) -> list[Undo]:
     """Write the numbers into the model. Returns what was replaced."""
     undo: list[Undo] = []
     for place, value in values.items():
         module = model.get_submodule(place.module)
-        old = getattr(module, place.attribute)
+        old = vars(module)[place.attribute]
+        if not 0 <= value <= entries(old).get(place.entry, -1):
+            raise TypeError(f"{place.module}.{place.attribute} cannot be {value}")
         undo.append(Undo(module, place.attribute, old))
         if place.entry is None:
             setattr(module, place.attribute, value)

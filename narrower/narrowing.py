@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .editing import applied, numbers
 from .errors import PlanError, VerifyError
 from .groups import Graph, Mixer
 from .ops import rule_for
 from .planning import Plan
 from .recording import run
-from .surgery import collector_paused, duplicate, fit, named_tensors, selections, sliced
+from .surgery import Keep, collector_paused, duplicate, fit, named_tensors, selections, sliced
 from .tracing import flattened
 
 RECORD = "narrower_record"
@@ -52,16 +53,23 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     small = duplicate(model, memo)
     # the new tensors are in place; fit sets the attributes that mirror their shapes
     fit(small, {name: t for name, t in named_tensors(small).items() if tuple(t.shape) != shapes[name]}, shapes)
+    applied(small, numbers(graph, plan.keep))
     if optimizer is not None:
         carry(optimizer, swapped)
-    before = getattr(model, RECORD, None)
-    record = {
-        "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
-        "dense": before["dense"] if before else {n: list(s) for n, s in shapes.items()},
-        "plans": [*(before["plans"] if before else ()), {g.name: [int(c) for c in plan.keep[g.name]] for g in graph.free}],
-    }
-    setattr(small, RECORD, record)
+    record(small, graph, plan.keep)
     return small
+
+
+def record(small: nn.Module, graph: Graph, keep: Keep) -> None:
+    """Note in the narrow network what `save` writes: shapes, kept channels, and the numbers that its modules store."""
+    before = getattr(small, RECORD, {"dense": {n: list(s) for n, s in graph.shapes.items()}, "plans": [], "numbers": []})
+    stored = {tuple(place): value for *place, value in before["numbers"]} | numbers(graph, keep)
+    setattr(small, RECORD, {
+        "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
+        "dense": before["dense"],
+        "plans": [*before["plans"], {n: [int(c) for c in kept] for n, kept in keep.items()}],
+        "numbers": [[*place, value] for place, value in stored.items()],
+    })
 
 
 def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:

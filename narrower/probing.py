@@ -129,7 +129,8 @@ class Probe(Recording):
             if [x.free for x in ours] != [x.free for x in theirs]:
                 raise wrong(f"{call.name} treats channels differently")
             for a, b in zip(ours, theirs, strict=True):
-                across = [x for x in theirs if x.free != b.free and b.ids.shape[x.free] > 1 and x.ids.size == x.ids.shape[x.free]]
+                across = [x for x in theirs if x.free != b.free and b.ids.shape[x.free] > 1
+                          and x.ids.size == x.ids.shape[x.free]]
                 if not (self.survives(a.ids, self.without(b, across)) if across else self.survives(a.ids, b)):
                     raise wrong(f"{call.name} gives other channels")
 

@@ -21,7 +21,7 @@ from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
 from .forgetting import Forgetting
 from .groups import Graph
-from .narrowing import RECORD, same_tensors
+from .narrowing import record, same_tensors
 from .planning import Budget, matching, widths
 from .shrinking import Layout, carried, restructure, shaped
 from .sites import Scope, places
@@ -163,12 +163,7 @@ class ResRep:
                 warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {self.dense[kind]:,.0f} remain "
                               f"({have / self.dense[kind]:.1%}), {target / self.dense[kind]:.1%} was asked for; train longer "
                               f"(step {self.step} of {self.steps})", stacklevel=2)
-        before = getattr(small, RECORD, None)
-        setattr(small, RECORD, {
-            "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
-            "dense": before["dense"] if before else {n: list(s) for n, s in self.graph.shapes.items()},
-            "plans": [*(before["plans"] if before else ()), {n: [int(c) for c in kept] for n, kept in keep.items()}],
-        })
+        record(small, self.graph, keep)
         return small
 
     def progress(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .compactor import NAME, Compactor, behind, diagonal, merged, row_norms
+from .editing import applied, numbers
 from .groups import Graph
 from .narrowing import format_of
 from .sites import Site
@@ -115,6 +116,7 @@ def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layou
             new = picked(q, within, columns)
         compactors[name] = within, columns, new
     swaps = replaced(model, graph, layout, later, values, from_rows)
+    applied(model, numbers(graph, keep))
     for name, (within, columns, new) in compactors.items():
         module = model.get_submodule(name)
         if merge:

@@ -139,7 +139,8 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
         groups, dict(shapes), parameters, {w: n / batch / prod(shapes[w]) for w, n in main.macs.items()},
         tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, tuple(notes), dict(main.computed),
         tuple(s._replace(module=t.returned.get(s.outputs[0], "") if s.outputs else "") for t in traces for s in t.steps),
-        tuple(Edit(*place, len(ids), members(ids)) for place, ids in (edits or {}).items()),
+        tuple(Edit(module, attribute, entry, len(ids), members(ids))
+              for (module, attribute, entry), ids in (edits or {}).items()),
     )
     return Solution(graph, unit, group_of, channel_of)
 

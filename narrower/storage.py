@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from .editing import Place, applied
 from .errors import StorageError
 from .narrowing import RECORD
 from .surgery import fit, named_tensors
@@ -48,6 +49,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
         "shapes": now,
         "tied": {n: o for n, o in same.items() if n != o},
         "plans": record["plans"],
+        "numbers": record["numbers"],
         "extra": extra,
     }
     text = json.dumps(meta)
@@ -99,7 +101,11 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
         new[n] = made[id(t)]
     with torch.no_grad():
         fit(model, new)
-    setattr(model, RECORD, {k: meta[k] for k in ("dense", "shapes", "plans")})
+    try:
+        applied(model, {Place(*place): value for *place, value in meta["numbers"]})
+    except (AttributeError, KeyError, TypeError) as e:
+        raise StorageError(f"{folder / META} sets a number that the factory's network does not store: {e}") from e
+    setattr(model, RECORD, {k: meta[k] for k in ("dense", "shapes", "plans", "numbers")})
     return model
 
 
@@ -125,6 +131,8 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     wide = [n for n, s in shapes.items() if len(s) != len(dense[n]) or any(a > b for a, b in zip(s, dense[n], strict=True))]
     if wide:
         raise StorageError(f"{path} is damaged: {wide[0]} is {shapes[wide[0]]}, which is no part of {dense[wide[0]]}")
+    if not number_table(meta.setdefault("numbers", [])):
+        raise StorageError(f"{path} is damaged: 'numbers' is not what save writes")
     meta.setdefault("extra", {})
     return meta
 
@@ -132,6 +140,13 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def shape_table(x: Any) -> bool:
     return isinstance(x, dict) and bool(x) and all(
         isinstance(s, list) and all(type(n) is int and n >= 0 for n in s) for s in x.values())
+
+
+def number_table(x: Any) -> bool:
+    return isinstance(x, list) and all(
+        isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[1], str)
+        and row[1].isidentifier() and not row[1].startswith("_") and (row[2] is None or type(row[2]) is int)
+        and type(row[3]) is int and row[3] >= 0 for row in x)
 
 
 def name_table(x: Any) -> bool:
