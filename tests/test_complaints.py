@@ -1,0 +1,213 @@
+"""What users of other pruning tools complain about; each is a test by that name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import networks
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from forgetting import randomised
+from networks import PATTERNS, TRAPS, Head, chain, unit
+from torch import Tensor, nn
+
+import narrower
+from narrower.models.resnet import CifarResNet
+
+X = networks.IMAGES.double()
+
+
+def narrowed(model: nn.Module, remove: float = 0.4, x: Tensor = X) -> tuple[narrower.Graph, nn.Module]:
+    """Traced, cut at random, and compared with the masked dense network by code that is not the library's."""
+    model = randomised(model).double().eval()
+    graph = narrower.trace(model, x)
+    plan = narrower.plan(graph, narrower.random(graph, seed=1), remove=remove)
+    reference.exact(model, plan, x)
+    return graph, narrower.narrow(model, plan)
+
+
+class Yolo(nn.Module):
+    """C2f blocks, a neck with upsampling and concatenation, a head at each of two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.c1 = unit(3, 8, stride=2), networks.Chunked(8, 6, 12)
+        self.down, self.c2 = unit(12, 14, stride=2), networks.Chunked(14, 8, 16)
+        self.join = networks.Chunked(28, 6, 10)
+        self.heads = nn.ModuleList([nn.Conv2d(10, 7, 1), nn.Conv2d(16, 7, 1)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a = self.c1(self.stem(x))
+        b = self.c2(self.down(a))
+        a = self.join(torch.cat([F.interpolate(b, scale_factor=2), a], 1))
+        return [head(t) for head, t in zip(self.heads, (a, b), strict=True)]
+
+
+def test_yolos_chunk_and_concat_blocks_break() -> None:
+    graph, small = narrowed(Yolo())
+    assert {g.name for g in graph if g.pinned} == {"heads.0", "heads.1"}
+    assert [t.shape[1] for t in small(X)] == [7, 7]
+
+
+def test_wrong_channels_removed_behind_a_channel_shuffle() -> None:
+    graph, _ = narrowed(PATTERNS["shuffle"].make())
+    assert all(g.free for g in graph if g.name != "4.fc")
+
+
+class Exchange(nn.Module):
+    """HRNet: branches at two resolutions, each the sum of what all give to it."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.a, self.b = unit(a, a), unit(b, b)
+        self.up, self.down = unit(b, a, 1, act=nn.Identity()), unit(a, b, 3, 2, act=nn.Identity())
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        a, b = self.a(xs[0]), self.b(xs[1])
+        return [F.relu(a + F.interpolate(self.up(b), scale_factor=2)), F.relu(b + self.down(a))]
+
+
+class Resolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.second = unit(3, 6), unit(6, 10, stride=2)
+        self.stages = nn.ModuleList([Exchange(6, 10) for _ in range(3)])
+        self.head = Head(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = [self.stem(x)]
+        xs.append(self.second(xs[0]))
+        for stage in self.stages:
+            xs = stage(xs)
+        return self.head(torch.cat([F.max_pool2d(xs[0], 2), xs[1]], 1))
+
+
+def test_index_out_of_bounds_on_hrnet() -> None:
+    graph, _ = narrowed(Resolutions())
+    assert all(g.free for g in graph if g.name != "head.fc")
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.37}, {"params": 0.37}])
+def test_asking_for_a_ratio_and_not_knowing_what_flops_come_out(budget: dict[str, float]) -> None:
+    model = CifarResNet(1).eval()
+    x = torch.zeros(1, 3, 32, 32)
+    graph = narrower.trace(model, x)
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), **budget)  # type: ignore[arg-type]
+    cost = narrower.measure(narrower.narrow(model, plan), x, seconds=0)
+    assert (cost["macs"], cost["params"]) == (plan.macs[1], plan.params[1])
+    (kind,) = budget
+    dense, now = getattr(plan, kind)
+    assert 0.33 * dense < now <= 0.37 * dense
+
+
+def test_no_speed_up_because_of_odd_widths() -> None:
+    model = nn.Sequential(unit(3, 64), unit(64, 128), unit(128, 96), Head(96))
+    graph = narrower.trace(model, networks.IMAGES)
+    plan = narrower.plan(graph, narrower.random(graph), macs=0.43, round_to=8)
+    assert all(len(kept) % 8 == 0 for kept in plan.keep.values())
+
+
+def test_the_pruned_model_can_only_be_pickled_whole(tmp_path: Path) -> None:
+    _, small = narrowed(PATTERNS["residual"].make())
+    narrower.save(small, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "narrower.json"]
+    json.loads((tmp_path / "narrower.json").read_text())
+    loaded = narrower.load(tmp_path, lambda: PATTERNS["residual"].make().double()).eval()
+    assert torch.equal(loaded(X), small(X))
+
+
+def test_frozen_models_are_silently_not_pruned() -> None:
+    frozen = PATTERNS["residual"].make().requires_grad_(False)
+    graph, small = narrowed(frozen)
+    assert len(graph.free) == 4
+    assert not any(p.requires_grad for p in small.parameters())
+
+
+def test_ddp_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapped model is refused at once, with what to do; test_distributed.py trains one in two processes."""
+
+    class DistributedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(narrower.TraceError, match=r"trace model\.module instead"):
+        narrower.trace(DistributedDataParallel(PATTERNS["plain"].make()), networks.IMAGES)
+
+
+def test_nothing_says_why_nothing_was_pruned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 1))
+    graph = narrower.trace(model, networks.IMAGES)
+    assert "pinned: network output" in str(graph)
+    with pytest.raises(narrower.PlanError, match="nothing is free in this network.*network output"):
+        narrower.plan(graph, narrower.Scores(), remove=0.5)
+
+
+@pytest.mark.parametrize("name", ["plain", "many_ends", "unet"])
+def test_output_layers_are_pruned_by_default(name: str) -> None:
+    case = PATTERNS[name]
+    model = case.make().eval()
+    graph = narrower.trace(model, case.inputs)
+    small = narrower.narrow(model, narrower.plan(graph, narrower.random(graph), remove=0.6))
+    shapes = [[t.shape for t in reference.flat(reference.call(net, case.inputs))] for net in (model, small)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_graph_that_takes_minutes() -> None:
+    """Two forwards, however deep: one to trace and one to probe."""
+    for depth in (3, 30):
+        calls: list[int] = []
+        model = nn.Sequential(unit(3, 8), *(networks.Residual(8, 6, 8) for _ in range(depth)), Head(8))
+        model[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        narrower.trace(model.eval(), networks.IMAGES)
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["view_2_half", "view_half_2"])
+def test_views_into_two_and_c_read_as_interleaved(name: str) -> None:
+    narrowed(TRAPS[name][0]())
+    graph, _ = narrowed(PATTERNS["selective"].make())
+    assert all(g.free for g in graph if "fc" not in g.name)
+
+
+def test_option_a_shortcuts() -> None:
+    graph, _ = narrowed(CifarResNet(1), x=networks.images(size=16).double())
+    assert graph["conv1"].free
+    assert any("zero-padded" in (g.pinned or "") for g in graph)
+    narrowed(chain(unit(3, 6), networks.OptionA(6, 13), Head(13)))
+
+
+class Standardised(nn.Module):
+    """A standardised weight with a gain for each filter."""
+
+    def __init__(self, i: int, o: int, k: int) -> None:
+        super().__init__()
+        self.filters = o
+        self.weight, self.bias = nn.Parameter(torch.randn(o, i, k, k)), nn.Parameter(torch.randn(o))
+        self.gain = nn.Parameter(torch.rand(o, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.filters, -1)
+        weight = F.batch_norm(flat, None, None, weight=self.gain.view(-1), training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+class Blur(nn.Module):
+    kernel: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("kernel", torch.full((channels, 1, 3, 3), 1 / 9), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, stride=2, padding=1, groups=self.channels)
+
+
+def test_blur_pool_buffers_and_weight_standardisation_gains_left_at_the_old_size() -> None:
+    graph, small = narrowed(nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Blur(8), unit(8, 6), Head(6)))
+    assert [g.name for g in graph.free] == ["0", "3.0"]
+    assert small[2].kernel.shape[0] == small[0].gain.shape[0] == small[2].channels < 8  # type: ignore[index]
