@@ -119,8 +119,11 @@ def made(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[str, Any
     missing = [g.name for g in graph.free if g.name not in keep]
     if missing:
         raise PlanError(f"no kept channels given for group {missing[0]!r}")
+    gone = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
+    for name, mask in gone.items():
+        mask[keep[name]] = False
     for part in components(graph):
-        lost = np.array([len(np.setdiff1d(c.channels, keep[c.group], assume_unique=True)) for c in part.cells])
+        lost = np.array([gone[c.group][c.channels].sum() for c in part.cells])
         if len(part.equations) and (part.equations @ lost).any():
             names = sorted({c.group for c in part.cells})
             raise PlanError(f"group {', '.join(names[:3])}: the kept channels must be equally many in each of its parts "

@@ -171,7 +171,7 @@ def alive(solution: Solution, keep: Keep) -> np.ndarray:
 def trial(graph: Graph, seed: int = 0) -> Keep:
     """Kept channels for a probe: of each free group between a third and three quarters, in different numbers."""
     rng = np.random.default_rng(seed)
-    keep = {g.name: np.arange(g.size) for g in graph.free}
+    stays = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
     for k, part in enumerate(components(graph)):
         sizes = part.sizes
         # no two neighbours lose the same share; one channel more or less tells sizes apart that agree by accident
@@ -179,9 +179,8 @@ def trial(graph: Graph, seed: int = 0) -> Keep:
         want = np.maximum(1, np.minimum(sizes - 1, np.round(sizes * share))).astype(np.int64)
         lost = part.removable(want, np.maximum(0, sizes - 1))
         for cell, n in zip(part.cells, lost, strict=True):
-            gone = rng.choice(cell.channels, int(n), replace=False)
-            keep[cell.group] = np.setdiff1d(keep[cell.group], gone, assume_unique=True)
-    return keep
+            stays[cell.group][rng.choice(cell.channels, int(n), replace=False)] = False
+    return {name: np.nonzero(mask)[0] for name, mask in stays.items()}
 
 
 def narrowed_in_place(model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[str, list[Selection]]) -> list[Any]:

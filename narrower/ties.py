@@ -7,7 +7,8 @@ that the cells lose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,44 +87,42 @@ def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray,
 def components(graph: Graph, names: Sequence[str] | None = None) -> list[Component]:
     """Cells of the free groups (or of those named), joined where a tie connects them."""
     chosen = [g for g in graph.free if names is None or g.name in names]
-    marks: dict[str, list[np.ndarray]] = {g.name: [] for g in chosen}
+    # channels that stand in the same blocks of the same ties, equally often, have the same sum of the blocks' random numbers
+    rng = np.random.default_rng(0)
+    marks = {g.name: np.zeros(g.size, dtype=np.uint64) for g in chosen}
     for tie in graph.ties:
-        counts: dict[str, np.ndarray] = {}
-        for b, block in enumerate(tie.blocks):
+        for block, number in zip(tie.blocks, rng.integers(1, 2**62, len(tie.blocks), dtype=np.uint64), strict=True):
             for name, channels in block.items():
                 if name in marks:
-                    table = counts.setdefault(name, np.zeros((len(tie.blocks), graph[name].size), dtype=np.int64))
-                    np.add.at(table[b], channels, 1)
-        for name, table in counts.items():
-            marks[name].append(table)
+                    np.add.at(marks[name], channels, number)
     cells: list[Cell] = []
-    of_group: dict[str, list[int]] = {}
+    cell_of: dict[str, np.ndarray] = {}
     for g in chosen:
-        if marks[g.name]:
-            _, cell_of = np.unique(np.concatenate(marks[g.name]), axis=1, return_inverse=True)
-            cell_of = cell_of.reshape(-1)
-        else:
-            cell_of = np.zeros(g.size, dtype=np.int64)
-        for k in range(cell_of.max() + 1):
-            of_group.setdefault(g.name, []).append(len(cells))
-            cells.append(Cell(g.name, np.nonzero(cell_of == k)[0]))
-    rows: list[np.ndarray] = []
+        _, first, inverse = np.unique(marks[g.name], return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(first))  # cells in the order of their first channels
+        cell_of[g.name] = rank[inverse.reshape(-1)] + len(cells)
+        order = np.argsort(cell_of[g.name], kind="stable")
+        ends = np.cumsum(np.bincount(rank[inverse.reshape(-1)]))
+        cells += [Cell(g.name, part) for part in np.split(order, ends[:-1])]
+    sizes = [len(c.channels) for c in cells]
+    rows: list[dict[int, float]] = []
     for tie in graph.ties:
-        lines = []
+        lines: list[dict[int, float]] = []
         for block in tie.blocks:
-            line = np.zeros(len(cells))
+            line: dict[int, float] = {}
             for name, channels in block.items():
-                if name in marks:
-                    per_channel = np.bincount(channels, minlength=graph[name].size)
-                    for k in of_group[name]:
-                        line[k] = per_channel[cells[k].channels[0]]
+                if name in cell_of:
+                    line |= {k: n / sizes[k] for k, n in Counter(cell_of[name][channels].tolist()).items()}
             lines.append(line)
-        rows += [line - lines[0] for line in lines[1:] if (line != lines[0]).any()]
-    return connected(cells, np.array(rows).reshape(len(rows), len(cells)))
+        for line in lines[1:]:
+            row = {k: line.get(k, 0.0) - lines[0].get(k, 0.0) for k in line.keys() | lines[0].keys()}
+            if row := {k: row[k] for k in sorted(row) if row[k]}:
+                rows.append(row)
+    return connected(cells, rows)
 
 
-def connected(cells: list[Cell], equations: np.ndarray) -> list[Component]:
-    """Split cells and equations into independent parts."""
+def connected(cells: list[Cell], equations: Sequence[Mapping[int, float]]) -> list[Component]:
+    """Split cells and equations ({cell: coefficient}) into independent parts."""
     root = list(range(len(cells)))
 
     def find(k: int) -> int:
@@ -133,16 +132,21 @@ def connected(cells: list[Cell], equations: np.ndarray) -> list[Component]:
         return k
 
     for row in equations:
-        members = np.nonzero(row)[0]
-        for k in members[1:]:
-            root[find(int(k))] = find(int(members[0]))
+        first, *others = row
+        for k in others:
+            root[find(k)] = find(first)
     parts: dict[int, list[int]] = {}
     for k in range(len(cells)):
         parts.setdefault(find(k), []).append(k)
-    used = {find(int(np.nonzero(row)[0][0])): [] for row in equations}  # type: dict[int, list[np.ndarray]]
+    rows: dict[int, list[Mapping[int, float]]] = {}
     for row in equations:
-        used[find(int(np.nonzero(row)[0][0]))].append(row)
-    return [
-        Component(tuple(cells[k] for k in members), np.array([row[members] for row in used.get(key, [])]))
-        for key, members in parts.items()
-    ]
+        rows.setdefault(find(next(iter(row))), []).append(row)
+    out = []
+    for key, members in parts.items():
+        place = {k: n for n, k in enumerate(members)}
+        table = np.zeros((len(rows.get(key, ())), len(members)))
+        for n, row in enumerate(rows.get(key, ())):
+            for k, value in row.items():
+                table[n, place[k]] = value
+        out.append(Component(tuple(cells[k] for k in members), table))
+    return out

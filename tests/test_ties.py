@@ -76,7 +76,7 @@ def test_repeated_channels_count_as_often_as_they_stand() -> None:
 
 def test_connected_splits_what_is_independent() -> None:
     cells = [Cell(n, np.arange(2)) for n in "abcde"]
-    parts = connected(cells, np.array([[1.0, 0, -1, 0, 0], [0, 1, 0, 0, -1]]))
+    parts = connected(cells, [{0: 1.0, 2: -1.0}, {1: 1.0, 4: -1.0}])
     assert [[c.group for c in p.cells] for p in parts] == [["a", "c"], ["b", "e"], ["d"]]
     assert [p.equations.shape for p in parts[:2]] == [(1, 2), (1, 2)] and not len(parts[2].equations)
     assert isinstance(parts[0], Component)
