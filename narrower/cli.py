@@ -102,9 +102,12 @@ class Rate(ProgressColumn):
 
 
 def epoch_line(row: dict[str, Any]) -> str:
+    forgetting = ""
+    if "masked" in row:
+        forgetting = f"masked {row['masked']:.1%}  reached {row['reached']:.1%}  {row['zero']:.0f} channels at zero  "
     return (
         f"{row['stage']}  epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}  top-1 {row['top1']:.2f} %  "
-        f"lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
+        f"{forgetting}lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
     )
 
 
