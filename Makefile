@@ -4,13 +4,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test nightly lint clean
 
 demo: $(VENV)/cli.installed
 	$(BIN)/narrower prune
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Two thousand random networks, others each time, narrowed and trained with ResRep.
+nightly: $(VENV)/dev.installed
+	NARROWER_EXAMPLES=2000 $(BIN)/python -m pytest tests -k random
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

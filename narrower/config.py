@@ -109,6 +109,9 @@ class PruneConfig:
         default_factory=list
     )
     min_channels: Annotated[int, "channels that every group keeps at least"] = 1
+    allow_inexact: Annotated[
+        bool, "also narrow channels that a layer normalises or pools across (removal changes such a layer by definition)"
+    ] = True
     images: Annotated[int, "training images for scoring"] = 640
     recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
     scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"

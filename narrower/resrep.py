@@ -81,7 +81,7 @@ class ResRep:
         self.masked = dict(self.dense)
         self.optimizer: torch.optim.Optimizer | None = None
         self.before: dict[str, Tensor] = {}
-        self.sleeping: dict[str, np.ndarray] = {}
+        self.resting = False  # the budget is reached
         self.ruled_rows = {name: np.zeros(s.size, dtype=bool) for name, s in self.sites.items()}
         for row in (r for mine in self.rows.values() for r in mine):
             self.ruled_rows[row.site][row.positions] = True
@@ -196,7 +196,7 @@ class ResRep:
         return {
             "format": FORMAT, "step": self.step, "steps": self.steps, "budget": dict(self.budget), "scope": self.scope,
             "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.rows},
-            "masked": dict(self.masked), "keep": {n: k.tolist() for n, k in self.keep.items()},
+            "masked": dict(self.masked), "resting": self.resting, "keep": {n: k.tolist() for n, k in self.keep.items()},
             "ends": [(t, d, rows.tolist()) for (t, d), rows in self.layout.ends.items()],
             "rows": {n: r.tolist() for n, r in self.layout.rows.items()},
             "masks": {n: {"chosen": c.chosen.clone(), "gone": c.gone.clone()} for n, c in self.compactors().items()},
@@ -222,6 +222,7 @@ class ResRep:
         if self.optimizer is not None:
             carried(self.optimizer, swaps)
         self.layout, self.step, self.masked = layout, state["step"], dict(state["masked"])
+        self.resting = state["resting"]
         self.keep = {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()}
         for name, c in self.compactors().items():
             for mask in ("chosen", "gone"):
@@ -251,7 +252,9 @@ class ResRep:
             if w.grad is None:
                 continue
             strength = self.strengths(name, c, group)
-            if decoupled(optimizer):
+            if self.resting:
+                w.grad.zero_()
+            elif decoupled(optimizer):
                 w.grad.masked_fill_(rows_like(c.chosen, w), 0)
             else:
                 w.grad.copy_(ruled(w.grad, w, c.chosen, strength))
@@ -262,6 +265,9 @@ class ResRep:
         group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         for name, c in self.compactors().items():
             w, old = c.weight, self.before.pop(name)
+            if self.resting:
+                w.copy_(old)
+                continue
             if decoupled(optimizer) and w.grad is not None:
                 w.sub_(rows_like(self.strengths(name, c, group_of[id(w)], decoupled=True), w) * unit_rows(old))
             c.gone |= finished(w, old, c.chosen, self.settings.threshold)
@@ -299,6 +305,7 @@ class ResRep:
                         dense[row.positions] |= chosen[group][row.channels]
             here = torch.as_tensor(dense[self.layout.rows[name]], device=c.weight.device)
             c.chosen.copy_(here | c.gone)
+        self.resting = s.rest and self.is_reached()
 
     # ------------------------------------------------------------------------------------------------ what is where
 
@@ -371,6 +378,11 @@ class ResRep:
             for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True):
                 keep[cell.group][channels[: int(n)]] = False
         return {n: np.nonzero(k)[0] for n, k in keep.items()}
+
+    def is_reached(self) -> bool:
+        """Whether the network without the channels that are zero meets the budget."""
+        now = widths(self.cost, self.remaining())
+        return all(self.cost.cost(kind, now) <= target for kind, target in self.targets.items())
 
     def reached(self) -> float:
         """The share of the dense cost that remains without the channels that are zero."""

@@ -108,7 +108,7 @@ class Two(nn.Module):
 
 def test_against_the_papers_procedure_written_out() -> None:
     """200 steps beside a slow implementation in which compactors are plain tensors and channels are masked one at a time."""
-    settings = narrower.Forgetting(1e-2, 20, 10, 1.0, 0, 0.9)
+    settings = narrower.Forgetting(1e-2, 20, 10, 1.0, 0, 0.9, rest=False)
     x = networks.images(size=8).double()
     torch.manual_seed(0)
     model = randomised(Two()).double()
@@ -231,6 +231,18 @@ def test_the_rule_acts_once_for_each_step_of_an_accumulated_gradient() -> None:
     assert results[0][0] == results[1][0] == 30
     for a, b in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_compactors_rest_once_the_budget_is_reached() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
+    optimizer = sgd(resrep)
+    forgetting.train(resrep, optimizer, IMAGES, 50)
+    assert resrep.resting and resrep.reached() <= 0.5
+    before = {n: c.weight.detach().clone() for n, c in resrep.compactors().items()}
+    weight = resrep.model.get_parameter("layer1.0.conv1.weight").detach().clone()
+    forgetting.train(resrep, optimizer, IMAGES, 5)
+    assert all(torch.equal(c.weight, before[n]) for n, c in resrep.compactors().items())
+    assert not torch.equal(weight, resrep.model.get_parameter("layer1.0.conv1.weight"))
 
 
 def test_published_settings_are_those_of_the_paper() -> None:
@@ -439,7 +451,7 @@ def test_a_state_of_another_run_is_refused() -> None:
 
 def test_a_missed_budget_is_said_and_what_is_there_is_merged() -> None:
     resrep, _ = made(small_resnet, IMAGES, 0.4, steps=100)
-    forgetting.train(resrep, sgd(resrep), IMAGES, 25)
+    forgetting.train(resrep, sgd(resrep), IMAGES, 15)
     with pytest.warns(UserWarning, match="the budget was not reached"):
         small = resrep.merge()
     assert difference(outputs(resrep.model, IMAGES), outputs(small, IMAGES)) < 1e-10

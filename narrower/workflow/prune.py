@@ -60,7 +60,7 @@ def prune(job: Job) -> Result:
     """
     model = loaded(job)
     with job.stage("trace", busy="tracing") as facts:
-        graph = narrower.trace(model, job.example)
+        graph = narrower.trace(model, job.example, allow_inexact=job.settings.prune.allow_inexact)
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
     trains = job.settings.prune.method == "resrep"
     if trains:  # what cannot be done fails before training
