@@ -9,49 +9,53 @@ import numpy as np
 from torch import Tensor
 
 from .cost import CostModel, Kind, Running
+from .forgetting import Ranking
 from .groups import Graph
-from .planning import checked_scores
+from .planning import Steps, checked_scores
 from .sites import Row
 from .ties import Component, components
 
 
-def choose(cost: CostModel, parts: Sequence[Component], norms: Mapping[str, np.ndarray], targets: Mapping[Kind, float],
-           most: int) -> tuple[dict[str, np.ndarray], dict[Kind, float]]:
-    """The channels with the lowest norms, until the network without them meets `targets` or `most` are chosen.
+def choose(graph: Graph, cost: CostModel, parts: Sequence[Component], norms: Mapping[str, np.ndarray],
+           targets: Mapping[Kind, float], most: float, ranking: Ranking) -> tuple[dict[str, np.ndarray], dict[Kind, float]]:
+    """The channels that go, lowest first, until the network without them meets `targets` or `most` are chosen.
 
-    `norms` has an array per group; a step that ties let go only together counts with its mean. One channel of every cell
-    of a group stays. Returns {group: bool array} and the costs without them (section 3.3 of the paper).
+    `norms` has an array per group. Ranking "norm": the lowest of all go first (section 3.3 of the paper), where ties let
+    channels go only together by their mean; "share": as in `plan`, what loses the smallest share of its group for the cost it
+    saves. One channel of every cell of a group stays. Returns {group: bool array} and the costs without them.
     """
     kinds: tuple[Kind, ...] = tuple(targets)
     running = Running(cost, kinds)
+    weight = {k: 1 / cost.cost(k, cost.dense) for k in kinds}
     column = {n: k for k, n in enumerate(cost.names)}
-    orders = [[c.channels[np.argsort(norms[c.group][c.channels], kind="stable")] for c in p.cells] for p in parts]
-    lost = [np.zeros(len(p.cells), dtype=np.int64) for p in parts]
-    moves = [p.moves() for p in parts]
-    chosen = {c.group: np.zeros(len(norms[c.group]), dtype=bool) for p in parts for c in p.cells}
+    steps = [Steps(graph, p, norms, column, 1, 1) for p in parts]
 
-    def taken(k: int, move: np.ndarray) -> list[tuple[str, np.ndarray]]:
-        return [(c.group, orders[k][i][lost[k][i]:lost[k][i] + move[i]]) for i, c in enumerate(parts[k].cells) if move[i]]
+    def best(k: int) -> tuple[float, np.ndarray] | None:
+        if ranking == "share":
+            return steps[k].next(running, weight)
+        fits = [m for m in steps[k].moves if (steps[k].lost + m <= steps[k].most).all()]
+        return min(((steps[k].mean(m), m) for m in fits), key=lambda found: found[0], default=None)
 
-    def best(k: int) -> tuple[float, int, int] | None:
-        found = [(float(np.mean(np.concatenate([norms[g][c] for g, c in taken(k, move)]))), k, m)
-                 for m, move in enumerate(moves[k]) if (lost[k] + move < parts[k].sizes).all()]
-        return min(found, default=None)
-
-    heap = [b for k in range(len(parts)) if (b := best(k))]
+    heap = [(b[0], k) for k in range(len(parts)) if (b := best(k))]
     heapq.heapify(heap)
     count = 0
     while heap and count < most and any(running.now[kind] > targets[kind] for kind in kinds):
-        _, k, m = heapq.heappop(heap)
-        step = np.zeros(len(column))
-        for group, channels in taken(k, moves[k][m]):
-            chosen[group][channels] = True
-            step[column[group]] += len(channels)
-            count += len(channels)
-        running.move(step)
-        lost[k] = lost[k] + moves[k][m]
+        old, k = heapq.heappop(heap)
+        found = best(k)
+        if found is None:
+            continue
+        if heap and found[0] > heap[0][0] and found[0] > old:  # its cost has changed since
+            heapq.heappush(heap, (found[0], k))
+            continue
+        running.move(steps[k].by_group(found[1], len(column)))
+        steps[k].take(found[1])
+        count += int(found[1].sum())
         if following := best(k):
-            heapq.heappush(heap, following)
+            heapq.heappush(heap, (following[0], k))
+    chosen = {c.group: np.zeros(len(norms[c.group]), dtype=bool) for p in parts for c in p.cells}
+    for part, step in zip(parts, steps, strict=True):
+        for cell, n in zip(part.cells, step.lost, strict=True):
+            chosen[cell.group][cell.channels[np.argsort(norms[cell.group][cell.channels], kind="stable")][: int(n)]] = True
     return chosen, dict(running.now)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+Ranking = Literal["share", "norm"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class Forgetting:
     compactors (SGD). lr_scale: their learning rate relative to the network's; None: such that with their momentum they move
     as fast as the network's weights do (at ten times that, as published, short trainings do not recover). threshold: the
     length below which a chosen row is zero. rest: once the budget is reached, the compactors stay as they are and the network
-    alone trains on (there is nothing left to forget; the paper goes on).
+    alone trains on (there is nothing left to forget; the paper goes on). ranking: by which channels are chosen, "norm" as
+    published, or "share": as in `plan`, the smallest share of their group for the cost that they save.
     """
 
     strength: float = 1e-4
@@ -27,11 +31,12 @@ class Forgetting:
     lr_scale: float | None = None
     threshold: float = 1e-5
     rest: bool = True
+    ranking: Ranking = "share"
 
     @staticmethod
     def published(steps_per_epoch: int) -> Forgetting:
         """The settings of the paper (section 4.1) and its code, made for 180 (ImageNet) to 480 epochs."""
-        return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1.0, 1e-5, False)
+        return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1.0, 1e-5, False, "norm")
 
     def over(self, steps: int, channels: int) -> Forgetting:
         """Every None (but `lr_scale`) filled in for that many steps and channels that must go: chosen from 5 % to 20 % of the

@@ -290,6 +290,11 @@ class Steps:
                 return times
         return self.round_to
 
+    def mean(self, step: np.ndarray) -> float:
+        """The mean score of what a step takes."""
+        taken = [v[lost:lost + n] for v, lost, n in zip(self.sorted, self.lost, step, strict=True)]
+        return float(np.concatenate(taken).mean())
+
     def loss(self, step: np.ndarray) -> float:
         """-log of the share of score that its groups keep, for each layer that makes the group."""
         out = 0.0

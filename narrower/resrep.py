@@ -19,11 +19,11 @@ from .choosing import candidates, choose, priors
 from .compactor import NAME, Compactor, behind, finished, row_norms, rows_like, ruled, unit_rows
 from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
-from .forgetting import Forgetting
+from .forgetting import Forgetting, Ranking
 from .groups import Graph
 from .narrowing import record, same_tensors
 from .planning import Budget, matching, widths
-from .shrinking import Layout, carried, restructure, shaped
+from .shrinking import Layout, carried, fresh_copy, restructure, shaped
 from .sites import Scope, places
 from .surgery import duplicate, named_tensors
 
@@ -74,7 +74,8 @@ class ResRep:
         self.check_reachable()
         self.budget = {"macs": macs, "params": params}
         self.scope, self.steps, self.step = scope, steps, 0
-        self.settings = (settings or Forgetting()).over(steps, self.channels_to_go())
+        settings = settings or Forgetting()
+        self.settings = settings.over(steps, self.channels_to_go(settings.ranking))
         self.prior = priors(graph, self.rows, scores)
         self.keep = {g.name: np.arange(g.size) for g in graph.free}
         self.layout = Layout({}, {name: np.arange(s.size) for name, s in self.sites.items()})
@@ -296,7 +297,7 @@ class ResRep:
         updates = (self.step - s.warmup_steps) // s.mask_interval + 1  # type: ignore[operator]
         most = math.floor(updates * s.rows_per_update + 1e-9)  # type: ignore[operator]
         ranking = {n: v * self.prior[n] for n, v in self.norms().items()}
-        chosen, self.masked = choose(self.cost, self.parts, ranking, self.targets, most)
+        chosen, self.masked = choose(self.graph, self.cost, self.parts, ranking, self.targets, most, s.ranking)
         for name, c in self.compactors().items():
             dense = np.zeros(self.sites[name].size, dtype=bool)
             for group, mine in self.rows.items():
@@ -327,8 +328,8 @@ class ResRep:
 
     def check_reachable(self) -> None:
         """BudgetError if even one channel of everything is too much."""
-        least = choose(self.cost, self.parts, {n: np.zeros(self.graph[n].size) for n in self.rows},
-                       dict.fromkeys(self.targets, 0.0), 10**9)[1]
+        least = choose(self.graph, self.cost, self.parts, {n: np.ones(self.graph[n].size) for n in self.rows},
+                       dict.fromkeys(self.targets, 0.0), math.inf, "norm")[1]
         for kind, target in self.targets.items():
             if least[kind] > target:
                 others = "; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4])
@@ -338,11 +339,12 @@ class ResRep:
                     f"({least[kind] / self.dense[kind]:.1%})"
                     + (f". Left alone: {others}" if others else ""))
 
-    def channels_to_go(self) -> int:
+    def channels_to_go(self, ranking: Ranking) -> int:
         """About how many channels the budget asks for."""
         rng = np.random.default_rng(0)
         ranks = {n: rng.random(self.graph[n].size) for n in self.rows}
-        return sum(int(c.sum()) for c in choose(self.cost, self.parts, ranks, self.targets, 10**9)[0].values())
+        chosen, _ = choose(self.graph, self.cost, self.parts, ranks, self.targets, math.inf, ranking)
+        return sum(int(c.sum()) for c in chosen.values())
 
     def by_channel(self, of_rows: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
         """Values of the rows that are left, per channel and per row of it; `fill` for rows that have been dropped."""
@@ -393,8 +395,3 @@ class ResRep:
 def decoupled(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the penalty must stay out of the gradient: all but SGD scale gradients away."""
     return not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)
-
-
-def fresh_copy(t: Tensor) -> Tensor:
-    new = t.detach().clone()
-    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new

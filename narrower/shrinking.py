@@ -224,3 +224,8 @@ def shaped(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: La
             new = picked(q, rows, columns)
         swaps.append(renewed(compactor, new, rows, columns))
     return swaps
+
+
+def fresh_copy(t: Tensor) -> Tensor:
+    new = t.detach().clone()
+    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new

@@ -108,7 +108,7 @@ class Two(nn.Module):
 
 def test_against_the_papers_procedure_written_out() -> None:
     """200 steps beside a slow implementation in which compactors are plain tensors and channels are masked one at a time."""
-    settings = narrower.Forgetting(1e-2, 20, 10, 1.0, 0, 0.9, rest=False)
+    settings = narrower.Forgetting(1e-2, 20, 10, 1.0, 0, 0.9, rest=False, ranking="norm")
     x = networks.images(size=8).double()
     torch.manual_seed(0)
     model = randomised(Two()).double()
