@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def _count(maps: Tensor) -> Tensor:
     """Ranks of maps (B, n, m) with n <= m."""
     single = maps.float()
     double = single.double()
-    gram = torch.bmm(double, double.mT)
+    gram = _gram(double)
     norm = torch.linalg.matrix_norm(gram)
     tau2 = _largest_eigenvalue(gram, norm) * (maps.shape[-1] * _EPS) ** 2
     tau2 = torch.where(norm == 0, 1.0, tau2)  # a map of zeros: -I has no positive pivot, and needs no SVD
@@ -102,20 +103,36 @@ def _count(maps: Tensor) -> Tensor:
     return ranks
 
 
-def _largest_eigenvalue(gram: Tensor, norm: Tensor, squarings: int = 8) -> Tensor:
+def _gram(a: Tensor) -> Tensor:
+    """A A^T of each matrix (B, n, m)."""
+    if a.device.type != "cpu" or a.shape[1] < 24:
+        return torch.bmm(a, a.mT)
+    matrices = a.numpy()  # one small product after the other, which takes half the time of a batch of them
+    return torch.from_numpy(np.matmul(matrices, matrices.transpose(0, 2, 1)))
+
+
+def _largest_eigenvalue(gram: Tensor, norm: Tensor) -> Tensor:
     """Largest eigenvalue of each positive semidefinite matrix (B, n, n), 0 to 1.5 % too high; `norm` is |G|_F.
+
+    In float32, which is several times faster: it is wanted to a percent only.
+    """
+    unit = (gram / torch.where(norm == 0, 1.0, norm)[:, None, None]).float()
+    return norm * _largest_of_unit(unit, 8).double() * (1 + 1e-5)
+
+
+def _largest_of_unit(unit: Tensor, squarings: int) -> Tensor:
+    """The same for matrices with |G|_F = 1 (or 0).
 
     |G^2|_F / |G|_F <= lambda <= |G^2|_F^(1/2). Bounds within a factor 1.1 place the upper one within 1.5 % (0.75 % of
     tau). Where they are further apart, lambda(G)^2 = lambda(G^2) is sought in the same way: that halves the error.
     """
-    square = torch.bmm(gram, gram)
+    square = torch.bmm(unit, unit)
     size = torch.linalg.matrix_norm(square)
     largest = size.sqrt()
-    loose = (largest * norm > 1.1 * size).nonzero()[:, 0]
+    loose = (largest > 1.1 * size).nonzero()[:, 0]
     if squarings > 1 and len(loose):
         scale = size[loose]
-        again = _largest_eigenvalue(square[loose] / scale[:, None, None], torch.ones_like(scale), squarings - 1)
-        largest[loose] = (again * scale).sqrt()
+        largest[loose] = (_largest_of_unit(square[loose] / scale[:, None, None], squarings - 1) * scale).sqrt()
     return largest
 
 
