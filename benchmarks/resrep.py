@@ -45,7 +45,7 @@ def plain(model: nn.Module, amp: bool) -> Step:
 def ours(model: nn.Module, steps: int, amp: bool, settings: narrower.Forgetting | None = None) -> tuple[Step, narrower.ResRep]:
     graph = narrower.trace(model, torch.zeros(1, 3, 32, 32))
     resrep = narrower.ResRep(model, graph, macs=0.47, steps=steps, settings=settings)
-    optimizer = torch.optim.SGD(resrep.param_groups(0.01, weight_decay=1e-4, momentum=0.9), nesterov=True)
+    optimizer = torch.optim.SGD(resrep.param_groups(0.01, weight_decay=1e-4, momentum=0.9, nesterov=True))
     resrep.attach(optimizer)
     return stepping(model, optimizer, amp), resrep
 

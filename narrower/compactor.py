@@ -23,8 +23,8 @@ class Compactor(nn.Module):
 
     `weight` is `(K, C)` for a full one, `(blocks, K / blocks, C / blocks)` for a block-diagonal and `(K,)` for a diagonal
     one, with K = C until rows are dropped. Of its rows, `chosen` are to go and `gone` are zero for good. `variance` `(K,)`
-    follows the output's over batch and space, from a quarter of each training batch (16 samples at least); empty where
-    nothing needs it.
+    follows the output's over batch and space, from a quarter of a training batch (16 samples at least) now and then; empty
+    where nothing needs it.
     """
 
     chosen: Tensor
@@ -34,6 +34,7 @@ class Compactor(nn.Module):
     def __init__(self, site: Site, like: Tensor, variance: Tensor | None) -> None:
         super().__init__()
         self.dim = site.dim
+        self.following = True  # whether the next forward in train mode counts for `variance`
         ones = torch.ones(site.size, dtype=like.dtype, device=like.device)
         self.weight = nn.Parameter(diagonal(ones, site))
         self.register_buffer("chosen", torch.zeros(site.size, dtype=torch.bool, device=like.device))
@@ -51,7 +52,7 @@ class Compactor(nn.Module):
         else:
             conv = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
             y = conv(x, kernel.view(*kernel.shape, *(1,) * (x.dim() - 2)), groups=blocks)
-        if self.training and self.variance.numel():
+        if self.training and self.following and self.variance.numel():
             self.follow(y)
         return y
 
@@ -60,7 +61,7 @@ class Compactor(nn.Module):
         part = y.detach()[: max(16, len(y) // 4)].float()
         if part.numel() > part.shape[1]:
             found = part.var([0, *range(2, y.dim())], unbiased=True)
-            self.variance.lerp_(found.to(self.variance.dtype), 0.1)
+            self.variance.lerp_(found.to(self.variance.dtype), 0.25)
 
 
 def behind(module: nn.Module, args: object, output: Tensor) -> Tensor:

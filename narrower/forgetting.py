@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 Ranking = Literal["share", "norm"]
 
 
@@ -50,3 +52,16 @@ class Forgetting:
             forget_steps=max(1, round(0.06 * steps)) if self.forget_steps is None else self.forget_steps,
             momentum=min(0.99, 1 - 1 / max(1.0, 0.02 * steps)) if self.momentum is None else self.momentum,
         )
+
+    def pulls(self, lr: float, momentum: float, decoupled: bool = False) -> tuple[float, float]:
+        """The penalty on rows that stay, and on chosen ones, which takes them from one to zero in `forget_steps` at this
+        learning rate and momentum; decoupled from the gradient: the lengths that they lose in a step."""
+        lr, momentum = max(lr, 1e-12), 0.0 if decoupled else momentum
+        unit = lr if decoupled else 1.0
+        slow = self.strength * unit
+        return slow, max(slow, unit * (1 - momentum) / (lr * self.forget_steps)) if self.forget_steps else slow
+
+
+def decoupled(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the penalty must stay out of the gradient: all but SGD scale gradients away."""
+    return not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)

@@ -19,7 +19,7 @@ from .choosing import candidates, choose, priors
 from .compactor import NAME, Compactor, behind, finished, row_norms, rows_like, ruled, unit_rows
 from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
-from .forgetting import Forgetting, Ranking
+from .forgetting import Forgetting, Ranking, decoupled
 from .groups import Graph
 from .narrowing import record, same_tensors
 from .planning import Budget, matching, widths
@@ -83,6 +83,9 @@ class ResRep:
         self.optimizer: torch.optim.Optimizer | None = None
         self.before: dict[str, Tensor] = {}
         self.resting = False  # the budget is reached
+        self.shrinking: set[str] = set()  # compactors with chosen rows
+        self.penalised: dict[str, Tensor] = {}
+        self.follow_every = min(8, max(1, steps // 100))
         self.ruled_rows = {name: np.zeros(s.size, dtype=bool) for name, s in self.sites.items()}
         for row in (r for mine in self.rows.values() for r in mine):
             self.ruled_rows[row.site][row.positions] = True
@@ -98,8 +101,8 @@ class ResRep:
         forgetting = [c.weight for c in self.compactors().values()]
         own = {id(w) for w in forgetting}
         remembering = [p for p in self.model.parameters() if id(p) not in own]
-        first: dict[str, Any] = {"params": remembering, "lr": lr, "weight_decay": weight_decay, **options}
-        second: dict[str, Any] = {**first, "params": forgetting, "weight_decay": 0.0}
+        first = {"params": remembering, "lr": lr, "weight_decay": weight_decay, **options}
+        second = {**first, "params": forgetting, "weight_decay": 0.0}
         if momentum is not None:
             first["momentum"], second["momentum"] = momentum, self.settings.momentum
             scale = self.settings.lr_scale
@@ -137,12 +140,11 @@ class ResRep:
         keep = self.remaining()
         changed = any(len(keep[n]) < len(self.keep[n]) for n in keep)
         if changed:
-            for module in ema:
-                restructure(module, self.graph, self.sites, self.layout, keep, fold=fold)
-            layout, swaps = restructure(self.model, self.graph, self.sites, self.layout, keep, fold=fold)
+            *_, (layout, swaps) = [restructure(m, self.graph, self.sites, self.layout, keep, fold=fold)
+                                   for m in (*ema, self.model)]
             if self.optimizer is not None:
                 carried(self.optimizer, swaps)
-            self.keep, self.layout = keep, layout
+            self.keep, self.layout, self.penalised = keep, layout, {}
         return self.reached()
 
     def waiting(self) -> float:
@@ -184,10 +186,10 @@ class ResRep:
     def __str__(self) -> str:
         p = self.progress()
         kind = next(iter(self.targets))
-        lines = [f"step {self.step} of {self.steps}: {kind} masked {p['masked']:.1%}, reached {p['reached']:.1%} of the dense "
-                 f"network (budget {self.targets[kind] / self.dense[kind]:.1%}); {p['zero']:.0f} channels are zero, "
-                 f"{p['chosen']:.0f} chosen; norms of the rest from {p['least_norm']:.2f}, {p['mean_norm']:.2f} on average"]
-        return "\n".join([*lines, *(f"not compacted: {n}: {why}" for n, why in self.reasons.items())])
+        line = (f"step {self.step} of {self.steps}: {kind} masked {p['masked']:.1%}, reached {p['reached']:.1%} of the dense "
+                f"network (budget {self.targets[kind] / self.dense[kind]:.1%}); {p['zero']:.0f} channels are zero, "
+                f"{p['chosen']:.0f} chosen; norms of the rest from {p['least_norm']:.2f}, {p['mean_norm']:.2f} on average")
+        return "\n".join([line, *(f"not compacted: {n}: {why}" for n, why in self.reasons.items())])
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -228,6 +230,9 @@ class ResRep:
         for name, c in self.compactors().items():
             for mask in ("chosen", "gone"):
                 getattr(c, mask).copy_(state["masks"][name][mask])
+            c.following = self.step % self.follow_every == 0
+            if bool(c.chosen.any()):
+                self.shrinking.add(name)
 
     # ------------------------------------------------------------------------------------------------ the rule
 
@@ -246,50 +251,53 @@ class ResRep:
                               "those of the last good one; try a lower learning rate")
         if self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0:  # type: ignore[operator]
             self.update_masks()
-        group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         for name, c in compactors.items():
-            w, group = c.weight, group_of[id(c.weight)]
-            self.before[name] = w.detach().clone()
+            w, group = c.weight, self.group_of(optimizer, c.weight)
+            if self.resting or name in self.shrinking or decoupled(optimizer):
+                self.before[name] = w.detach().clone()
             if w.grad is None:
                 continue
-            strength = self.strengths(name, c, group)
             if self.resting:
                 w.grad.zero_()
             elif decoupled(optimizer):
                 w.grad.masked_fill_(rows_like(c.chosen, w), 0)
             else:
-                w.grad.copy_(ruled(w.grad, w, c.chosen, strength))
+                w.grad.copy_(ruled(w.grad, w, c.chosen, self.strengths(name, c, group)))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
         """The post-hook: a chosen row that the step has turned around is zero from now on."""
-        group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        self.step += 1
         for name, c in self.compactors().items():
-            w, old = c.weight, self.before.pop(name)
+            c.following = self.step % self.follow_every == 0
+            w, old = c.weight, self.before.pop(name, None)
             if self.resting:
-                w.copy_(old)
+                w.copy_(old)  # type: ignore[arg-type]
+            if old is None or self.resting:
                 continue
             if decoupled(optimizer) and w.grad is not None:
-                w.sub_(rows_like(self.strengths(name, c, group_of[id(w)], decoupled=True), w) * unit_rows(old))
+                strength = self.strengths(name, c, self.group_of(optimizer, w), decoupled=True)
+                w.sub_(rows_like(strength, w) * unit_rows(old))
             c.gone |= finished(w, old, c.chosen, self.settings.threshold)
             zero = rows_like(c.gone, w)
             w.masked_fill_(zero, 0)
             for value in optimizer.state.get(w, {}).values():
                 if isinstance(value, Tensor) and value.shape == w.shape:
                     value.masked_fill_(zero, 0)
-        self.step += 1
+
+    @staticmethod
+    def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+        """The parameter group that a compactor is in."""
+        return next(g for g in reversed(optimizer.param_groups) if any(p is q for q in g["params"]))
 
     def strengths(self, name: str, c: Compactor, group: Mapping[str, Any], decoupled: bool = False) -> Tensor:
-        """The penalty of each row: `strength`, for chosen ones enough to take them to zero in `forget_steps` at the present
-        learning rate and momentum. For optimizers that it is decoupled from: how far a row goes in this step."""
-        s = self.settings
-        lr = max(float(group["lr"]), 1e-12)
-        unit = lr if decoupled else 1.0
-        fast = s.strength * unit
-        if s.forget_steps:
-            fast = max(fast, unit * (1 - (0.0 if decoupled else group.get("momentum", 0.0))) / (lr * s.forget_steps))
-        ruled_here = torch.as_tensor(self.ruled_rows[name][self.layout.rows[name]], device=c.weight.device)
-        return torch.where(c.chosen, fast, torch.where(ruled_here, s.strength * unit, 0.0)).to(c.weight.dtype)
+        """The penalty of each row; for optimizers that it is decoupled from, how far a row goes in this step."""
+        slow, fast = self.settings.pulls(float(group["lr"]), group.get("momentum", 0.0), decoupled)
+        if name not in self.penalised:
+            rows = torch.as_tensor(self.ruled_rows[name][self.layout.rows[name]], device=c.weight.device)
+            self.penalised[name] = rows.to(c.weight.dtype)
+        kept = self.penalised[name] * slow
+        return torch.where(c.chosen, fast, kept) if name in self.shrinking else kept
 
     def update_masks(self) -> None:
         """Choose anew (section 3.3): the lowest rows of all compactors, at most theta of them, up to the budget."""
@@ -306,6 +314,8 @@ class ResRep:
                         dense[row.positions] |= chosen[group][row.channels]
             here = torch.as_tensor(dense[self.layout.rows[name]], device=c.weight.device)
             c.chosen.copy_(here | c.gone)
+            if bool(c.chosen.any()):
+                self.shrinking.add(name)
         self.resting = s.rest and self.is_reached()
 
     # ------------------------------------------------------------------------------------------------ what is where
@@ -390,8 +400,3 @@ class ResRep:
         """The share of the dense cost that remains without the channels that are zero."""
         kind = next(iter(self.targets))
         return self.cost.cost(kind, widths(self.cost, self.remaining())) / self.dense[kind]
-
-
-def decoupled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the penalty must stay out of the gradient: all but SGD scale gradients away."""
-    return not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)
