@@ -80,7 +80,7 @@ def timed(step: Step, x: Tensor, y: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15, help="steps of each kind, at the start")
     parser.add_argument("--steps", type=int, default=200, help="of the whole run")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")

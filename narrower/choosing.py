@@ -80,3 +80,18 @@ def priors(graph: Graph, rows: Mapping[str, tuple[Row, ...]], scores: Mapping[st
         return {n: np.ones(graph[n].size) for n in rows}
     values = checked_scores(graph, scores, {g.name for g in graph.free} - rows.keys())
     return {n: v / v.mean() for n, v in values.items()}
+
+
+def by_channel(graph: Graph, rows: Mapping[str, tuple[Row, ...]], present: Mapping[str, np.ndarray],
+               values: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
+    """Values of the rows that are left (`present`, by site), per channel for each row of it; `fill` for rows that were dropped.
+    Of several rows of one site the largest counts."""
+    out: dict[str, list[np.ndarray]] = {}
+    for group, mine in rows.items():
+        for row in mine:
+            dense = np.full(max(row.positions.max(), present[row.site].max(initial=0)) + 1, fill)
+            dense[present[row.site]] = values[row.site]
+            value = np.full(graph[group].size, -np.inf)
+            np.maximum.at(value, row.channels, dense[row.positions])
+            out.setdefault(group, []).append(np.where(np.isinf(value), np.nan, value))
+    return out

@@ -35,6 +35,7 @@ class Compactor(nn.Module):
         super().__init__()
         self.dim = site.dim
         self.following = True  # whether the next forward in train mode counts for `variance`
+        self.idle = False  # merged already, the identity from now on
         ones = torch.ones(site.size, dtype=like.dtype, device=like.device)
         self.weight = nn.Parameter(diagonal(ones, site))
         self.register_buffer("chosen", torch.zeros(site.size, dtype=torch.bool, device=like.device))
@@ -42,6 +43,8 @@ class Compactor(nn.Module):
         self.register_buffer("variance", ones[:0] if variance is None else variance.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.idle:
+            return x
         w = self.weight
         if w.dim() == 1:
             return x * w.to(x.dtype) if self.dim == -1 else x * w.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))

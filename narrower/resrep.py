@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .choosing import candidates, choose, priors
+from .choosing import by_channel, candidates, choose, priors
 from .compactor import NAME, Compactor, behind, finished, row_norms, rows_like, ruled, unit_rows
 from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
@@ -68,8 +68,7 @@ class ResRep:
         used = {r.site for mine in self.rows.values() for r in mine}
         self.sites = {m: s for m, s in found.sites.items() if m in used}
         self.cost = CostModel(graph)
-        kinds: tuple[Kind, ...] = ("macs", "params")
-        self.dense: dict[Kind, float] = {k: self.cost.cost(k, self.cost.dense) for k in kinds}
+        self.dense: dict[Kind, float] = {k: self.cost.cost(k, self.cost.dense) for k in ("macs", "params")}
         self.targets = Budget(macs, params).targets(self.dense)
         self.check_reachable()
         self.budget = {"macs": macs, "params": params}
@@ -82,7 +81,7 @@ class ResRep:
         self.masked = dict(self.dense)
         self.optimizer: torch.optim.Optimizer | None = None
         self.before: dict[str, Tensor] = {}
-        self.resting = False  # the budget is reached
+        self.resting = self.idle = False  # the budget is reached; and the compactors are merged
         self.shrinking: set[str] = set()  # compactors with chosen rows
         self.penalised: dict[str, Tensor] = {}
         self.follow_every = min(8, max(1, steps // 100))
@@ -131,24 +130,28 @@ class ResRep:
         parameters) that remain. Call it between steps, with no graph held.
 
         With `fold` compactors are merged into their layers and begin anew as diagonals of their row norms: producers get
-        narrower too. In eval mode the network computes the same; in train mode its BatchNorms take their variance from the
-        compactors' running one. Without, only rows and what reads them go, and training goes on exactly as it would have.
+        narrower too, and once the budget is reached all are merged for good. In eval mode the network computes the same; in
+        train mode its BatchNorms take their variance from the compactors' running one. Without, only rows and what reads them
+        go, and training goes on exactly as it would have.
         The optimizer follows (momentum and the like are sliced), and so do learning rate schedulers; `ema`: averaged copies of
         the model, such as timm's `ModelEmaV3.module`, which lose the same channels (what they remember of them too).
         Rebuild DistributedDataParallel around the model afterwards.
         """
         keep = self.remaining()
-        changed = any(len(keep[n]) < len(self.keep[n]) for n in keep)
-        if changed:
-            *_, (layout, swaps) = [restructure(m, self.graph, self.sites, self.layout, keep, fold=fold)
+        idle = fold and self.resting and not self.idle
+        if idle or any(len(keep[n]) < len(self.keep[n]) for n in keep):
+            *_, (layout, swaps) = [restructure(m, self.graph, self.sites, self.layout, keep, fold=fold, idle=idle)
                                    for m in (*ema, self.model)]
+            self.idle |= idle
             if self.optimizer is not None:
                 carried(self.optimizer, swaps)
             self.keep, self.layout, self.penalised = keep, layout, {}
         return self.reached()
 
     def waiting(self) -> float:
-        """The share of the dense network that `shrink` would take out now."""
+        """The share of the dense network that `shrink` would take out now; 1 when it can merge the compactors for good."""
+        if self.resting and not self.idle:
+            return 1.0
         kind = next(iter(self.targets))
         return self.cost.cost(kind, widths(self.cost, self.keep)) / self.dense[kind] - self.reached()
 
@@ -199,7 +202,8 @@ class ResRep:
         return {
             "format": FORMAT, "step": self.step, "steps": self.steps, "budget": dict(self.budget), "scope": self.scope,
             "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.rows},
-            "masked": dict(self.masked), "resting": self.resting, "keep": {n: k.tolist() for n, k in self.keep.items()},
+            "masked": dict(self.masked), "resting": (self.resting, self.idle),
+            "keep": {n: k.tolist() for n, k in self.keep.items()},
             "ends": [(t, d, rows.tolist()) for (t, d), rows in self.layout.ends.items()],
             "rows": {n: r.tolist() for n, r in self.layout.rows.items()},
             "masks": {n: {"chosen": c.chosen.clone(), "gone": c.gone.clone()} for n, c in self.compactors().items()},
@@ -225,12 +229,13 @@ class ResRep:
         if self.optimizer is not None:
             carried(self.optimizer, swaps)
         self.layout, self.step, self.masked = layout, state["step"], dict(state["masked"])
-        self.resting = state["resting"]
+        self.resting, self.idle = state["resting"]
         self.keep = {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()}
         for name, c in self.compactors().items():
             for mask in ("chosen", "gone"):
                 getattr(c, mask).copy_(state["masks"][name][mask])
-            c.following = self.step % self.follow_every == 0
+            c.following, c.idle = self.step % self.follow_every == 0, self.idle
+            c.weight.requires_grad_(not self.idle)
             if bool(c.chosen.any()):
                 self.shrinking.add(name)
 
@@ -243,6 +248,8 @@ class ResRep:
             raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the rule "
                               "cannot see them: make it with fused=False to use a GradScaler")
         s, compactors = self.settings, self.compactors()
+        if self.idle:
+            return
         grads = [c.weight.grad for c in compactors.values() if c.weight.grad is not None]
         if not grads:
             raise ConfigError("no gradient has reached the compactors: run the model that ResRep was given, then backward()")
@@ -268,7 +275,7 @@ class ResRep:
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
         """The post-hook: a chosen row that the step has turned around is zero from now on."""
         self.step += 1
-        for name, c in self.compactors().items():
+        for name, c in self.compactors().items() if not self.idle else ():
             c.following = self.step % self.follow_every == 0
             w, old = c.weight, self.before.pop(name, None)
             if self.resting:
@@ -356,18 +363,9 @@ class ResRep:
         chosen, _ = choose(self.graph, self.cost, self.parts, ranks, self.targets, math.inf, ranking)
         return sum(int(c.sum()) for c in chosen.values())
 
-    def by_channel(self, of_rows: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
-        """Values of the rows that are left, per channel and per row of it; `fill` for rows that have been dropped."""
-        out: dict[str, list[np.ndarray]] = {}
-        for group, mine in self.rows.items():
-            for row in mine:
-                dense = np.full(self.sites[row.site].size, fill)
-                dense[self.layout.rows[row.site]] = of_rows[row.site]
-                value = np.full(self.graph[group].size, np.nan)
-                order = np.argsort(-dense[row.positions], kind="stable")  # of several positions the longest counts
-                value[row.channels[order][::-1]] = dense[row.positions][order][::-1]
-                out.setdefault(group, []).append(value)
-        return out
+    def by_channel(self, values: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
+        """Values of rows as values of channels, see `choosing.by_channel`."""
+        return by_channel(self.graph, self.rows, self.layout.rows, values, fill)
 
     def norms(self) -> dict[str, np.ndarray]:
         """The root mean square, over the rows of a channel, of their norms."""

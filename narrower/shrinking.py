@@ -72,12 +72,12 @@ def tensors_of(model: nn.Module, site: Site) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: Layout, keep: Keep, *,
-                fold: bool, merge: bool = False) -> tuple[Layout, list[Swap]]:
+                fold: bool, idle: bool = False, merge: bool = False) -> tuple[Layout, list[Swap]]:
     """Cut `model` (with compactors, in place) down to the channels `keep` of the dense network.
 
     `fold`: full and block-diagonal compactors are merged into their layer and stand anew as diagonals of their row norms, so
-    that the layer gets narrower too; else only their rows go. `merge`: all are merged, and taken away. Returns the new layout
-    and what was replaced, for an optimizer.
+    that the layer gets narrower too; else only their rows go. `idle`: all are merged, and stand on as the identity; `merge`:
+    and are taken away. Returns the new layout and what was replaced, for an optimizer.
     """
     cuts = selections(graph, keep)
     later = Layout({(t, s.dim): s.rows for t, chosen in cuts.items() for s in chosen})
@@ -93,8 +93,12 @@ def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layou
         within = np.searchsorted(rows, stay)
         q = compactor.weight.detach().double()
         whole = site.kind != "diagonal"
-        if merge or (fold and whole):
-            norms = row_norms(q).clamp_min(1e-4) if not merge else torch.ones(len(rows), dtype=q.dtype, device=q.device)
+        if compactor.idle:
+            columns = within
+            new = diagonal(torch.ones(len(within), dtype=q.dtype, device=q.device), site)
+        elif merge or idle or (fold and whole):
+            norms = row_norms(q).clamp_min(1e-4)
+            norms = torch.ones_like(norms) if merge or idle else norms
             eps = getattr(model.get_submodule(site.norm), "eps", 0.0) if site.norm is not None else 0.0
             parts = merged(q, site, tensors_of(model, site), float(eps), compactor.variance.double(), norms)
             for part, value in parts.items():
@@ -122,7 +126,11 @@ def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layou
         if merge:
             unhook(module)
         else:
-            swaps.append(renewed(getattr(module, NAME), new, within, columns))
+            compactor = getattr(module, NAME)
+            swaps.append(renewed(compactor, new, within, columns))
+            if idle:
+                compactor.idle = True
+                compactor.weight.requires_grad_(False)
     return later, swaps
 
 

@@ -165,7 +165,7 @@ def train(
                     raise KeyboardInterrupt
         if not torch.isfinite(total):
             raise ConfigError(f"the loss is no longer finite in epoch {epoch + 1} of {stage}: try a lower --lr")
-        if resrep is not None and resrep.waiting() >= (0.001 if resrep.resting else WORTH_SHRINKING):
+        if resrep is not None and resrep.waiting() >= WORTH_SHRINKING:
             resrep.shrink()
             if shard[1] > 1:
                 accelerator._models.clear()

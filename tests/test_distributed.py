@@ -61,8 +61,8 @@ def test_two_processes_are_two_shards_averaged(tmp_path: Path) -> None:
             x, y = shard(step, rank)
             nn.functional.cross_entropy(model(x), y).backward()
         for p, q in zip(resrep.model.parameters(), other.parameters(), strict=True):
-            assert p.grad is not None and q.grad is not None
-            p.grad = (p.grad + q.grad) / 2
+            if p.grad is not None and q.grad is not None:  # a merged compactor has none
+                p.grad = (p.grad + q.grad) / 2
         optimizer.step()
         if step == SHRINK:
             resrep.shrink()

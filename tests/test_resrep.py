@@ -245,6 +245,30 @@ def test_compactors_rest_once_the_budget_is_reached() -> None:
     assert not torch.equal(weight, resrep.model.get_parameter("layer1.0.conv1.weight"))
 
 
+def test_compactors_are_idle_after_a_shrink_at_rest() -> None:
+    """Merged for good, the identity: the outputs stay, the network trains on, and a resumed run goes on the same way."""
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
+    optimizer = sgd(resrep)
+    forgetting.train(resrep, optimizer, IMAGES, 50)
+    before = outputs(resrep.model, IMAGES)
+    assert resrep.waiting() == 1
+    resrep.shrink()
+    assert resrep.idle and resrep.waiting() == 0
+    assert difference(before, outputs(resrep.model, IMAGES)) < 1e-10
+    saved = copy.deepcopy((resrep.state_dict(), resrep.model.state_dict(), optimizer.state_dict()))
+    other, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
+    other_optimizer = sgd(other)
+    other.load_state_dict(saved[0])
+    other.model.load_state_dict(saved[1])
+    other_optimizer.load_state_dict(saved[2])
+    for r, o in ((resrep, optimizer), (other, other_optimizer)):
+        forgetting.train(r, o, IMAGES, 5)
+    trained = outputs(resrep.model, IMAGES)
+    assert difference(before, trained) > 1e-6
+    assert difference(trained, outputs(resrep.merge(), IMAGES)) < 1e-10
+    assert difference(trained, outputs(other.model, IMAGES)) == 0
+
+
 def test_published_settings_are_those_of_the_paper() -> None:
     s = narrower.Forgetting.published(391).over(391 * 180, 1000)
     assert (s.strength, s.warmup_steps, s.mask_interval, s.rows_per_update, s.momentum) == (1e-4, 1955, 200, 4, 0.99)
@@ -275,7 +299,7 @@ def test_dropping_rows_changes_nothing_that_follows() -> None:
 
 
 def test_folding_keeps_the_ranking_and_narrows_producers() -> None:
-    resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60)
+    resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60, settings=narrower.Forgetting(rest=False))
     optimizer = sgd(resrep)
     forgetting.train(resrep, optimizer, IMAGES, 40)
     keep = resrep.remaining()
