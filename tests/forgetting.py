@@ -46,14 +46,6 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
 
 
-def doubled(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.double() if x.is_floating_point() else x
-    if isinstance(x, dict):
-        return {k: doubled(v) for k, v in x.items()}
-    return tuple(doubled(v) for v in x)
-
-
 def train(resrep: narrower.ResRep, optimizer: torch.optim.Optimizer, inputs: Any, steps: int, seed: int = 0) -> None:
     """So many steps towards random targets, which differ from step to step."""
     g = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from forgetting import randomised
 from networks import PATTERNS, TRAPS, Head, chain, unit
+from test_editing import Blurred
 from torch import Tensor, nn
 
 import narrower
@@ -195,19 +196,7 @@ class Standardised(nn.Module):
         return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
 
 
-class Blur(nn.Module):
-    kernel: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-        self.register_buffer("kernel", torch.full((channels, 1, 3, 3), 1 / 9), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.kernel, stride=2, padding=1, groups=self.channels)
-
-
 def test_blur_pool_buffers_and_weight_standardisation_gains_left_at_the_old_size() -> None:
-    graph, small = narrowed(nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Blur(8), unit(8, 6), Head(6)))
+    graph, small = narrowed(nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Blurred(8), unit(8, 6), Head(6)))
     assert [g.name for g in graph.free] == ["0", "3.0"]
     assert small[2].kernel.shape[0] == small[0].gain.shape[0] == small[2].channels < 8  # type: ignore[index]
