@@ -105,7 +105,7 @@ class ResRep:
         if momentum is not None:
             first["momentum"], second["momentum"] = momentum, self.settings.momentum
             scale = self.settings.lr_scale
-            second["lr_scale"] = (1 - second["momentum"]) / (1 - momentum) if scale is None else scale
+            second["lr_scale"] = min(1.0, (1 - second["momentum"]) / (1 - momentum)) if scale is None else scale
             second["lr"] = lr * second["lr_scale"]
         return [first, second]
 
@@ -278,9 +278,8 @@ class ResRep:
         for name, c in self.compactors().items() if not self.idle else ():
             c.following = self.step % self.follow_every == 0
             w, old = c.weight, self.before.pop(name, None)
-            if self.resting:
-                w.copy_(old)  # type: ignore[arg-type]
             if old is None or self.resting:
+                w.copy_(w if old is None else old)
                 continue
             if decoupled(optimizer) and w.grad is not None:
                 strength = self.strengths(name, c, self.group_of(optimizer, w), decoupled=True)
@@ -364,7 +363,7 @@ class ResRep:
         return sum(int(c.sum()) for c in chosen.values())
 
     def by_channel(self, values: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
-        """Values of rows as values of channels, see `choosing.by_channel`."""
+        """See `choosing.by_channel`."""
         return by_channel(self.graph, self.rows, self.layout.rows, values, fill)
 
     def norms(self) -> dict[str, np.ndarray]:
@@ -378,12 +377,13 @@ class ResRep:
         return {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 1.0).items()}
 
     def remaining(self) -> dict[str, np.ndarray]:
-        """The channels that stay: all but those whose every row is zero, as far as ties let them go."""
+        """The channels that stay: all but those whose every row is zero, as far as ties let them go (gone ones stay gone)."""
         found = {n: (~c.gone).cpu().numpy().astype(float) for n, c in self.compactors().items()}
         alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 0.0).items()}
         keep = {g.name: np.ones(g.size, dtype=bool) for g in self.graph.free}
         for part in self.parts:
             zero = [c.channels[~alive[c.group][c.channels]] for c in part.cells]
+            zero = [z[np.argsort(np.isin(z, self.keep[c.group]), kind="stable")] for z, c in zip(zero, part.cells, strict=True)]
             counts = np.array([len(z) for z in zero])
             for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True):
                 keep[cell.group][channels[: int(n)]] = False
