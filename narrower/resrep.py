@@ -247,9 +247,9 @@ class ResRep:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the rule "
                               "cannot see them: make it with fused=False to use a GradScaler")
-        s, compactors = self.settings, self.compactors()
         if self.idle:
             return
+        s, compactors = self.settings, self.compactors()
         grads = [c.weight.grad for c in compactors.values() if c.weight.grad is not None]
         if not grads:
             raise ConfigError("no gradient has reached the compactors: run the model that ResRep was given, then backward()")
@@ -278,8 +278,10 @@ class ResRep:
         for name, c in self.compactors().items() if not self.idle else ():
             c.following = self.step % self.follow_every == 0
             w, old = c.weight, self.before.pop(name, None)
-            if old is None or self.resting:
-                w.copy_(w if old is None else old)
+            if old is None:
+                continue
+            if self.resting:
+                w.copy_(old)
                 continue
             if decoupled(optimizer) and w.grad is not None:
                 strength = self.strengths(name, c, self.group_of(optimizer, w), decoupled=True)
@@ -312,13 +314,11 @@ class ResRep:
         most = math.floor(updates * s.rows_per_update + 1e-9)  # type: ignore[operator]
         ranking = {n: v * self.prior[n] for n, v in self.norms().items()}
         chosen, self.masked = choose(self.graph, self.cost, self.parts, ranking, self.targets, most, s.ranking)
+        dense = {name: np.zeros(site.size, dtype=bool) for name, site in self.sites.items()}
+        for group, row in ((g, r) for g, mine in self.rows.items() for r in mine):
+            dense[row.site][row.positions] |= chosen[group][row.channels]
         for name, c in self.compactors().items():
-            dense = np.zeros(self.sites[name].size, dtype=bool)
-            for group, mine in self.rows.items():
-                for row in mine:
-                    if row.site == name:
-                        dense[row.positions] |= chosen[group][row.channels]
-            here = torch.as_tensor(dense[self.layout.rows[name]], device=c.weight.device)
+            here = torch.as_tensor(dense[name][self.layout.rows[name]], device=c.weight.device)
             c.chosen.copy_(here | c.gone)
             if bool(c.chosen.any()):
                 self.shrinking.add(name)
@@ -332,9 +332,9 @@ class ResRep:
 
     def install(self) -> None:
         """Put the compactors into the model, as submodules of the modules that they stand behind."""
+        named = named_tensors(self.model)
         for name, site in self.sites.items():
             module = self.model.get_submodule(name)
-            named = named_tensors(self.model)
             like = named[site.rows[0]]
             variance = None
             if site.norm is not None and site.kind != "diagonal":

@@ -222,15 +222,7 @@ def shaped(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: La
         if site.kind != "diagonal":
             end = (str(site.weight), int(site.transposed))
             columns = layout.ends[end].reshape(-1) if end in layout.ends else np.arange(site.size)
-        q = compactor.weight.detach()
-        if q.dim() == 3:
-            size = site.size // site.blocks
-            picks = [q[b][torch.as_tensor(r % size)][:, torch.as_tensor(c % size)] for b, (r, c) in enumerate(
-                zip(rows.reshape(site.blocks, -1), columns.reshape(site.blocks, -1), strict=True))]
-            new = torch.stack(picks)
-        else:
-            new = picked(q, rows, columns)
-        swaps.append(renewed(compactor, new, rows, columns))
+        swaps.append(renewed(compactor, picked(compactor.weight.detach(), rows, columns), rows, columns))
     return swaps
 
 
