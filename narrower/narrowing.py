@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     shapes = graph.shapes
     cuts = selections(graph, plan.keep)
     memo: dict[int, Tensor] = {}
-    swapped: dict[Tensor, tuple[Tensor, list[Any]]] = {}
+    swaps: list[Swap] = []
     for name, t in dense.items():
         if id(t) in memo:
             continue
@@ -49,13 +50,13 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=t.requires_grad)
         memo[id(t)] = new
-        swapped[t] = (new, cut)
+        swaps.append(Swap(t, new, partial(sliced, chosen=cut)))
     small = duplicate(model, memo)
     # the new tensors are in place; fit sets the attributes that mirror their shapes
     fit(small, {name: t for name, t in named_tensors(small).items() if tuple(t.shape) != shapes[name]}, shapes)
     applied(small, numbers(graph, plan.keep))
     if optimizer is not None:
-        carry(optimizer, swapped)
+        carry(optimizer, swaps)
     record(small, graph, plan.keep)
     return small
 
@@ -90,16 +91,24 @@ def format_of(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def carry(optimizer: torch.optim.Optimizer, swapped: Mapping[Tensor, tuple[Tensor, list[Any]]]) -> None:
-    """Point an optimizer at the new parameters; state of a parameter's shape is sliced as the parameter was."""
+class Swap(NamedTuple):
+    """A new tensor in the place of an old one, and how the same part of a tensor of the old one's shape is taken."""
+
+    old: Tensor
+    new: Tensor
+    part: Callable[[Tensor], Tensor]
+
+
+def carry(optimizer: torch.optim.Optimizer, swaps: Sequence[Swap]) -> None:
+    """Point an optimizer at the new parameters; state of a parameter's shape is cut as the parameter was."""
+    new_of = {s.old: s.new for s in swaps}
     for group in optimizer.param_groups:
-        group["params"] = [swapped[p][0] if p in swapped else p for p in group["params"]]
-    for old, (new, cut) in swapped.items():
-        if old in optimizer.state:
-            state = optimizer.state.pop(old)
-            optimizer.state[new] = {
-                k: sliced(v, cut) if isinstance(v, Tensor) and v.shape == old.shape else v for k, v in state.items()
-            }
+        group["params"] = [new_of.get(p, p) for p in group["params"]]
+    for s in swaps:
+        if s.old in optimizer.state:
+            state = optimizer.state.pop(s.old)
+            optimizer.state[s.new] = {k: s.part(v) if isinstance(v, Tensor) and v.shape == s.old.shape else v
+                                      for k, v in state.items()}
 
 
 # ------------------------------------------------------------------------------------------------ verify

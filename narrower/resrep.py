@@ -21,9 +21,9 @@ from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
 from .forgetting import Forgetting, Ranking, decoupled
 from .groups import Graph
-from .narrowing import record, same_tensors
+from .narrowing import carry, record, same_tensors
 from .planning import Budget, matching, widths
-from .shrinking import Layout, carried, fresh_copy, restructure, shaped
+from .shrinking import Layout, fresh_copy, restructure, shaped
 from .sites import Scope, places
 from .surgery import duplicate, named_tensors
 
@@ -144,7 +144,7 @@ class ResRep:
                                    for m in (*ema, self.model)]
             self.idle |= idle
             if self.optimizer is not None:
-                carried(self.optimizer, swaps)
+                carry(self.optimizer, swaps)
             self.keep, self.layout, self.penalised = keep, layout, {}
         return self.reached()
 
@@ -227,7 +227,7 @@ class ResRep:
                         {n: np.array(r) for n, r in state["rows"].items()})
         swaps = shaped(self.model, self.graph, self.sites, layout)
         if self.optimizer is not None:
-            carried(self.optimizer, swaps)
+            carry(self.optimizer, swaps)
         self.layout, self.step, self.masked = layout, state["step"], dict(state["masked"])
         self.resting, self.idle = state["resting"]
         self.keep = {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()}

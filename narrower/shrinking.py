@@ -5,9 +5,10 @@ A `Layout` knows which of the dense positions every tensor dimension still has, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .compactor import NAME, Compactor, behind, diagonal, merged, row_norms
 from .editing import applied, numbers
 from .groups import Graph
-from .narrowing import format_of
+from .narrowing import Swap, format_of
 from .sites import Site
 from .surgery import Keep, Selection, fit, named_tensors, selections, sliced
 
@@ -34,14 +35,6 @@ class Layout:
     def left(self, graph: Graph, end: End, blocks: int = 1) -> np.ndarray:
         size = graph.shapes[end[0]][end[1]]
         return self.ends.get(end, np.broadcast_to(np.arange(size), (blocks, size)))
-
-
-class Swap(NamedTuple):
-    """A new tensor in the place of an old one, and what of the old one's entries it has."""
-
-    old: Tensor
-    new: Tensor
-    part: list[Selection]
 
 
 def made_by(site: Site) -> dict[str, End]:
@@ -159,7 +152,7 @@ def replaced(model: nn.Module, graph: Graph, layout: Layout, later: Layout, valu
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=t.requires_grad)
         done[id(t)] = new
-        swaps.append(Swap(t, new, of_state))
+        swaps.append(Swap(t, new, partial(sliced, chosen=of_state)))
     fit(model, {name: done[id(t)] for name, t in named.items() if id(t) in done})
     return swaps
 
@@ -177,32 +170,14 @@ def picked(q: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
 
 
 def renewed(compactor: Compactor, new: Tensor, rows: np.ndarray, columns: np.ndarray) -> Swap:
-    """Give a compactor its new weight, and its masks the rows that are left. The swap's parts are for `picked`."""
+    """Give a compactor its new weight, and its masks the rows that are left."""
     old = compactor.weight
     compactor.weight = nn.Parameter(new.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
     index = torch.as_tensor(rows, device=old.device)
     for name in ("chosen", "gone", "variance"):
         buffer = getattr(compactor, name)
         setattr(compactor, name, buffer[index] if buffer.numel() else buffer)
-    return Swap(old, compactor.weight, [Selection(-1, rows), Selection(-1, columns)])
-
-
-def carried(optimizer: torch.optim.Optimizer, swaps: Sequence[Swap]) -> None:
-    """Point an optimizer at the new parameters; state of a parameter's shape loses what the parameter lost."""
-    new_of = {s.old: s for s in swaps}
-    for group in optimizer.param_groups:
-        group["params"] = [new_of[p].new if p in new_of else p for p in group["params"]]
-    for s in swaps:
-        if s.old in optimizer.state:
-            state = optimizer.state.pop(s.old)
-            optimizer.state[s.new] = {k: part_of(v, s) if isinstance(v, Tensor) and v.shape == s.old.shape else v
-                                      for k, v in state.items()}
-
-
-def part_of(state: Tensor, swap: Swap) -> Tensor:
-    if swap.part and swap.part[0].dim == -1:
-        return picked(state, swap.part[0].rows, swap.part[1].rows).contiguous()
-    return sliced(state, swap.part).contiguous(memory_format=format_of(state))
+    return Swap(old, compactor.weight, partial(picked, rows=rows, columns=columns))
 
 
 def unhook(module: nn.Module) -> None:
