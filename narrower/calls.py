@@ -53,6 +53,9 @@ class Recorder(Protocol):
     def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
         """Flat ids of the channels that a convolution weight reads and makes."""
 
+    def alone(self, label: Label) -> bool:
+        """Whether a parameter dimension has a single channel in the dense network: it meets all others by broadcasting."""
+
     def role(self, label: Label | None, role: str) -> None:
         """The parameter dimension behind a label makes ("out") or reads ("in") channels."""
 

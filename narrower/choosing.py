@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from .cost import CostModel, Kind, Running
 from .forgetting import Ranking
 from .groups import Graph
-from .planning import Steps, checked_scores
+from .planning import Steps, checked_scores, descend
 from .sites import Row
 from .ties import Component, components
 
@@ -24,34 +23,17 @@ def choose(graph: Graph, cost: CostModel, parts: Sequence[Component], norms: Map
     channels go only together by their mean; "share": as in `plan`, what loses the smallest share of its group for the cost it
     saves. One channel of every cell of a group stays. Returns {group: bool array} and the costs without them.
     """
-    kinds: tuple[Kind, ...] = tuple(targets)
-    running = Running(cost, kinds)
-    weight = {k: 1 / cost.cost(k, cost.dense) for k in kinds}
-    column = {n: k for k, n in enumerate(cost.names)}
-    steps = [Steps(graph, p, norms, column, 1, 1) for p in parts]
+    running = Running(cost, tuple(targets))
+    weight = {k: 1 / cost.cost(k, cost.dense) for k in targets}
+    steps = [Steps(graph, p, norms, cost, 1, 1) for p in parts]
 
-    def best(k: int) -> tuple[float, np.ndarray] | None:
+    def best(s: Steps) -> tuple[float, np.ndarray] | None:
         if ranking == "share":
-            return steps[k].next(running, weight)
-        fits = [m for m in steps[k].moves if (steps[k].lost + m <= steps[k].most).all()]
-        return min(((steps[k].mean(m), m) for m in fits), key=lambda found: found[0], default=None)
+            return s.next(running, weight)
+        moves = [m for m in s.moves if (s.lost + m <= s.most).all()]
+        return min(((s.mean(m), m) for m in moves), key=lambda found: found[0], default=None)
 
-    heap = [(b[0], k) for k in range(len(parts)) if (b := best(k))]
-    heapq.heapify(heap)
-    count = 0
-    while heap and count < most and any(running.now[kind] > targets[kind] for kind in kinds):
-        old, k = heapq.heappop(heap)
-        found = best(k)
-        if found is None:
-            continue
-        if heap and found[0] > heap[0][0] and found[0] > old:  # its cost has changed since
-            heapq.heappush(heap, (found[0], k))
-            continue
-        running.move(steps[k].by_group(found[1], len(column)))
-        steps[k].take(found[1])
-        count += int(found[1].sum())
-        if following := best(k):
-            heapq.heappush(heap, (following[0], k))
+    descend(steps, running, targets, best, most)
     chosen = {c.group: np.zeros(len(norms[c.group]), dtype=bool) for p in parts for c in p.cells}
     for part, step in zip(parts, steps, strict=True):
         for cell, n in zip(part.cells, step.lost, strict=True):

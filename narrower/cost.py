@@ -23,6 +23,7 @@ class CostModel:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.names = [g.name for g in graph.free]
+        self.column = {name: k for k, name in enumerate(self.names)}
         self.dense = np.array([g.size for g in graph.free], dtype=np.float64)
         rows: dict[tuple[str, int], int] = {}
         entries: list[tuple[int, int, float]] = []

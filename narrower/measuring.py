@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .collecting import Trace
 from .errors import DataError
 from .labels import Axes
-from .recording import Trace, run
+from .recording import run
 from .tracing import flattened, staged
 
 

@@ -1,7 +1,7 @@
-"""Output shapes of the commonest operators on meta tensors, worked out directly.
+"""Output shapes of the commonest operators, worked out directly.
 
-PyTorch computes many of them in Python, at up to a millisecond a call; a trace needs nothing but the shape. Whatever is not
-covered here returns None and goes the ordinary way.
+On meta tensors PyTorch computes many of them in Python, at up to a millisecond a call; a trace needs nothing but the shape.
+Whatever is not covered here returns None and goes the ordinary way.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ BINARY = {"add", "sub", "mul", "div"}
 
 
 def blank(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device="meta")
+    make = torch.empty if like.is_meta else torch.zeros
+    return make(shape, dtype=like.dtype, device=like.device)
 
 
-def inferred(name: str, in_place: bool, args: Sequence[Any]) -> Any:
-    """The output of a call on meta tensors, or None where this module has no rule."""
-    if not args or not isinstance(args[0], Tensor) or not args[0].is_meta or not args[0].is_floating_point():
+def inferred(name: str, in_place: bool, args: Sequence[Any], hollow: bool = False) -> Any:
+    """The output of a call on meta tensors, or, if `hollow`, zeros of its shape on others; None where there is no rule."""
+    if not args or not isinstance(args[0], Tensor) or not (hollow or args[0].is_meta) or not args[0].is_floating_point():
         return None
     if name in UNARY:
         return args[0] if in_place else blank(args[0], args[0].shape)
     if name in BINARY:
         return binary(in_place, *args[:2])
+    if name == "index_put" and hollow:  # a mask made of zeros covers another number of places
+        return args[0] if in_place else blank(args[0], args[0].shape)
     special = SPECIAL.get(name)
     return special(*args) if special else None
 
 
 def binary(in_place: bool, a: Tensor, b: Any) -> Tensor | None:
     if isinstance(b, Tensor):
-        if a.dtype != b.dtype or not b.is_meta:
+        if a.dtype != b.dtype or b.device != a.device:
             return None
         shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .calls import Call, Recorder, at_channels, dims_of, except_free_at, free_at, meet, normal, piece
+from .calls import Call, Recorder, at_channels, dims_of, except_free_at, free_at, meet, normal, piece, tensors_in
 from .labels import Carried, Label, along, collapsed
 
 
@@ -55,7 +55,7 @@ def convolution(r: Recorder, call: Call) -> Sequence[Carried]:
             if ids_out is not None:
                 r.tie(Label(ids_out.reshape(groups, -1), 1))
     labels = []
-    if ids_out is not None:
+    if w_out is not None and ids_out is not None and not r.alone(w_out):
         labels.append(Label(along(ids_out, out.ndim, 1), 1))
         if bias is not None:
             meet(r, [(Carried((Label(ids_out, 0),)), (out.shape[1],)), (r.of(bias), bias.shape)], 1, "bias")
@@ -211,8 +211,9 @@ def softmax(r: Recorder, call: Call) -> Sequence[Carried]:
 
 
 def spatial(r: Recorder, call: Call) -> Sequence[Carried]:
-    """Pooling, resizing and padding by reflection: each channel for itself, over the last dimensions."""
+    """Pooling, resizing, padding by reflection, sampling: each channel for itself, over the last dimensions."""
     x = call.args[0]
+    r.pin([label for t in tensors_in(call.args[1:]) for label in r.of(t).labels], f"{call.name} at places that channels tell")
     out = call.out if isinstance(call.out, Tensor) else call.out[0]
     c = r.of(x)
     last = list(range(2, x.ndim)) or [x.ndim - 1]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .calls import Call, Recorder, dims_of, free_at, normal, piece
+from .answers import masks
+from .calls import Call, Recorder, dims_of, free_at, meet, normal, piece
 from .labels import Carried, Label, aligned, along, collapsed, faster_dims, joined, permuted, reshaped
 
 
@@ -234,6 +235,26 @@ def channel_shuffle(r: Recorder, call: Call) -> Sequence[Carried]:
     return [Carried(tuple(out))]
 
 
+def index_put(r: Recorder, call: Call) -> Sequence[Carried]:
+    """x[i, j] = values: what is written meets what is there, in the dimensions behind those of the indices."""
+    x, where, values = call.args[:3]
+    before, written = r.of(x), r.of(values)
+    used = sum(i.ndim if masks(i) else 1 for i in where if i is not None)
+    inner = 1 if any(masks(i) for i in where) else max(i.ndim for i in where if i is not None)
+    labels = [aligned(v, inner + x.ndim - used) for v in written.labels]
+    if None in [i if i is None else 0 for i in where] or any(v.free < inner for v in labels) or any(
+            v.free < used for v in before.labels):
+        r.pin([*before.labels, *written.labels], "index_put along the channels")
+        return [before]
+    moved = []
+    for v in labels:
+        ids = collapsed(v, range(inner), r.unite).ids
+        moved.append(Label(ids.reshape(*(1,) * used, *ids.shape[inner:]), v.free - inner + used))
+    shape = (*(1,) * x.ndim, *values.shape)[-(x.ndim - used):] if used < x.ndim else ()
+    place = Carried(tuple(moved), written.uniform)
+    return [Carried(meet(r, [(before, x.shape), (place, (*(1,) * used, *shape))], x.ndim, call.name), view=before.view)]
+
+
 def index(r: Recorder, call: Call) -> Sequence[Carried]:
     """index(x, [None, i, ...]), index_select, embedding: only dimensions without channels may be indexed."""
     x, out = call.args[0], call.out
@@ -242,7 +263,9 @@ def index(r: Recorder, call: Call) -> Sequence[Carried]:
     elif call.name == "index_select":
         where = [None] * normal(call.args[1], x.ndim) + [call.args[2]]
     else:
-        where = list(call.args[1])
+        where = []
+        for i in call.args[1]:  # a mask stands for all dimensions that it covers
+            where += [i] * (i.ndim if masks(i) else 1)
     used = [d for d, i in enumerate(where) if i is not None]
     inner = out.ndim - (x.ndim - len(used))  # dimensions that the indices leave behind
     labels = []

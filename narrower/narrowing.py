@@ -155,7 +155,8 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
             try:
                 outs.append(flattened(run(net, inputs, mode)))
             except Exception as e:
-                raise VerifyError(f"the {what} network fails on these inputs: {type(e).__name__}: {e}") from e
+                own = "" if dtype is None else f" (it ran in {kind}: dtype=None takes the model's own)"
+                raise VerifyError(f"the {what} network fails on these inputs: {type(e).__name__}: {e}{own}") from e
     want, have = outs
     if [t.shape for t in want] != [t.shape for t in have]:
         raise VerifyError(f"the narrow network's outputs have shapes {[tuple(t.shape) for t in have]}, "

@@ -23,6 +23,7 @@ from .movement import (
     cut,
     expand,
     index,
+    index_put,
     pad,
     permute,
     pixel_shuffle,
@@ -102,7 +103,9 @@ KINDS: dict[Rule, str] = {
              "adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d fractional_max_pool2d "
              "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d "
              "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
-             "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
+             "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+             "grid_sampler_2d grid_sampler_3d roi_align roi_pool",
+    index_put: "index_put",
     index: "index index_select embedding",
     like: "zeros_like ones_like full_like empty_like rand_like randn_like new_empty new_zeros new_ones new_full empty "
           "zeros ones full rand randn bernoulli uniform normal fill zero empty_strided new_empty_strided",

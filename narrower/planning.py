@@ -7,7 +7,7 @@ import fnmatch
 import heapq
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,10 +155,11 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
 
     `macs`, `params`: what may remain, a fraction of the dense network in (0, 1) or an absolute number; the plan ends below
     it, and no removed step would fit back. Every step removes what loses the smallest share of its group's remaining score, in
-    log terms and for each layer of the group, for the cost it saves; so scores need not be comparable between groups, and no
-    group is emptied. `remove` instead: the fraction of channels taken from each group, or {pattern: fraction} over group or
-    layer names (later patterns win). `round_to`: kept widths are multiples of it where the dense ones allow. `exclude`:
-    patterns of groups to leave. `min_channels`: at least so many stay in each group.
+    log terms, for each layer of the group and times the root of its size, for the cost it saves; so scores need not be
+    comparable between groups, no group is emptied, and wide layers, whose channels are cheap, keep more of them. `remove`
+    instead: the fraction of channels taken from each group, or {pattern: fraction} over group or layer names (later patterns
+    win). `round_to`: kept widths are multiples of it where the dense ones allow. `exclude`: patterns of groups to leave.
+    `min_channels`: at least so many stay in each group.
 
     Raises PlanError for requests that do not fit the graph, BudgetError for a budget below the least that can be reached.
     """
@@ -250,9 +251,10 @@ def limits(part: Component, totals: Mapping[str, int], min_channels: int) -> np.
 class Steps:
     """The steps that one component can take, each a number of channels from each of its cells."""
 
-    def __init__(self, graph: Graph, part: Component, values: Mapping[str, np.ndarray], column: Mapping[str, int],
+    def __init__(self, graph: Graph, part: Component, values: Mapping[str, np.ndarray], model: CostModel,
                  round_to: int, min_channels: int) -> None:
-        self.part, self.column = part, column
+        self.part, self.model = part, model
+        self.columns = [model.column[c.group] for c in part.cells]
         self.layers = {c.group: max(1, len(graph[c.group].layers)) for c in part.cells}
         self.most = limits(part, {c.group: graph[c.group].size for c in part.cells}, min_channels)
         self.sorted = [np.sort(values[c.group][c.channels]) for c in part.cells]
@@ -271,7 +273,7 @@ class Steps:
             step = move * self.multiple(move)
             if (self.lost + step > self.most).any():
                 continue
-            saved = sum(weight[k] * v for k, v in running.saved(self.by_group(step, len(running.widths))).items())
+            saved = sum(weight[k] * v for k, v in running.saved(self.by_group(step)).items())
             if saved > 0 and (best is None or self.loss(step) / saved < best[0]):
                 best = (self.loss(step) / saved, step)
         return best
@@ -296,7 +298,7 @@ class Steps:
         return float(np.concatenate(taken).mean())
 
     def loss(self, step: np.ndarray) -> float:
-        """-log of the share of score that its groups keep, for each layer that makes the group."""
+        """-log of the share of score that its groups keep, for each of their layers, times the root of their size."""
         out = 0.0
         gone: dict[str, float] = {}
         for cell, values, lost, n in zip(self.part.cells, self.sorted, self.lost, step, strict=True):
@@ -305,13 +307,12 @@ class Steps:
         for name, value in gone.items():
             left = self.remaining[name]
             share = min(1 - 1e-12, value / left) if left > 0 else 1 - 1e-12
-            out -= self.layers[name] * math.log1p(-share)
+            out -= self.layers[name] * math.sqrt(self.sizes[name]) * math.log1p(-share)
         return out
 
-    def by_group(self, step: np.ndarray, count: int) -> np.ndarray:
-        out = np.zeros(count)
-        for cell, n in zip(self.part.cells, step, strict=True):
-            out[self.column[cell.group]] += n
+    def by_group(self, step: np.ndarray) -> np.ndarray:
+        out = np.zeros(len(self.model.names))
+        np.add.at(out, self.columns, step)
         return out
 
     def take(self, step: np.ndarray) -> None:
@@ -324,50 +325,56 @@ class Steps:
         self.lost = self.lost - self.history.pop()
 
 
+def fits(now: Mapping[Kind, float], targets: Mapping[Kind, float]) -> bool:
+    """Whether costs are below the targets, to rounding."""
+    return all(now[k] <= targets[k] * (1 + 1e-12) for k in targets)
+
+
+def descend(steps: Sequence[Steps], running: Running, targets: Mapping[Kind, float],
+            best: Callable[[Steps], tuple[float, np.ndarray] | None], most: float = math.inf) -> list[int]:
+    """Greedy: the step of the lowest value, until the costs fit or `most` channels are gone; returns whose steps were taken.
+
+    A step's value only grows while others are taken, so a heap with late updates is exact.
+    """
+    heap = [(found[0], k) for k, s in enumerate(steps) if (found := best(s))]
+    heapq.heapify(heap)
+    taken: list[int] = []
+    count = 0
+    while heap and count < most and not fits(running.now, targets):
+        old, k = heapq.heappop(heap)
+        found = best(steps[k])
+        if found is None:
+            continue
+        if heap and found[0] > heap[0][0] and found[0] > old:  # its cost has changed since
+            heapq.heappush(heap, (found[0], k))
+            continue
+        running.move(steps[k].by_group(found[1]))
+        steps[k].take(found[1])
+        taken.append(k)
+        count += int(found[1].sum())
+        if after := best(steps[k]):
+            heapq.heappush(heap, (after[0], k))
+    return taken
+
+
 def by_budget(graph: Graph, parts: list[Component], values: Mapping[str, np.ndarray], budget: Budget, round_to: int,
               min_channels: int) -> list[np.ndarray]:
-    """Greedy: the step that loses least for what it saves, until below the budget; then what still fits comes back.
-
-    Both a step's loss and the inverse of its saving only grow while others are taken, so a heap with late updates is exact.
-    """
+    """The step that loses least for what it saves, until below the budget; then what still fits comes back."""
     model = CostModel(graph)
     kinds: tuple[Kind, ...] = ("macs", "params")
     dense = {k: model.cost(k, model.dense) for k in kinds}
     targets = budget.targets(dense)
     running = Running(model, tuple(targets))
     weight = {k: 1 / dense[k] for k in targets}
-    column = {n: k for k, n in enumerate(model.names)}
-    steps = [Steps(graph, p, values, column, round_to, min_channels) for p in parts]
-
-    def above() -> bool:
-        return any(running.now[k] > targets[k] * (1 + 1e-12) for k in targets)
-
-    heap = [(best[0], k) for k, s in enumerate(steps) if (best := s.next(running, weight))]
-    heapq.heapify(heap)
-    taken: list[int] = []
-    while above() and heap:
-        old, k = heapq.heappop(heap)
-        best = steps[k].next(running, weight)
-        if best is None:
-            continue
-        if heap and best[0] > heap[0][0] and best[0] > old:
-            heapq.heappush(heap, (best[0], k))
-            continue
-        running.move(steps[k].by_group(best[1], len(column)))
-        steps[k].take(best[1])
-        taken.append(k)
-        after = steps[k].next(running, weight)
-        if after is not None:
-            heapq.heappush(heap, (after[0], k))
-    if above():
+    steps = [Steps(graph, p, values, model, round_to, min_channels) for p in parts]
+    taken = descend(steps, running, targets, lambda s: s.next(running, weight))
+    if not fits(running.now, targets):
         raise unreachable(graph, model, running, targets, dense)
     for k in reversed(taken):
-        step = steps[k].by_group(steps[k].history[-1], len(column)) if steps[k].history else None
-        if step is None:
-            continue
-        saved = running.saved(-step)
+        step = -steps[k].by_group(steps[k].history[-1])
+        saved = running.saved(step)
         if all(running.now[c] - saved[c] <= targets[c] for c in targets):
-            running.move(-step)
+            running.move(step)
             steps[k].back()
     return [s.lost for s in steps]
 

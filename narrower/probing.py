@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from .calls import Call
+from .collecting import Trace
 from .groups import Graph
 from .labels import Carried, Ids, Label
-from .recording import Recording, Trace
+from .recording import Recording
 from .solving import Solution
 from .surgery import Keep, Selection, fit, sliced
 from .ties import components
@@ -32,7 +33,7 @@ class Probe(Recording):
 
     def __init__(self, model: nn.Module, dense: Trace, solution: Solution, keep: Keep,
                  cuts: Mapping[str, list[Selection]]) -> None:
-        super().__init__(model, dense.axes)
+        super().__init__(model, dense.axes, dense.answers)
         self.dense, self.unit, self.cuts = dense, solution.unit, cuts
         self.alive_units = alive(solution, keep)
         self.views: Counter[int] = Counter()  # labels that a view has been asked about

@@ -22,7 +22,7 @@ from .errors import BudgetError, ConfigError, PlanError, StorageError
 from .forgetting import Forgetting, Ranking, decoupled
 from .groups import Graph
 from .narrowing import carry, record, same_tensors
-from .planning import Budget, matching, widths
+from .planning import Budget, fits, matching, widths
 from .shrinking import Layout, fresh_copy, restructure, shaped
 from .sites import Scope, places
 from .surgery import duplicate, named_tensors
@@ -152,8 +152,7 @@ class ResRep:
         """The share of the dense network that `shrink` would take out now; 1 when it can merge the compactors for good."""
         if self.resting and not self.idle:
             return 1.0
-        kind = next(iter(self.targets))
-        return self.cost.cost(kind, widths(self.cost, self.keep)) / self.dense[kind] - self.reached()
+        return self.reached(self.keep) - self.reached()
 
     def merge(self, model: nn.Module | None = None) -> nn.Module:
         """The narrow network: plain modules, every compactor merged; the trained model stays as it is, or `model`: an averaged
@@ -178,11 +177,12 @@ class ResRep:
         kind = next(iter(self.targets))
         norms = self.norms()
         chosen = self.chosen_channels()
-        gone = {n: np.setdiff1d(np.arange(self.graph[n].size), kept) for n, kept in self.remaining().items()}
+        keep = self.remaining()
         stay = np.concatenate([norms[n][~chosen[n]] for n in norms])
         return {
-            "masked": self.masked[kind] / self.dense[kind], "reached": self.reached(),
-            "chosen": float(sum(c.sum() for c in chosen.values())), "zero": float(sum(len(c) for c in gone.values())),
+            "masked": self.masked[kind] / self.dense[kind], "reached": self.reached(keep),
+            "chosen": float(sum(c.sum() for c in chosen.values())),
+            "zero": float(sum(self.graph[n].size - len(kept) for n, kept in keep.items())),
             "least_norm": float(stay.min()) if len(stay) else 0.0, "mean_norm": float(stay.mean()) if len(stay) else 0.0,
         }
 
@@ -392,9 +392,9 @@ class ResRep:
     def is_reached(self) -> bool:
         """Whether the network without the channels that are zero meets the budget."""
         now = widths(self.cost, self.remaining())
-        return all(self.cost.cost(kind, now) <= target for kind, target in self.targets.items())
+        return fits({kind: self.cost.cost(kind, now) for kind in self.targets}, self.targets)
 
-    def reached(self) -> float:
-        """The share of the dense cost that remains without the channels that are zero."""
+    def reached(self, keep: Mapping[str, np.ndarray] | None = None) -> float:
+        """The share of the dense cost that remains: without the channels that are zero, or with those in `keep`."""
         kind = next(iter(self.targets))
-        return self.cost.cost(kind, widths(self.cost, self.remaining())) / self.dense[kind]
+        return self.cost.cost(kind, widths(self.cost, self.remaining() if keep is None else keep)) / self.dense[kind]

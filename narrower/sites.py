@@ -96,9 +96,10 @@ class Walk:
         self.maker: dict[int, Step] = {}  # outputs of convolutions and linear layers
         self.readers = Counter(i for s in graph.steps for i in s.inputs if isinstance(i, int))
         self.users: dict[str, set[str]] = {}  # the modules that use a convolution's weight
+        self.uses: Counter[str] = Counter()  # and how often it is used
         for s in graph.steps:
             self.users.setdefault(self.weight_of(s), set()).add(s.module)
-        self.uses = Counter(self.weight_of(s) for s in graph.steps)
+            self.uses[self.weight_of(s)] += 1
         self.needs: list[Zero] = []
         self.gates: set[str] = set()  # sites that make what multiplies a channel
         self.depthwise: set[str] = set()

@@ -10,9 +10,9 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from .collecting import Trace
 from .groups import ChannelGroup, Edit, Graph, MapSource, Members, Mixer, Role, Slice, Tie
 from .labels import Axes, Ids
-from .recording import Trace
 
 
 class Solution(NamedTuple):

@@ -7,7 +7,8 @@ groups (`solving`); the probe narrows them all and runs the forward again (`prob
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .answers import Answer, Listening
+from .collecting import Trace
 from .editing import Place, applied, proposals
 from .errors import TraceError
 from .groups import Graph
 from .labels import Axes, Ids
 from .probing import Mismatch, Probe, alive, narrowed_in_place, trial
-from .recording import Recording, Trace, run
+from .recording import Recording, run
 from .solving import Solution, solve
 from .surgery import collector_paused, duplicate, named_tensors, selections, undone
 from .ties import components
@@ -59,17 +62,23 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
     lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise TraceError(f"{lazy[0]} is not initialised: run the model once before tracing it")
-    stage = staged(model, example_inputs, "meta")
     try:
-        return Tracer(stage).graph(allow_inexact)
-    except RealNeeded as first:
-        try:
-            return Tracer(staged(model, example_inputs, "real")).graph(allow_inexact)
-        except RealNeeded as e:
-            raise TraceError(
-                f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): "
-                f"{type(e.__cause__).__name__}: {e.__cause__}. Check that model(example_inputs) runs."
-            ) from first.__cause__
+        return Tracer(staged(model, example_inputs, "meta")).graph(allow_inexact)
+    except RealNeeded as e:
+        first = e.__cause__
+    real = staged(model, example_inputs, "real")
+    try:
+        with unchanged(real.model):
+            run(real.model, real.inputs, listening := Listening())
+    except Exception as e:
+        raise TraceError(
+            f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): {type(e).__name__}: {e}. "
+            "Check that model(example_inputs) runs."
+        ) from first
+    try:
+        return Tracer(real, listening.answers).graph(allow_inexact)
+    except RealNeeded as e:
+        raise unrepeatable(e.__cause__) from e
 
 
 class RealNeeded(Exception):
@@ -91,6 +100,19 @@ def staged(model: nn.Module, inputs: Any, kind: str) -> Stage:
         raise TraceError(f"the model cannot be copied ({type(e).__name__}: {e}); trace needs copy.deepcopy(model)") from e
     given = moved(inputs, "meta") if kind == "meta" else inputs
     return Stage(skeleton, given, named_tensors(skeleton))
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What a forward stores in its modules must not change the next one."""
+    before = [(m, dict(m.__dict__)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for m, was in before:
+            if len(m.__dict__) != len(was) or any(m.__dict__.get(k, m) is not v for k, v in was.items()):
+                m.__dict__.clear()
+                m.__dict__.update(was)
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -127,8 +149,9 @@ def flattened(x: Any) -> list[Tensor]:
 class Tracer:
     """The loop of trace, solve and probe; what is found wrong goes into `pinned` or `choices` and the loop runs again."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, answers: Sequence[Answer] | None = None) -> None:
+        self.stage, self.answers = stage, answers
+        self.repeatable = False  # the forward was seen to do the same twice
         self.choices: dict[str, int] = {}
         self.pinned: dict[str, str] = {}
         self.edits: dict[Place, Ids] = {}
@@ -171,7 +194,7 @@ class Tracer:
                     self.pinned, self.edits = {}, {}  # groups may be others now
                     traces, axes = self.dense()
                 elif not solution.graph.free:
-                    raise TraceError(f"the forward does not do the same twice: {e.reason}") from e
+                    raise unrepeatable(e) from e
                 elif not self.mended(traces, axes, solution, e):
                     self.blame(traces, solution, e)
 
@@ -194,7 +217,7 @@ class Tracer:
     def dense(self) -> tuple[dict[str, Trace], Axes]:
         """The equations of the dense forward: in eval mode, and in train mode where that reaches further parameters."""
         axes, self.notes = Axes(), []
-        first = Trace(self.stage.model, axes, self.choices)
+        first = Trace(self.stage.model, axes, self.choices, self.answers)
         try:
             self.out_shapes = self.outputs(first)
         except Exception as e:
@@ -202,7 +225,7 @@ class Tracer:
         traces = {"eval": first}
         idle = self.parameters - first.seen
         if idle:
-            second = Trace(self.stage.model, axes, self.choices)
+            second = Trace(self.stage.model, axes, self.choices, self.answers)
             self.stage.model.train()
             try:
                 self.outputs(second)
@@ -218,7 +241,8 @@ class Tracer:
         return traces, axes
 
     def outputs(self, mode: Recording) -> list[tuple[int, ...]]:
-        out = flattened(run(self.stage.model, self.stage.inputs, mode))
+        with unchanged(self.stage.model):
+            out = flattened(run(self.stage.model, self.stage.inputs, mode))
         for t in out:
             labels = mode.of(t).labels
             if labels:
@@ -280,6 +304,12 @@ class Tracer:
         names = [g.name for g in graph.groups]
         found = {int(solution.group_of[u]) for u in np.unique(e.ids)} - {-1}
         suspects = [names[g] for g in found if graph[names[g]].free]
+        if not suspects and not self.repeatable:
+            try:
+                self.probe(traces, solution, {})
+            except Mismatch as again:
+                raise unrepeatable(again) from e
+            self.repeatable = True
         if len(suspects) != 1:
             suspects = self.bisect(traces, solution, suspects or [g.name for g in graph.free])
         for name in suspects:
@@ -314,6 +344,10 @@ class Tracer:
             else:
                 break  # only together
         return suspects
+
+
+def unrepeatable(e: BaseException | None) -> TraceError:
+    return TraceError(f"the forward does not do the same twice: {e}")
 
 
 def free_channels(graph: Graph) -> int:

@@ -21,6 +21,7 @@ FLOORS: dict[str, float] = {
     "groups": 0,
     "labels": 0,
     "calls": 1,
+    "answers": 1.05,
     "meta": 1,
     "cost": 1,
     "surgery": 1,
@@ -30,6 +31,7 @@ FLOORS: dict[str, float] = {
     "mixing": 1.1,
     "ops": 1.2,
     "recording": 2.1,
+    "collecting": 2.15,
     "solving": 2.2,
     "probing": 2.3,
     "editing": 2.25,
@@ -63,7 +65,7 @@ OUTSIDE_THE_CORE = {name for name, floor in FLOORS.items() if floor >= 5}
 CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
 EXTRAS = "timm torchvision accelerate rich jsonargparse sklearn yaml PIL onnx onnxscript onnxruntime"
 OPTIONAL_PACKAGES = set(EXTRAS.split())
-MAX_CORE_LINES = 5710  # a ratchet, set anew when ResRep and edits came: the goal is 2500, this number only goes down
+MAX_CORE_LINES = 5840  # a ratchet, set anew when detectors came: the goal is 2500, this number only goes down
 MAX_FILE_LINES = 400
 
 FILES = sorted(PACKAGE.rglob("*.py"))

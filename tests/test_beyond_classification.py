@@ -1,0 +1,193 @@
+"""Detection, segmentation, video, optical flow, sound, generators, several inputs: traced, narrowed and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import narrower
+
+torchvision = pytest.importorskip("torchvision")
+NO_WEIGHTS: dict[str, Any] = {"weights": None, "weights_backbone": None}
+DETECTORS = ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"]
+
+
+def halved(model: nn.Module, inputs: Any, **options: Any) -> tuple[narrower.Graph, narrower.Plan, nn.Module]:
+    """The network with half of its free channels, verified."""
+    graph = narrower.trace(model, inputs)
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    small = narrower.narrow(model, plan)
+    narrower.verify(model, small, plan, inputs, **options)
+    return graph, plan, small
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_narrow_though_their_forward_asks_for_values(name: str) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=7, **NO_WEIGHTS).eval()
+    images = ([torch.rand(3, 96, 128), torch.rand(3, 128, 96)],)
+    graph, plan, small = halved(model, images)
+    assert plan.params[1] < 0.4 * plan.params[0]
+    pinned = [g for g in graph if not g.free]
+    assert sum(g.size for g in pinned) < 0.05 * sum(g.size for g in graph), [g.pinned for g in pinned]
+    small.train()
+    targets = [{"boxes": torch.tensor([[5.0, 5.0, 60.0, 60.0]]), "labels": torch.tensor([1])} for _ in images[0]]
+    losses = small(images[0], targets)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    assert all(bool(v.isfinite()) for v in losses.values())
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "fcn_resnet50"])
+def test_segmentation(name: str) -> None:
+    torch.manual_seed(0)
+    aux = {"aux_loss": True} if name.startswith("fcn") else {}
+    model = torchvision.models.get_model(name, num_classes=7, **NO_WEIGHTS, **aux).eval()
+    _, plan, small = halved(model, torch.rand(2, 3, 64, 64))
+    assert plan.params[1] < 0.3 * plan.params[0]
+    assert small(torch.rand(1, 3, 64, 64))["out"].shape == (1, 7, 64, 64)
+
+
+def test_video() -> None:
+    torch.manual_seed(0)
+    _, plan, _ = halved(torchvision.models.video.mc3_18(num_classes=7).eval(), torch.rand(2, 3, 4, 32, 32))
+    assert plan.params[1] < 0.3 * plan.params[0]
+
+
+def test_optical_flow() -> None:
+    """RAFT asks for 96 hidden channels by name: that much stays, and the rest narrows."""
+    torch.manual_seed(0)
+    frames = {"image1": torch.rand(1, 3, 128, 128), "image2": torch.rand(1, 3, 128, 128), "num_flow_updates": 2}
+    graph, plan, _ = halved(torchvision.models.optical_flow.raft_small().eval(), frames, dtype=None)
+    assert plan.params[1] < 0.65 * plan.params[0]
+    assert all(g.free or g.pinned for g in graph)
+
+
+class Sound(nn.Module):
+    """Raw audio: a strided 1-D stem, dilated residual blocks, attention pooling over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(1, 16, 9, 4, 4), nn.BatchNorm1d(16), nn.ReLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(16, 24, 3, padding=d, dilation=d), nn.BatchNorm1d(24), nn.GELU(), nn.Conv1d(24, 16, 1))
+            for d in (1, 2, 4))
+        self.attend = nn.Conv1d(16, 1, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        weight = self.attend(x).softmax(-1)
+        mean = (x * weight).sum(-1)
+        return self.head(torch.cat([mean, x.amax(-1)], 1))
+
+
+class Generator(nn.Module):
+    """Noise to an image: a linear layer viewed as maps, transposed convolutions, PixelShuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Linear(12, 32 * 4 * 4)
+        self.up = nn.Sequential(nn.BatchNorm2d(32), nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+        self.wide = nn.Conv2d(16, 32, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(2)
+        self.out = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.start(z)
+        x = self.up(x.view(len(z), -1, 4, 4))
+        return self.out(self.shuffle(self.wide(x)).relu()).tanh()
+
+
+class TwoViews(nn.Module):
+    """An image and a vector; the vector modulates the maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.SyncBatchNorm(16), nn.ReLU())
+        self.scale, self.shift = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, image: Tensor, vector: Tensor) -> Tensor:
+        x = self.conv(image)
+        x = x * self.scale(vector)[:, :, None, None] + self.shift(vector)[:, :, None, None]
+        return self.head(x).mean((2, 3))
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
+    "sound": (Sound, torch.randn(3, 1, 256), 0.35),
+    "generator": (Generator, torch.randn(3, 12), 0.35),
+    "two_views": (TwoViews, (torch.randn(3, 3, 8, 8), torch.randn(3, 6)), 0.6),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_of_networks(name: str) -> None:
+    torch.manual_seed(0)
+    make, inputs, share = OTHERS[name]
+    _, plan, _ = halved(make().eval(), inputs)
+    assert plan.params[1] < share * plan.params[0]
+
+
+class Stateful(nn.Module):
+    """Keeps a tensor that it made in the first forward, as anchor generators do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 4, 1)
+        self.grid: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device) / 8
+        return self.head(self.conv(x).relu() + self.grid)
+
+
+def test_what_a_forward_stores_does_not_confuse_the_next_one() -> None:
+    model = Stateful().eval()
+    graph, _, _ = halved(model, torch.randn(2, 3, 8, 8))
+    assert [g.name for g in graph.free] == ["conv"]
+
+
+class Restless(nn.Module):
+    """Another number at each call, whatever is narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [0]
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        return self.head(self.conv(x) * float(self.calls[0]))
+
+
+def test_a_forward_that_does_not_repeat_itself_is_refused() -> None:
+    with pytest.raises(narrower.TraceError, match="does not do the same twice"):
+        narrower.trace(Restless().eval(), torch.randn(2, 3, 8, 8))
+
+
+class Masked(nn.Module):
+    """A different number of positions for other values; a branch on the data; a count that becomes a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x.mean(1) > 0
+        x = self.conv(x).movedim(1, -1)
+        out = torch.zeros_like(x)
+        out[bright] = x[bright].relu() if int(bright.sum()) > 3 else x[bright]
+        return self.head(out.sum((1, 2)) / bright.sum().item())
+
+
+def test_masks_and_branches_are_taken_as_they_were() -> None:
+    graph, _, _ = halved(Masked().eval(), torch.randn(2, 3, 8, 8))
+    assert [g.name for g in graph.free] == ["conv"]
