@@ -97,6 +97,9 @@ class Trace(Recording):
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:
             x, y = np.broadcast_arrays(a, b)
+            if x.size > 4096:  # whole weights: mostly an id with itself
+                differ = x != y
+                x, y = x[differ], y[differ]
             self.pairs.append((x.reshape(-1), y.reshape(-1)))
 
     def tie(self, label: Label) -> None:

@@ -6,7 +6,7 @@ tensors of a coefficient times the product of its sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Literal
 
@@ -99,29 +99,32 @@ class Running:
         self.widths = model.dense.copy()
         self.sizes = model.sizes(self.widths)
         self.now = {k: model.cost(k, self.widths) for k in kinds}
-        self.touched = {
-            k: [np.nonzero((model.per_channel[model.terms[k][0]] != 0).any(axis=1)[:, g])[0] for g in range(len(model.names))]
-            for k in kinds
-        }
+        self.touched: dict[Kind, list[np.ndarray]] = {}
+        for k in kinds:  # for each group the rows of the table that it changes
+            table, group = np.nonzero((model.per_channel[model.terms[k][0]] != 0).any(axis=1))
+            self.touched[k] = np.split(table[np.argsort(group, kind="stable")], np.bincount(
+                group, minlength=len(model.names)).cumsum()[:-1])
 
-    def saved(self, step: np.ndarray) -> dict[Kind, float]:
-        """What losing `step` channels (by group, most of them zero) would save."""
+    def changes(self, step: np.ndarray) -> Iterator[tuple[Kind, float, np.ndarray, np.ndarray]]:
+        """For each cost what losing `step` channels (by group, most of them zero) saves, and the sizes that it changes."""
         groups = np.nonzero(step)[0]
-        delta = self.model.per_channel[:, groups] @ step[groups]
-        out: dict[Kind, float] = {}
         for k in self.kinds:
             table, coef, _ = self.model.terms[k]
             rows = self.touched[k][groups[0]]
             if len(groups) > 1:
                 rows = np.unique(np.concatenate([self.touched[k][g] for g in groups]))
-            before = self.sizes[table[rows]]
-            after = before - delta[table[rows]]
-            out[k] = float((coef[rows] * (np.prod(before, axis=1) - np.prod(after, axis=1))).sum())
-        return out
+            ends = table[rows]
+            before = self.sizes[ends]
+            after = before - self.model.per_channel[ends[..., None], groups] @ step[groups]
+            yield k, float((coef[rows] * (np.prod(before, axis=1) - np.prod(after, axis=1))).sum()), ends, after
+
+    def saved(self, step: np.ndarray) -> dict[Kind, float]:
+        """What losing `step` channels would save."""
+        return {k: value for k, value, *_ in self.changes(step)}
 
     def move(self, step: np.ndarray) -> None:
         """Lose `step` channels; a negative step takes them back."""
-        for k, value in self.saved(step).items():
+        for k, value, ends, after in list(self.changes(step)):
             self.now[k] -= value
+            self.sizes[ends] = after
         self.widths -= step
-        self.sizes = self.model.sizes(self.widths)

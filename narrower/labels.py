@@ -184,7 +184,7 @@ def collapsed(label: Label, dims: Sequence[int], unite: Callable[[Ids, Ids], Non
     ids = label.ids
     for d in dims:
         if ids.shape[d] > 1:
-            first = ids.take([0], axis=d)
-            unite(first, ids)
-            ids = first
+            rows = np.moveaxis(ids, d, 0)
+            unite(rows[:-1], rows[1:])  # neighbours: most rows of a grouped weight are alike
+            ids = ids.take([0], axis=d)
     return Label(ids, label.free, label.axis)

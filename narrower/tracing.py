@@ -7,8 +7,10 @@ groups (`solving`); the probe narrows them all and runs the forward again (`prob
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from traceback import walk_tb
 from typing import Any, NamedTuple
 
@@ -46,7 +48,8 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments, as the model takes them (only
     their shapes and dtypes matter, unless the forward branches on data). The model is not touched: a copy with meta
     tensors runs, in eval mode, and in train mode as well where that uses other layers. `allow_inexact=False` pins the groups
-    that a layer normalises or pools across (their removal changes that layer by definition).
+    that a layer normalises or pools across (their removal changes that layer by definition). From two seconds on, lines on
+    standard error tell how far it is.
 
     Raises TraceError if the forward fails, if there is nothing to narrow, or for a wrapped (DDP, compiled) model.
     """
@@ -151,6 +154,7 @@ class Tracer:
 
     def __init__(self, stage: Stage, answers: Sequence[Answer] | None = None) -> None:
         self.stage, self.answers = stage, answers
+        self.began, self.next_line, self.forwards = perf_counter(), 2.0, 0
         self.repeatable = False  # the forward was seen to do the same twice
         self.choices: dict[str, int] = {}
         self.pinned: dict[str, str] = {}
@@ -240,7 +244,17 @@ class Tracer:
                                   + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
         return traces, axes
 
+    def tell(self) -> None:
+        """A line after 2, 4, 8 ... seconds."""
+        seconds = perf_counter() - self.began
+        if seconds > self.next_line:
+            sys.stderr.write(f"narrower: tracing since {seconds:.0f} s: {self.forwards} forwards, {len(self.pinned)} groups "
+                             f"found to be fixed, {len(self.edits)} stored numbers that follow\n")
+            self.next_line = 2 * seconds
+
     def outputs(self, mode: Recording) -> list[tuple[int, ...]]:
+        self.tell()
+        self.forwards += 1
         with unchanged(self.stage.model):
             out = flattened(run(self.stage.model, self.stage.inputs, mode))
         for t in out:

@@ -218,6 +218,16 @@ def test_tracing_is_quick() -> None:
     assert time.process_time() - start < 2
 
 
+def test_a_long_trace_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = chain(unit(3, 8), unit(8, 6), networks.Head(6))
+    narrower.trace(model, IMAGES)
+    assert not capsys.readouterr().err
+    seconds = iter(range(0, 1000, 3))
+    monkeypatch.setattr("narrower.tracing.perf_counter", lambda: next(seconds))
+    narrower.trace(model, IMAGES)
+    assert "tracing since 3 s" in capsys.readouterr().err
+
+
 def test_the_same_twice() -> None:
     for name in ("shuffle", "chunked", "unet"):
         case = PATTERNS[name]
