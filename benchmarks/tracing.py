@@ -87,7 +87,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--zoo", action="store_true", help="many families, two repetitions each; the mean is over those that both manage")
+    parser.add_argument("--zoo", action="store_true", help="many families, two repetitions each")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -37,17 +37,14 @@ class Recording(TorchDispatchMode):
     def __init__(self, model: nn.Module, axes: Axes, answers: Sequence[Answer] | None = None) -> None:
         super().__init__()
         self.axes, self.answers, self.asked = axes, answers, 0
-        self.modules = {id(m): name for name, m in model.named_modules()}
+        modules = dict(model.named_modules())
+        self.modules = {id(m): name for name, m in modules.items()}
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self.tensors: dict[int, str] = {}
         for name, t in named:
             self.tensors.setdefault(id(t), name)
         self.alive = [t for _, t in named]
-        self.conv_groups = {
-            f"{name}.weight": m.groups
-            for name, m in model.named_modules()
-            if isinstance(m, nn.modules.conv._ConvNd)
-        }
+        self.conv_groups = {f"{n}.weight": m.groups for n, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
         self.counts: Counter[str] = Counter()
         self.pools = self.place = 0
         self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address

@@ -7,6 +7,7 @@ groups (`solving`); the probe narrows them all and runs the forward again (`prob
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
         first = e.__cause__
     real = staged(model, example_inputs, "real")
     try:
-        with unchanged(real.model):
+        with unchanged(list(real.model.modules())):
             run(real.model, real.inputs, listening := Listening())
     except Exception as e:
         raise TraceError(
@@ -106,16 +107,16 @@ def staged(model: nn.Module, inputs: Any, kind: str) -> Stage:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
     """What a forward stores in its modules must not change the next one."""
-    before = [(m, dict(m.__dict__)) for m in model.modules()]
+    before = [(m.__dict__, m.__dict__.copy()) for m in modules]
     try:
         yield
     finally:
-        for m, was in before:
-            if len(m.__dict__) != len(was) or any(m.__dict__.get(k, m) is not v for k, v in was.items()):
-                m.__dict__.clear()
-                m.__dict__.update(was)
+        for now, was in before:
+            if len(now) != len(was) or not all(map(operator.is_, now.values(), was.values())):
+                now.clear()
+                now.update(was)
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -162,6 +163,7 @@ class Tracer:
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
         self.parameters = frozenset(n for n, _ in stage.model.named_parameters())
+        self.modules = list(stage.model.modules())
 
     def graph(self, allow_inexact: bool) -> Graph:
         traces, axes, solution = self.settled()
@@ -255,7 +257,7 @@ class Tracer:
     def outputs(self, mode: Recording) -> list[tuple[int, ...]]:
         self.tell()
         self.forwards += 1
-        with unchanged(self.stage.model):
+        with unchanged(self.modules):
             out = flattened(run(self.stage.model, self.stage.inputs, mode))
         for t in out:
             labels = mode.of(t).labels
