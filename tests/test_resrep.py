@@ -337,19 +337,26 @@ def test_averages_and_schedulers_follow_a_shrink() -> None:
     assert [t.shape for t in outputs(merged, IMAGES)] == [(4, 5)]
 
 
-def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink() -> None:
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("residual", {"full"}), ("grouped", {"full", "block"}), ("depthwise", {"full", "diagonal"}), ("transposed", {"full"})])
+def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink(name: str, kinds: set[str]) -> None:
+    make = small_resnet if name == "residual" else PATTERNS[name].make
+    inputs = IMAGES if name == "residual" else doubled(PATTERNS[name].inputs)
+
     def fresh() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
-        resrep, _ = made(small_resnet, IMAGES, 0.4, steps=70)
+        resrep, _ = made(make, inputs, 0.5, steps=70)
+        assert kinds <= {s.kind for s in resrep.sites.values()}
         return resrep, sgd(resrep)
 
     def until(resrep: narrower.ResRep, optimizer: torch.optim.Optimizer, steps: list[int]) -> None:
         for step in steps:
-            forgetting.train(resrep, optimizer, IMAGES, 1, seed=step)
+            forgetting.train(resrep, optimizer, inputs, 1, seed=step)
             if step in (30, 45):
                 resrep.shrink(fold=step == 30)
 
     whole, optimizer = fresh()
     until(whole, optimizer, list(range(50)))
+    assert whole.layout.ends, "nothing has been taken out before the interruption"
     saved = copy.deepcopy((whole.state_dict(), whole.model.state_dict(), optimizer.state_dict()))
     until(whole, optimizer, list(range(50, 70)))
     resumed, optimizer = fresh()
@@ -361,7 +368,7 @@ def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink() -> None:
     assert list(a) == list(b)
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert whole.state_dict()["step"] == resumed.state_dict()["step"] == 70
-    assert difference(outputs(whole.merge(), IMAGES), outputs(resumed.merge(), IMAGES)) == 0
+    assert difference(outputs(whole.merge(), inputs), outputs(resumed.merge(), inputs)) == 0
 
 
 def test_merged_saves_loads_and_trains_on(tmp_path: Any) -> None:
