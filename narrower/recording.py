@@ -25,6 +25,7 @@ from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed
 from .meta import inferred
 from .mixing import reduce
 from .ops import RULES, pooling, rule_for
+from .surgery import named_tensors
 
 CARRIED = "_narrower_carried"
 
@@ -39,11 +40,10 @@ class Recording(TorchDispatchMode):
         self.axes, self.answers, self.asked = axes, answers, 0
         modules = dict(model.named_modules())
         self.modules = {id(m): name for name, m in modules.items()}
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self.alive = named_tensors(model)
         self.tensors: dict[int, str] = {}
-        for name, t in named:
+        for name, t in self.alive.items():
             self.tensors.setdefault(id(t), name)
-        self.alive = [t for _, t in named]
         self.conv_groups = {f"{n}.weight": m.groups for n, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
         self.counts: Counter[str] = Counter()
         self.pools = self.place = 0
