@@ -178,7 +178,7 @@ def trial(graph: Graph, seed: int = 0) -> Keep:
         # no two neighbours lose the same share; one channel more or less tells sizes apart that agree by accident
         share = 0.25 + 0.4 * ((k * 0.618) % 1)
         want = np.maximum(1, np.minimum(sizes - 1, np.round(sizes * share))).astype(np.int64)
-        lost = part.removable(want, np.maximum(0, sizes - 1))
+        lost = part.removable(want, np.where(sizes > 2, sizes - 2, sizes - 1))  # one that is left by itself tells little
         for cell, n in zip(part.cells, lost, strict=True):
             stays[cell.group][rng.choice(cell.channels, int(n), replace=False)] = False
     return {name: np.nonzero(mask)[0] for name, mask in stays.items()}
