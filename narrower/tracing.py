@@ -79,10 +79,12 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
             f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): {type(e).__name__}: {e}. "
             "Check that model(example_inputs) runs."
         ) from first
-    try:
-        return Tracer(real, listening.answers).graph(allow_inexact)
-    except RealNeeded as e:
-        raise unrepeatable(e.__cause__) from e
+    for answers in (listening.answers, None):  # where zeros will not do (an inverse), with all values
+        try:
+            return Tracer(real, answers).graph(allow_inexact)
+        except RealNeeded as e:
+            last = e
+    raise unrepeatable(last.__cause__) from last
 
 
 class RealNeeded(Exception):

@@ -191,3 +191,21 @@ class Masked(nn.Module):
 def test_masks_and_branches_are_taken_as_they_were() -> None:
     graph, _, _ = halved(Masked().eval(), torch.randn(2, 3, 8, 8))
     assert [g.name for g in graph.free] == ["conv"]
+
+
+class Whitening(nn.Module):
+    """Asks for a value, and inverts a matrix that would be singular if the values were zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = torch.relu(x + 1).flatten(2)
+        inverse = torch.linalg.inv(pixels @ pixels.mT + torch.eye(3, dtype=x.dtype) * (x.abs().max().item() > 0) * 0.1)
+        return self.head(self.conv((inverse @ pixels).view_as(x)).relu())
+
+
+def test_where_zeros_will_not_do_values_are_used() -> None:
+    graph, _, _ = halved(Whitening().eval(), torch.randn(2, 3, 8, 8))
+    assert [g.name for g in graph.free] == ["conv"]
