@@ -242,8 +242,7 @@ def index_put(r: Recorder, call: Call) -> Sequence[Carried]:
     used = sum(i.ndim if masks(i) else 1 for i in where if i is not None)
     inner = 1 if any(masks(i) for i in where) else max(i.ndim for i in where if i is not None)
     labels = [aligned(v, inner + x.ndim - used) for v in written.labels]
-    if None in [i if i is None else 0 for i in where] or any(v.free < inner for v in labels) or any(
-            v.free < used for v in before.labels):
+    if any(i is None for i in where) or any(v.free < inner for v in labels) or any(v.free < used for v in before.labels):
         r.pin([*before.labels, *written.labels], "index_put along the channels")
         return [before]
     moved = []
