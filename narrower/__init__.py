@@ -10,6 +10,7 @@ from .errors import (
     TraceError,
     VerifyError,
 )
+from .folding import Folded, fold
 from .forgetting import Forgetting
 from .groups import ChannelGroup, Graph, Slice
 from .measuring import measure, recalibrate
@@ -24,8 +25,8 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Forgetting", "Graph", "NarrowerError", "Plan",
-    "PlanError", "ResRep", "Scores", "Slice", "StorageError", "TraceError", "Verification", "VerifyError", "bn_scale",
-    "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "plan", "random", "recalibrate", "save", "taylor", "trace",
-    "verify",
+    "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Folded", "Forgetting", "Graph",
+    "NarrowerError", "Plan", "PlanError", "ResRep", "Scores", "Slice", "StorageError", "TraceError", "Verification",
+    "VerifyError", "bn_scale", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "plan", "random",
+    "recalibrate", "save", "taylor", "trace", "verify",
 ]

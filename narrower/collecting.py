@@ -90,9 +90,11 @@ class Trace(Recording):
             inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]
         for t in outs:
             setattr(t, NUMBER, self.axes.number())
-        plain = tuple(float(a) for a in (*call.args, *call.kwargs.values()) if isinstance(a, (int, float)))
+        rest = tuple(a for a in call.args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
+        options = tuple((k, v) for k, v in call.kwargs.items() if not isinstance(v, Tensor))
         labelled = any(c.labels for c in carried)
-        self.steps.append(Step(call.name, tuple(inputs), plain, tuple(getattr(t, NUMBER) for t in outs), labelled))
+        made = tuple(getattr(t, NUMBER) for t in outs)
+        self.steps.append(Step(call.name, tuple(inputs), rest, options, made, labelled))
 
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:

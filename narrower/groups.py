@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -103,15 +103,18 @@ class Edit:
 
 
 class Step(NamedTuple):
-    """One operator call of the traced forward: activations by number, parameters and buffers by name, the plain numbers among
-    its arguments, what came out, whether that has channels, and the first module that returned it as it is."""
+    """One operator call of the traced forward: activations by number, parameters and buffers by name (None for arguments that
+    are no tensor); the other arguments (`rest` in their order, `options` by keyword); what came out, whether that has
+    channels, and the first module that returned it as it is; whether it is of the train forward."""
 
     name: str
     inputs: tuple[int | str | None, ...]
-    numbers: tuple[float, ...]
+    rest: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
     outputs: tuple[int, ...]
     labelled: bool
     module: str = ""
+    training: bool = False
 
 
 @dataclass(frozen=True, eq=False)

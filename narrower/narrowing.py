@@ -61,6 +61,11 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     return small
 
 
+def fresh_copy(t: Tensor) -> Tensor:
+    new = t.detach().clone()
+    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+
 def record(small: nn.Module, graph: Graph, keep: Keep) -> None:
     """Note in the narrow network what `save` writes: shapes, kept channels, and the numbers that its modules store."""
     before = getattr(small, RECORD, {"dense": {n: list(s) for n, s in graph.shapes.items()}, "plans": [], "numbers": []})

@@ -21,9 +21,9 @@ from .cost import CostModel, Kind
 from .errors import BudgetError, ConfigError, PlanError, StorageError
 from .forgetting import Forgetting, Ranking, decoupled
 from .groups import Graph
-from .narrowing import carry, record, same_tensors
+from .narrowing import carry, fresh_copy, record, same_tensors
 from .planning import Budget, fits, matching, widths
-from .shrinking import Layout, fresh_copy, restructure, shaped
+from .shrinking import Layout, restructure, shaped
 from .sites import Scope, places
 from .surgery import duplicate, named_tensors
 
@@ -67,6 +67,7 @@ class ResRep:
                             + ("; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4]) or "nothing is free"))
         used = {r.site for mine in self.rows.values() for r in mine}
         self.sites = {m: s for m, s in found.sites.items() if m in used}
+        self.constants = [c for c in found.constants if c[1] in self.rows]
         self.cost = CostModel(graph)
         self.dense: dict[Kind, float] = {k: self.cost.cost(k, self.cost.dense) for k in ("macs", "params")}
         self.targets = Budget(macs, params).targets(self.dense)
@@ -140,7 +141,8 @@ class ResRep:
         keep = self.remaining()
         idle = fold and self.resting and not self.idle
         if idle or any(len(keep[n]) < len(self.keep[n]) for n in keep):
-            *_, (layout, swaps) = [restructure(m, self.graph, self.sites, self.layout, keep, fold=fold, idle=idle)
+            *_, (layout, swaps) = [restructure(m, self.graph, self.sites, self.layout, keep, constants=self.constants,
+                                               fold=fold, idle=idle)
                                    for m in (*ema, self.model)]
             self.idle |= idle
             if self.optimizer is not None:
@@ -160,7 +162,7 @@ class ResRep:
         source = self.model if model is None else model
         small = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
         keep = self.remaining()
-        restructure(small, self.graph, self.sites, self.layout, keep, fold=True, merge=True)
+        restructure(small, self.graph, self.sites, self.layout, keep, constants=self.constants, fold=True, merge=True)
         now = widths(self.cost, keep)
         for kind, target in self.targets.items():
             have = self.cost.cost(kind, now)

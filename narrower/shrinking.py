@@ -5,7 +5,7 @@ A `Layout` knows which of the dense positions every tensor dimension still has, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from .compactor import NAME, Compactor, behind, diagonal, merged, row_norms
 from .editing import applied, numbers
+from .folding import absorb
 from .groups import Graph
 from .narrowing import Swap, format_of
-from .sites import Site
+from .sites import Reader, Site
 from .surgery import Keep, Selection, fit, named_tensors, selections, sliced
 
 End = tuple[str, int]  # a tensor and one of its dimensions
@@ -65,13 +66,19 @@ def tensors_of(model: nn.Module, site: Site) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: Layout, keep: Keep, *,
-                fold: bool, idle: bool = False, merge: bool = False) -> tuple[Layout, list[Swap]]:
+                constants: Sequence[tuple[Reader, str, float]] = (), fold: bool, idle: bool = False,
+                merge: bool = False) -> tuple[Layout, list[Swap]]:
     """Cut `model` (with compactors, in place) down to the channels `keep` of the dense network.
 
     `fold`: full and block-diagonal compactors are merged into their layer and stand anew as diagonals of their row norms, so
     that the layer gets narrower too; else only their rows go. `idle`: all are merged, and stand on as the identity; `merge`:
-    and are taken away. Returns the new layout and what was replaced, for an optimizer.
+    and are taken away. `constants`: what channels are, when they are zero, where a layer reads them: what goes of it moves into
+    that layer. Returns the new layout and what was replaced, for an optimizer.
     """
+    for reader, group, number in constants:
+        gone = np.full(graph[group].size, number)
+        gone[keep[group]] = 0
+        absorb(named_tensors(model), graph, reader, group, gone, layout.ends)
     cuts = selections(graph, keep)
     later = Layout({(t, s.dim): s.rows for t, chosen in cuts.items() for s in chosen})
     values: dict[str, Tensor] = {}  # merged tensors
@@ -199,8 +206,3 @@ def shaped(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: La
             columns = layout.ends[end].reshape(-1) if end in layout.ends else np.arange(site.size)
         swaps.append(renewed(compactor, picked(compactor.weight.detach(), rows, columns), rows, columns))
     return swaps
-
-
-def fresh_copy(t: Tensor) -> Tensor:
-    new = t.detach().clone()
-    return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new

@@ -1,21 +1,25 @@
 """Where compactors stand: the places at which a zero row makes a channel zero for all that reads it.
 
-The steps of a traced forward are walked once. Every activation knows the sites whose zeros make its channel zero:
+The steps of a traced forward are walked once. Every activation knows the sites whose zeros make its channel a constant:
 a convolution or a BatchNorm is a site of its own, `relu` hands its input's on, an addition needs both operands', a product
-one of them, and `sigmoid` makes something of a zero. What reads a channel then says which sites that channel needs.
+one of them, and `sigmoid` makes a half of a zero. What reads a channel then says which sites that channel needs, and whether
+it can take the constant into its bias or its BatchNorm.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
+from .constants import ZERO, Values, padded, pointwise, product, quotient, side_by_side, zero_only
 from .groups import Graph, Step
-from .ops import KINDS
+from .ops import KINDS, RULES, elementwise
 
 Kind = Literal["full", "block", "diagonal"]
 Scope = Literal["inner", "all"]
@@ -56,68 +60,109 @@ class Row:
     positions: np.ndarray
 
 
+class Reader(NamedTuple):
+    """A convolution or linear layer that can take a constant channel into `into`, its bias or the running `mean` of the
+    BatchNorm behind it."""
+
+    weight: str
+    into: str
+    mean: bool
+    blocks: int = 1
+
+
+class Layer(NamedTuple):
+    """A convolution or linear layer by its tensors, its module and the activation that it makes."""
+
+    weight: str
+    bias: str | None
+    transposed: bool
+    module: str
+    output: int
+
+
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Sites by module, the rows that each group's channels need to be zero, and why other groups cannot be compacted."""
+    """Sites by module, the rows that each group's channels need to be zero, why other groups cannot be compacted, and what
+    a group's channels are where `reader` reads them when their rows are zero."""
 
     sites: Mapping[str, Site]
     rows: Mapping[str, tuple[Row, ...]]
     reasons: Mapping[str, str]
+    constants: tuple[tuple[Reader, str, float], ...] = ()
 
 
-class Zero(NamedTuple):
-    """An activation's channel is zero if it is zero at all `sites`, unless `broken` says why not."""
+class Activation(NamedTuple):
+    """The channels of an activation are constant if they are zero at all `sites`, unless `broken` says why not. `values`: what
+    they are then; `name`: which operator made that of a zero."""
 
     sites: frozenset[str] = frozenset()
     broken: str = ""
+    values: Values = MappingProxyType({})
+    name: str = ""
+
+    @property
+    def zero(self) -> bool:
+        return not self.broken and all(bool((v == 0).all()) for v in set(self.values.values()))
 
 
 # operators that make zeros of zeros, whatever else they do
 MOVES = {name for rule, names in KINDS.items() if rule.__name__ in (
-    "view", "permute", "expand", "same", "cut", "select", "split", "unbind", "stack", "reorder", "repeat", "pixel_shuffle",
-    "channel_shuffle", "reduce", "spatial") for name in names.split()} - {"logsumexp", "prod", "any", "all"}
-ODD = {
-    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "tanh", "abs", "neg", "sign",
-    "sqrt", "square", "sin", "asin", "atan", "erf", "round", "floor", "ceil", "trunc", "softshrink", "hardshrink", "prelu",
-    "_prelu_kernel", "expm1", "log1p", "softsign",
-}
+    "view", "permute", "expand", "same", "cut", "select", "split", "unbind", "stack", "cat", "reorder", "repeat",
+    "pixel_shuffle", "channel_shuffle", "reduce", "spatial") for name in names.split()} - {"logsumexp", "prod", "any", "all"}
+# those that make something else of other constants
+CHANGE = {"sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "native_dropout", "dropout", "feature_dropout",
+          "alpha_dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d", "grid_sampler_2d", "grid_sampler_3d", "roi_align",
+          "roi_pool", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "argmax", "argmin", "as_strided_"}
 PRODUCTS = {"mul", "bmm", "baddbmm"}
 
 
-class Walk:
-    """One pass over the steps of a graph."""
+Start = Callable[[Site, Layer | None, str, Row], Tensor]
+"""What a site makes of a group's channels, given the layer before it."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+
+class Walk:
+    """One pass over the steps of a graph, in which the channels of every site are what `start` says: zero."""
+
+    def __init__(self, graph: Graph, start: Start = lambda site, layer, group, row: ZERO) -> None:
+        self.graph, self.start = graph, start
+        self.makes: dict[tuple[str, int], list[tuple[str, np.ndarray, np.ndarray]]] = {}
+        for g in graph.groups:
+            for part in g.slices:
+                self.makes.setdefault((part.tensor, part.dim), []).append((g.name, part.channels, part.positions))
         self.sites: dict[str, Site] = {}
-        self.zero: dict[int, Zero] = {}
+        self.activations: dict[int, Activation] = {}
         self.labelled: set[int] = set()
         self.origin: dict[int, str] = {}  # activations that are a parameter, moved
-        self.maker: dict[int, Step] = {}  # outputs of convolutions and linear layers
-        self.readers = Counter(i for s in graph.steps for i in s.inputs if isinstance(i, int))
+        self.layers: dict[int, Layer] = {}  # by what they make
+        self.readers: dict[int, list[Step]] = {}
         self.users: dict[str, set[str]] = {}  # the modules that use a convolution's weight
-        self.uses: Counter[str] = Counter()  # and how often it is used
+        self.uses: Counter[tuple[str, bool]] = Counter()  # and how often it is used in one forward
         for s in graph.steps:
             self.users.setdefault(self.weight_of(s), set()).add(s.module)
-            self.uses[self.weight_of(s)] += 1
-        self.needs: list[Zero] = []
+            self.uses[self.weight_of(s), s.training] += 1
+            for i in s.inputs:
+                if isinstance(i, int):
+                    self.readers.setdefault(i, []).append(s)
+        self.needs: list[tuple[Activation, Reader | str]] = []  # or why the reader cannot take a constant
         self.gates: set[str] = set()  # sites that make what multiplies a channel
         self.depthwise: set[str] = set()
         for step in graph.steps:
             out = self.passed(step)
             for number in step.outputs:
-                self.zero[number] = out
+                self.activations[number] = out
                 if step.labelled:
                     self.labelled.add(number)
 
     def weight_of(self, step: Step) -> str:
         return str(step.inputs[1]) if step.name == "convolution" and isinstance(step.inputs[1], str) else ""
 
-    def of(self, ref: int | str | None) -> Zero:
-        return self.zero.get(ref, Zero(broken="an input")) if isinstance(ref, int) else Zero(broken="a parameter")
+    def of(self, ref: int | str | None) -> Activation:
+        if isinstance(ref, int):
+            return self.activations.get(ref, Activation(broken="an input"))
+        return Activation(broken="a parameter")
 
-    def passed(self, step: Step) -> Zero:
-        """What the output of a step needs to be zero."""
+    def passed(self, step: Step) -> Activation:
+        """What the channels of a step's output are."""
         name, inputs = step.name, step.inputs
         moved = next((i for i in inputs if i is not None), None)
         if name in MOVES and (isinstance(moved, str) or moved in self.origin):
@@ -130,72 +175,96 @@ class Walk:
             return self.batch_norm(step)
         live = [i for i in inputs if isinstance(i, int) and i in self.labelled]
         if not live:
-            return Zero(broken="no channels")
-        if name in PRODUCTS:
-            whole = [i for i in live if not self.of(i).broken]
-            for i in live:
-                if whole and i not in whole:
-                    self.gates |= self.of(i).sites
-            out = self.of(whole[0]) if whole else self.all_of(live)
-        elif name == "div":
-            out = self.of(inputs[0])
-        elif name in ("add", "sub", "cat", "maximum", "minimum", "concat"):
-            others = [i for i in inputs if i is not None and i not in live]
-            bare = name not in ("cat", "concat") and (others or any(step.numbers[:1]))
-            out = self.all_of(live)
-            if bare and not out.broken:
-                out = Zero(out.sites, f"{name} of a constant")
-        elif name in MOVES or name in ODD or self.through_zero(step):
-            out = self.all_of(live)
-        else:
-            out = Zero(self.all_of(live).sites, f"{name} of zero may not be zero")
+            return Activation(broken="no channels")
+        operands = [self.of(i) for i in live]
+        out = self.made_of(step, operands, others=[i for i in inputs if i is not None and i not in live])
         if not step.labelled:
-            self.needs += [out] if name in PRODUCTS else [self.of(i) for i in live]
+            self.needs += [(x, f"{name} reads them") for x in ([out] if name in PRODUCTS else operands)]
         return out
 
-    def all_of(self, numbers: list[int]) -> Zero:
-        found = [self.of(i) for i in numbers]
-        return Zero(frozenset().union(*(z.sites for z in found)), next((z.broken for z in found if z.broken), ""))
+    def made_of(self, step: Step, operands: list[Activation], others: list[int | str]) -> Activation:
+        """The output of an operator without weights."""
+        name, values = step.name, [x.values for x in operands]
+        out = Activation(frozenset().union(*(x.sites for x in operands)), next((x.broken for x in operands if x.broken), ""),
+                         name=next((x.name for x in operands if x.name), ""))
+        if name in PRODUCTS and (others or len(operands) > 1):
+            zeros = [x for x in operands if x.zero]
+            if zeros:
+                out = zeros[0]
+                self.gates |= {m for x in operands if not x.zero for m in x.sites}
+            found = product([*values, *({} for _ in others)])
+        elif name == "div" and (others or len(operands) > 1):
+            out = self.of(step.inputs[0])
+            found = quotient(out.values, self.of(step.inputs[1]).values)
+        elif name in MOVES:
+            found = side_by_side(values)
+            if name in CHANGE and ("avg_pool" not in name or (len(step.rest) > 2 and any(step.rest[2]))):
+                found = zero_only(found)
+        elif name == "constant_pad_nd":
+            found = padded(values[0], float(step.rest[1]) if len(step.rest) > 1 else 0.0)
+        elif name in ("prelu", "_prelu_kernel"):
+            found = zero_only(values[0])
+        elif RULES.get(name, elementwise) is elementwise and not others and None not in step.inputs[: len(operands)]:
+            found = pointwise(name, values, step.rest, dict(step.options))
+        else:
+            return out._replace(broken=out.broken or f"{name} of zero may not be zero", values={})
+        out = out._replace(values={} if out.broken else found)
+        return out if out.zero or out.name else out._replace(name=name)
 
-    def through_zero(self, step: Step) -> bool:
-        """Whether these numbers leave a zero zero."""
-        if step.name == "constant_pad_nd":
-            return not any(step.numbers)
-        if step.name in ("hardtanh", "clamp"):
-            low, high = step.numbers if len(step.numbers) == 2 else (1.0, 0.0)
-            return low <= 0 <= high
-        if step.name in ("clamp_min", "clamp_max", "threshold"):
-            return bool(step.numbers) and step.numbers[-1] == 0
-        return step.name == "pow" and bool(step.numbers) and step.numbers[0] > 0
-
-    def found(self, step: Step, **site: object) -> Zero:
+    def found(self, step: Step, layer: Layer | None, **site: object) -> Activation:
         """The output of a step as a site, if a module returns it and can hold a compactor there."""
         root = step.outputs[0]
         module = step.module or next((s.module for s in self.graph.steps if s.module and s.name in ("view", "_unsafe_view")
                                       and root in s.inputs), "")
         new = Site(module, **site)  # type: ignore[arg-type]
         if not module:
-            return Zero(broken=f"no module returns the output of {new.weight or new.norm}")
+            return Activation(broken=f"no module returns the output of {new.weight or new.norm}")
         if self.sites.setdefault(module, new) != new:
-            return Zero(frozenset([module]), f"{module} is used in two ways")
-        return Zero(frozenset([module]))
+            return Activation(frozenset([module]), f"{module} is used in two ways")
+        return Activation(frozenset([module]), values={
+            g: self.start(new, layer, g, row) for g, row in self.rows(new).items()})
 
-    def convolution(self, step: Step) -> Zero:
+    def rows(self, site: Site) -> dict[str, Row]:
+        """What a site makes of each group."""
+        return {group: Row(site.module, channels, positions) for group, channels, positions in self.makes.get(site.rows, ())}
+
+    def reader(self, step: Step, weight: str, bias: str | None) -> Reader | str:
+        """Where a layer can take a constant, or why it cannot."""
+        blocks = 1
+        if step.name == "convolution":
+            _, padding, _, transposed, _, blocks = step.rest[-6:]
+            if any(padding) or transposed:
+                return f"{weight} reads them between zeros"
+        if self.uses[weight, step.training] > 1:
+            return f"{weight} is used more than once"
+        if bias is not None:
+            return Reader(weight, bias, False, blocks)
+        behind = self.readers.get(step.outputs[0], [])
+        if len(behind) == 1 and "batch_norm" in behind[0].name and isinstance(behind[0].inputs[3], str):
+            mean = behind[0].inputs[3]
+            if sum(s.inputs[3:4] == (mean,) for s in self.graph.steps if s.training == step.training) == 1:
+                return Reader(weight, mean, True, blocks)
+        return f"the layer of {weight} has neither a bias nor a BatchNorm behind it"
+
+    def convolution(self, step: Step) -> Activation:
         x, weight, bias = step.inputs[:3]
-        self.needs.append(self.of(x))
+        bias = bias if isinstance(bias, str) else None
         if not isinstance(weight, str):
-            return Zero(broken="a convolution whose weight is computed")
+            self.needs.append((self.of(x), "a convolution whose weight is computed reads them"))
+            return Activation(broken="a convolution whose weight is computed")
         shape = self.graph.shapes[weight]
-        transposed, groups = bool(step.numbers[0]), int(step.numbers[1])
+        transposed, _, groups = step.rest[-3:]
         if groups > 1 and groups == (shape[0] if transposed else shape[1] * groups):
-            self.depthwise.add(weight)
+            self.depthwise.add(weight)  # what it makes of them goes with them
+            self.needs.append((self.of(x), ""))
+        else:
+            self.needs.append((self.of(x), self.reader(step, weight, bias)))
         wide = shape[1] * groups if transposed else shape[0]
         kind = self.kind(shape, groups, transposed)
-        self.maker[step.outputs[0]] = step
+        layer = self.layers[step.outputs[0]] = Layer(weight, bias, bool(transposed), step.module, step.outputs[0])
         if len(self.users[weight]) > 1:
-            return Zero(broken=f"{weight} is shared by several layers")
-        bias = bias if isinstance(bias, str) else None
-        return self.found(step, kind=kind, size=wide, weight=weight, bias=bias, transposed=transposed, blocks=groups)
+            return Activation(broken=f"{weight} is shared by several layers")
+        return self.found(step, layer, kind=kind, size=wide, weight=weight, bias=bias, transposed=transposed, blocks=groups)
 
     @staticmethod
     def kind(shape: tuple[int, ...], groups: int, transposed: bool) -> Kind:
@@ -207,53 +276,60 @@ class Walk:
             return "diagonal"
         return "full" if groups == 1 else "block"
 
-    def linear(self, step: Step) -> Zero:
+    def linear(self, step: Step) -> Activation:
         operands = [i for i in step.inputs if i is not None]
         bias = operands.pop(0) if step.name == "addmm" else None
         x, w = operands[:2]
         weight = w if isinstance(w, str) else self.origin.get(w or 0)
         if not isinstance(x, int) or weight is None:
-            live = [i for i in operands if isinstance(i, int) and i in self.labelled]
-            self.needs.append(self.all_of(live))
-            return Zero(self.all_of(live).sites, "a product of activations")
-        self.needs.append(self.of(x))
-        self.maker[step.outputs[0]] = step
-        if not weight.endswith("weight") or (bias is not None and not isinstance(bias, str)):
-            return Zero(broken=f"{weight} is not the weight of a plain linear layer")
+            live = [self.of(i) for i in operands if isinstance(i, int) and i in self.labelled]
+            self.needs += [(a, "a product of activations reads them") for a in live]
+            return Activation(frozenset().union(*(a.sites for a in live)), "a product of activations")
+        bias = bias if isinstance(bias, str) else None
+        self.needs.append((self.of(x), self.reader(step, weight, bias)))
+        layer = self.layers[step.outputs[0]] = Layer(weight, bias, False, step.module, step.outputs[0])
+        if not weight.endswith("weight") or (step.name == "addmm" and bias is None):
+            return Activation(broken=f"{weight} is not the weight of a plain linear layer")
         size = self.graph.shapes[weight][0]
-        return self.found(step, kind="diagonal", size=size, dim=-1, weight=weight, bias=bias)
+        return self.found(step, layer, kind="diagonal", size=size, dim=-1, weight=weight, bias=bias)
 
-    def batch_norm(self, step: Step) -> Zero:
+    def batch_norm(self, step: Step) -> Activation:
         x, *named = step.inputs[:5]
         if not isinstance(named[0], str) or not isinstance(named[1], str):
-            return Zero(self.of(x).sites, "a BatchNorm without scale and shift")
+            return Activation(self.of(x).sites, "a BatchNorm without scale and shift")
         norm = named[0].rpartition(".")[0]
-        maker = self.maker.get(x) if isinstance(x, int) else None
+        layer = self.layers.get(x) if isinstance(x, int) else None
+        if layer is not None and (len(self.readers[layer.output]) > 1 or self.uses[layer.weight, step.training] > 1):
+            layer = None
         size = self.graph.shapes[named[0]][0]
-        plain: dict[str, object] = {"kind": "diagonal", "size": size, "norm": norm}
-        own = self.sites.get(maker.module) if maker is not None else None
-        if maker is None or own is None or own.kind == "diagonal" or not isinstance(named[2], str) or (
-                self.readers[maker.outputs[0]] > 1 or self.uses[str(own.weight)] > 1):
-            return self.found(step, **plain)
-        return self.found(step, kind=own.kind, size=size, norm=norm, weight=own.weight, bias=own.bias,
+        own = self.sites.get(layer.module) if layer is not None else None
+        if own is None or own.kind == "diagonal" or not isinstance(named[2], str):
+            return self.found(step, layer, kind="diagonal", size=size, norm=norm)
+        return self.found(step, layer, kind=own.kind, size=size, norm=norm, weight=own.weight, bias=own.bias,
                           transposed=own.transposed, blocks=own.blocks)
 
 
 def places(graph: Graph, scope: Scope = "inner") -> Places:
     """Sites and rows for the free groups of a graph; `scope="inner"` leaves out the channels that several layers make."""
     walk = Walk(graph)
-    by_tensor: dict[tuple[str, int], list[tuple[str, np.ndarray, np.ndarray]]] = {}
-    for g in graph.groups:
-        for s in g.slices:
-            by_tensor.setdefault((s.tensor, s.dim), []).append((g.name, s.channels, s.positions))
     needed: dict[str, dict[str, Row]] = {}
     reasons: dict[str, str] = {}
-    for zero in walk.needs:
-        for module in sorted(zero.sites):
-            for group, channels, positions in by_tensor.get(walk.sites[module].rows, ()):
-                if zero.broken:
-                    reasons.setdefault(group, zero.broken)
-                needed.setdefault(group, {})[module] = Row(module, channels, positions)
+    constants: dict[tuple[Reader, str], float] = {}
+    for activation, reader in walk.needs:
+        for module in sorted(activation.sites):
+            for group, row in walk.rows(walk.sites[module]).items():
+                if activation.broken:
+                    reasons.setdefault(group, activation.broken)
+                needed.setdefault(group, {})[module] = row
+        for group, value in activation.values.items():
+            number = float(value)
+            if number == 0 or reader == "":
+                continue
+            if number != number or isinstance(reader, str):
+                why = "" if number != number else f", and {reader}"
+                reasons.setdefault(group, f"{activation.name} makes {number:.3g} of zero{why}")
+            else:
+                constants[reader, group] = number
     gates = {walk.sites[m].weight for m in walk.gates}
     rows: dict[str, tuple[Row, ...]] = {}
     for g in graph.free:
@@ -269,4 +345,5 @@ def places(graph: Graph, scope: Scope = "inner") -> Places:
             rows[g.name] = mine
     used = {r.site for mine in rows.values() for r in mine}
     return Places({m: s for m, s in walk.sites.items() if m in used}, rows,
-                  {g.name: reasons[g.name] for g in graph.free if g.name in reasons})
+                  {g.name: reasons[g.name] for g in graph.free if g.name in reasons},
+                  tuple((reader, group, number) for (reader, group), number in constants.items() if group in rows))

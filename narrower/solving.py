@@ -138,7 +138,8 @@ def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, .
     graph = Graph(
         groups, dict(shapes), parameters, {w: n / batch / prod(shapes[w]) for w, n in main.macs.items()},
         tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, tuple(notes), dict(main.computed),
-        tuple(s._replace(module=t.returned.get(s.outputs[0], "") if s.outputs else "") for t in traces for s in t.steps),
+        tuple(s._replace(module=t.returned.get(s.outputs[0], "") if s.outputs else "", training=k > 0)
+              for k, t in enumerate(traces) for s in t.steps),
         tuple(Edit(module, attribute, entry, len(ids), members(ids))
               for (module, attribute, entry), ids in (edits or {}).items()),
     )

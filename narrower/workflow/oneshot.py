@@ -77,7 +77,11 @@ def narrowed(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
     with job.stage("plan") as facts:
         plan = agreed(job, make_plan(given, graph, scores))
         facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
-    with job.stage("narrow"):
+    with job.stage("narrow") as facts:
+        folded = narrower.fold(model, plan)
+        if folded.channels or folded.left:
+            facts |= {"folded": dict(folded.channels), "text": str(folded)}
+        model = folded.model
         small = narrower.narrow(model, plan)
     with job.stage("verify", busy="verifying") as facts:
         facts["error"] = narrower.verify(model, small, plan, next(sample(job, 4))[0]).error
