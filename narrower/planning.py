@@ -173,7 +173,7 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         raise PlanError(f"nothing is free in this network ({why})")
     left_out = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
     values = checked_scores(graph, scores, left_out)
-    parts = components(graph, [g.name for g in graph.free if g.name not in left_out])
+    parts = components(graph, left_out)
     request = {"macs": macs, "params": params, "remove": remove if not isinstance(remove, Mapping) else dict(remove),
                "round_to": round_to, "exclude": sorted(left_out), "min_channels": min_channels}
     if remove is not None:

@@ -25,7 +25,7 @@ from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed
 from .meta import inferred
 from .mixing import reduce
 from .ops import RULES, pooling, rule_for
-from .surgery import named_tensors
+from .surgery import modules_of, named_tensors
 
 CARRIED = "_narrower_carried"
 
@@ -38,13 +38,15 @@ class Recording(TorchDispatchMode):
     def __init__(self, model: nn.Module, axes: Axes, answers: Sequence[Answer] | None = None) -> None:
         super().__init__()
         self.axes, self.answers, self.asked = axes, answers, 0
-        modules = dict(model.named_modules())
-        self.modules = {id(m): name for name, m in modules.items()}
+        modules = modules_of(model)
+        self.modules: dict[int, str] = {}
+        for name, m in modules:
+            self.modules.setdefault(id(m), name)
         self.alive = named_tensors(model)
         self.tensors: dict[int, str] = {}
         for name, t in self.alive.items():
             self.tensors.setdefault(id(t), name)
-        self.conv_groups = {f"{n}.weight": m.groups for n, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
+        self.conv_groups = {f"{n}.weight": m.groups for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)}
         self.counts: Counter[str] = Counter()
         self.pools = self.place = 0
         self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address

@@ -141,9 +141,8 @@ class ResRep:
         keep = self.remaining()
         idle = fold and self.resting and not self.idle
         if idle or any(len(keep[n]) < len(self.keep[n]) for n in keep):
-            *_, (layout, swaps) = [restructure(m, self.graph, self.sites, self.layout, keep, constants=self.constants,
-                                               fold=fold, idle=idle)
-                                   for m in (*ema, self.model)]
+            for m in (*ema, self.model):
+                layout, swaps = restructure(m, self.graph, self.sites, self.layout, keep, self.constants, fold=fold, idle=idle)
             self.idle |= idle
             if self.optimizer is not None:
                 carry(self.optimizer, swaps)
@@ -162,7 +161,7 @@ class ResRep:
         source = self.model if model is None else model
         small = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
         keep = self.remaining()
-        restructure(small, self.graph, self.sites, self.layout, keep, constants=self.constants, fold=True, merge=True)
+        restructure(small, self.graph, self.sites, self.layout, keep, self.constants, fold=True, merge=True)
         now = widths(self.cost, keep)
         for kind, target in self.targets.items():
             have = self.cost.cost(kind, now)
@@ -337,11 +336,10 @@ class ResRep:
         named = named_tensors(self.model)
         for name, site in self.sites.items():
             module = self.model.get_submodule(name)
-            like = named[site.rows[0]]
             variance = None
             if site.norm is not None and site.kind != "diagonal":
                 variance = named[f"{site.norm}.weight"].detach() ** 2
-            module.add_module(NAME, Compactor(site, like, variance).train(module.training))
+            module.add_module(NAME, Compactor(site, named[site.rows[0]], variance).train(module.training))
             module.register_forward_hook(behind)
 
     def check_reachable(self) -> None:

@@ -65,8 +65,8 @@ def tensors_of(model: nn.Module, site: Site) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: Layout, keep: Keep, *,
-                constants: Sequence[tuple[Reader, str, float]] = (), fold: bool, idle: bool = False,
+def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: Layout, keep: Keep,
+                constants: Sequence[tuple[Reader, str, float]], *, fold: bool, idle: bool = False,
                 merge: bool = False) -> tuple[Layout, list[Swap]]:
     """Cut `model` (with compactors, in place) down to the channels `keep` of the dense network.
 

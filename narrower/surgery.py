@@ -162,9 +162,23 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its names: `named_modules(remove_duplicate=False)`, several times as fast."""
+    out: list[tuple[str, nn.Module]] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        out.append((name, module))
+        for leaf, child in module._modules.items():
+            if child is not None:
+                visit(f"{name}.{leaf}" if name else leaf, child)
+
+    visit("", model)
+    return out
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer, tied ones under each of their names."""
-    modules = list(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model)
     return {f"{name}.{leaf}" if name else leaf: t for tables in ("_parameters", "_buffers") for name, m in modules
             for leaf, t in getattr(m, tables).items() if t is not None}
 
@@ -213,17 +227,18 @@ def copied_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def copied_value(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, PLAIN):
-        return value
+    kind: Any = type(value)
     if id(value) in memo:
         return memo[id(value)]
+    if kind is dict or kind is OrderedDict:
+        new = kind()
+        if value:  # most tables of a module are empty
+            memo[id(value)] = new
+            for k, v in value.items():
+                new[k if type(k) in SIMPLE else copy.deepcopy(k, memo)] = v if type(v) in SIMPLE else copied_value(v, memo)
+        return new
     if isinstance(value, nn.Module):
         return copied_module(value, memo)
-    if type(value) in (dict, OrderedDict):
-        new = memo[id(value)] = type(value)()
-        for k, v in value.items():
-            new[k if isinstance(k, PLAIN) else copy.deepcopy(k, memo)] = v if type(v) in SIMPLE else copied_value(v, memo)
-        return new
-    if type(value) is tuple and all(isinstance(v, PLAIN) for v in value):
+    if isinstance(value, PLAIN) or (kind is tuple and all(isinstance(v, PLAIN) for v in value)):
         return value
     return copy.deepcopy(value, memo)

@@ -8,12 +8,13 @@ that the cells lose.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from .groups import Graph
+from .groups import ChannelGroup, Graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +85,19 @@ def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray,
     return np.round(result.x[:n]).astype(np.int64)
 
 
-def components(graph: Graph, names: Sequence[str] | None = None) -> list[Component]:
-    """Cells of the free groups (or of those named), joined where a tie connects them."""
-    chosen = [g for g in graph.free if names is None or g.name in names]
+KNOWN: WeakKeyDictionary[Graph, list[Component]] = WeakKeyDictionary()
+
+
+def components(graph: Graph, without: Collection[str] = ()) -> list[Component]:
+    """Cells of the free groups (but for those named), joined where a tie connects them."""
+    if without:
+        return worked_out(graph, [g for g in graph.free if g.name not in without])
+    if graph not in KNOWN:
+        KNOWN[graph] = worked_out(graph, graph.free)
+    return KNOWN[graph]
+
+
+def worked_out(graph: Graph, chosen: Sequence[ChannelGroup]) -> list[Component]:
     # channels that stand in the same blocks of the same ties, equally often, have the same sum of the blocks' random numbers
     rng = np.random.default_rng(0)
     marks = {g.name: np.zeros(g.size, dtype=np.uint64) for g in chosen}

@@ -28,7 +28,7 @@ from .labels import Axes, Ids
 from .probing import Mismatch, Probe, alive, narrowed_in_place, trial
 from .recording import Recording, run
 from .solving import Solution, solve
-from .surgery import collector_paused, duplicate, named_tensors, selections, undone
+from .surgery import collector_paused, duplicate, modules_of, named_tensors, selections, undone
 from .ties import components
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
@@ -276,7 +276,8 @@ class Tracer:
         undo += applied(self.stage.model, {p: int(left[solution.unit[ids]].sum()) for p, ids in self.edits.items()})
         try:
             for mode, dense in traces.items():
-                self.stage.model.train(mode == "train")
+                if mode == "train":
+                    self.stage.model.train()
                 probe = Probe(self.stage.model, dense, solution, keep, cuts)
                 try:
                     try:
@@ -294,12 +295,13 @@ class Tracer:
                 if mode == "eval" and shapes != self.out_shapes:
                     raise Mismatch(np.zeros(0, int), "the output changes its shape when narrow")
         finally:
-            self.stage.model.eval()
+            if "train" in traces:
+                self.stage.model.eval()
             undone(undo)
 
     def mended(self, traces: dict[str, Trace], axes: Axes, solution: Solution, e: Mismatch) -> bool:
         """Try to let a number that the module at fault stores follow the widths; it must take the probe further."""
-        modules = dict(self.stage.model.named_modules())
+        modules = dict(modules_of(self.stage.model))
         log = traces[e.mode].log
         names = [e.module, *(n for n in (e.module.rpartition(".")[0],) if n != e.module)]
         before = self.edits

@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from narrower.scores import compiled
 from narrower.scores.rank import _largest_eigenvalue, _pivots, rank
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test with the compiled count and without it."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "count", None)
+    elif compiled.count is None:
+        pytest.skip("numba is not installed")
+    return str(request.param)
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -133,6 +144,17 @@ def test_cancelling_rows_do_not_hide_the_largest_singular_value() -> None:
     signs = torch.tensor([[1.0], [-1.0]]).repeat(16, 1)
     assert_same(signs @ signs.T + 1e-3 * torch.randn(50, 32, 32, generator=generator(2)))
     assert_same(torch.linalg.qr(torch.randn(20, 32, 32, generator=generator(3))).Q)
+
+
+def test_blocks_that_do_not_meet() -> None:
+    """The row with the largest entry is not in the block with the largest singular value, and the shares of both are uneven."""
+    maps = torch.zeros(3, 16, 16)
+    maps[:, :10, :10] = 1.0
+    maps[0, :10, :10] += torch.eye(10) * 2e-6  # next to nothing beside the block's singular value, 10
+    maps[1, :10, :10] *= torch.where((torch.arange(10)[:, None] + torch.arange(10)) % 2 == 0, 1.0, -1.0)
+    maps[:, 12, 12], maps[:, 13, 13], maps[:, 14, 14] = 4.0, 3e-5, 1e-5  # the tolerance is 1.9e-5
+    assert torch.equal(rank(maps), torch.linalg.matrix_rank(maps))
+    assert rank(maps)[1:].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-18, 1e18, 1e30, 1e37])

@@ -22,7 +22,6 @@ from .simple import magnitude
 
 SETTLED = 0.965  # share of kept channels on which half the images and all of them agree
 FIRST_CHECK = 128  # images
-TOGETHER = 2**22  # numbers in the maps of some layers that are ranked at once: fewer meetings of threads
 
 
 @torch.no_grad()
@@ -82,7 +81,7 @@ class Averages:
 
 
 class Maps(TorchDispatchMode):
-    """Takes the ranks of the maps while a forward runs; a few layers' maps wait to be ranked together, and none is kept."""
+    """Takes the ranks of the maps while a forward runs; no map is kept."""
 
     def __init__(self, model: nn.Module, graph: Graph, averages: Averages) -> None:
         super().__init__()
@@ -91,12 +90,6 @@ class Maps(TorchDispatchMode):
         self.by_pool: dict[int, MapSource] = {s.pool: s for s in graph.sources if s.weight is None}
         self.names = {id(t): n for n, t in reversed(named_tensors(model).items()) if n in self.by_weight}
         self.pools = 0
-        self.waiting: list[tuple[MapSource, Tensor]] = []
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        if exception[0] is None:
-            self.count()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, _ = rule_for(func)
@@ -115,25 +108,12 @@ class Maps(TorchDispatchMode):
         maps = x if x.ndim > 3 else x.unsqueeze(-2)
         if maps.ndim > 4:  # video: a map for each frame
             maps = maps.flatten(2, -3)
-        if self.waiting and self.waiting[0][1].shape[2:] != maps.shape[2:]:
-            self.count()
-        self.waiting.append((source, maps.clone()))  # what follows may write into it
-        if sum(m.numel() for _, m in self.waiting) >= TOGETHER:
-            self.count()
-
-    def count(self) -> None:
-        """Rank what waits."""
-        waiting, self.waiting = self.waiting, []
-        if not waiting:
-            return
         try:
-            found = rank(torch.cat([m.flatten(0, -3) for _, m in waiting])).double()
+            ranks = rank(maps).double()
         except ValueError as e:
-            source = next((s for s, m in waiting if not m.isfinite().all()), waiting[0][0])
             raise DataError(f"the maps that {source.weight or 'a pooling'} reads are not finite: {e}") from e
-        for (source, m), ranks in zip(waiting, found.split([m.shape[:-2].numel() for _, m in waiting]), strict=True):
-            mean = ranks.view(m.shape[0], m.shape[1], -1).mean((0, 2))
-            self.averages.add(source.members, mean.cpu().numpy(), m.shape[0] * source.consumers)
+        mean = ranks.view(*maps.shape[:2], -1).mean((0, 2))
+        self.averages.add(source.members, mean.cpu().numpy(), maps.shape[0] * source.consumers)
 
 
 def scores_of(model: nn.Module, graph: Graph, averages: Averages) -> Scores:

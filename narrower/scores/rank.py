@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import compiled
+
 _EPS = torch.finfo(torch.float32).eps
 _PANEL = 16  # pivots eliminated with the batch fastest, before one matrix product updates the rest
 _GUARD = 0.9  # in tau^2: a rank-deficient row leaves a pivot <= -tau^2, so what lies between is a singular value at tau
+_SMALL = 128  # rows up to which the compiled count is the faster one
 _FAINT = 1e-70  # below this norm of A A^T its square underflows
 # A block that was once allocated (untouched) and freed teaches glibc to keep blocks of up to its size for the next chunk,
 # where it would hand them back to the system: page faults can double the time. Of no consequence elsewhere.
@@ -54,12 +57,13 @@ def rank(maps: Tensor) -> Tensor:
     if flat.numel() == 0:
         return torch.zeros(batch, dtype=torch.int64, device=maps.device)
     on_cpu = flat.device.type == "cpu"
+    fast = on_cpu and compiled.count is not None and min(height, width) <= _SMALL
     workers = torch.get_num_threads() if on_cpu else 1
     cached = (2**19 if on_cpu else 2**24) // (height * width)
     chunks = flat.split(max(64, min(cached, -(-len(flat) // workers))))
-    if on_cpu:
+    if on_cpu and not fast:
         torch.empty(_KEPT, dtype=torch.uint8)
-    return torch.cat(_in_threads(_count, chunks, workers)).reshape(batch).to(maps.device)
+    return torch.cat(_in_threads(_count_one_by_one if fast else _count, chunks, workers)).reshape(batch).to(maps.device)
 
 
 def _in_threads(work: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], workers: int) -> list[Tensor]:
@@ -94,9 +98,24 @@ def _count(maps: Tensor) -> Tensor:
     pivots = _pivots(gram)
     ranks = (pivots > 0).sum(0)
     clear = (pivots.abs().amin(0) > _GUARD * tau2) & ((norm == 0) | (norm > _FAINT))  # False where there is a NaN
+    return _with_doubtful(single, ranks, clear)
+
+
+def _count_one_by_one(maps: Tensor) -> Tensor:
+    """The same, compiled."""
+    assert compiled.count is not None
+    single = maps.float().contiguous()
+    ranks = torch.empty(len(single), dtype=torch.int64)
+    clear = torch.empty(len(single), dtype=torch.bool)
+    compiled.count(single.numpy(), (single.shape[-1] * _EPS) ** 2, _GUARD, _FAINT, ranks.numpy(), clear.numpy())
+    return _with_doubtful(single, ranks, clear)
+
+
+def _with_doubtful(maps: Tensor, ranks: Tensor, clear: Tensor) -> Tensor:
+    """Ranks of which those that are not clear come from the SVD."""
     doubtful = (~clear).nonzero()[:, 0]
     if len(doubtful):
-        rest = single[doubtful]
+        rest = maps[doubtful]
         if not rest.isfinite().all():
             raise ValueError("rank: the maps hold NaN or infinity; check the network's inputs and weights")
         ranks[doubtful] = torch.linalg.matrix_rank(rest)
