@@ -231,7 +231,7 @@ def copied_value(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     if kind is dict or kind is OrderedDict:
-        new = kind()
+        new: Any = kind()
         if value:  # most tables of a module are empty
             memo[id(value)] = new
             for k, v in value.items():

@@ -12,8 +12,10 @@ import numpy as np
 
 try:
     import numba
+
+    njit: Any = numba.njit
 except ImportError:  # rank has a way of its own
-    numba = None
+    njit = None
 
 Count = Callable[[np.ndarray, float, float, float, np.ndarray, np.ndarray], None]
 
@@ -108,5 +110,5 @@ def counted(maps: Any, scale: float, guard: float, faint: float, ranks: Any, cle
 
 
 count: Count | None = None
-if numba is not None:
-    count = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})(counted)
+if njit is not None:
+    count = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})(counted)
