@@ -12,9 +12,9 @@ demo: $(VENV)/cli.installed
 test: lint
 	$(BIN)/python -m pytest
 
-# Two thousand random networks, others each time, narrowed and trained with ResRep.
+# Two thousand random networks, others each time, narrowed and trained with ResRep, and as many damaged files.
 nightly: $(VENV)/dev.installed
-	NARROWER_EXAMPLES=2000 $(BIN)/python -m pytest tests -k random
+	NARROWER_EXAMPLES=2000 $(BIN)/python -m pytest tests -k "random or damaged"
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -239,6 +239,8 @@ def copied_value(value: Any, memo: dict[int, Any]) -> Any:
         return new
     if isinstance(value, nn.Module):
         return copied_module(value, memo)
+    if kind is set and not value:
+        return set()
     if isinstance(value, PLAIN) or (kind is tuple and all(isinstance(v, PLAIN) for v in value)):
         return value
     return copy.deepcopy(value, memo)

@@ -61,9 +61,10 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
         raise TraceError(f"the model is wrapped in {type(model).__name__}: trace model.{inner} instead")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("the model is compiled by torch.jit (scripted or traced): trace the Python module it was made from")
-    if not any(True for _ in model.parameters()):
+    parameters = {n: t for n, t in named_tensors(model).items() if isinstance(t, nn.Parameter)}
+    if not parameters:
         raise TraceError("the model has no parameters: there is nothing to narrow")
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    lazy = [n for n, p in parameters.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise TraceError(f"{lazy[0]} is not initialised: run the model once before tracing it")
     try:
@@ -94,7 +95,7 @@ class RealNeeded(Exception):
 def staged(model: nn.Module, inputs: Any, kind: str) -> Stage:
     """A copy of `model` on meta tensors, or with its real weights (shared) and buffers (copied)."""
     memo: dict[int, Tensor] = {}
-    for t in (*model.parameters(), *model.buffers(), *loose_tensors(model)):
+    for t in (*named_tensors(model).values(), *loose_tensors(model)):
         if kind == "meta":
             new = torch.empty(t.shape, dtype=t.dtype, device="meta")
         else:
@@ -164,7 +165,8 @@ class Tracer:
         self.edits: dict[Place, Ids] = {}
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
-        self.parameters = frozenset(n for n, _ in stage.model.named_parameters())
+        first = {id(t): n for n, t in reversed(stage.tensors.items()) if isinstance(t, nn.Parameter)}
+        self.parameters = frozenset(first.values())
         self.modules = list(stage.model.modules())
 
     def graph(self, allow_inexact: bool) -> Graph:

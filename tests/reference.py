@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import narrower
@@ -228,3 +229,20 @@ def halved(model: nn.Module, inputs: Any, seed: int = 0, remove: float = 0.5, **
     """A random plan that takes a fraction of every free group."""
     graph = narrower.trace(model, inputs, **options)
     return narrower.plan(graph, narrower.random(graph, seed=seed), remove=remove)
+
+
+def damaged_bytes(content: bytes, data: Any) -> bytes:
+    """A file with a byte changed, or some left out, put in or repeated, mostly near its beginning or end."""
+    draw = data.draw
+    end = draw(st.sampled_from([64, 512, len(content)]))
+    at = draw(st.integers(0, min(end, len(content)) - 1))
+    at = len(content) - 1 - at if draw(st.booleans()) else at
+    what = draw(st.sampled_from(["change", "cut", "insert", "repeat", "end"]))
+    some = draw(st.integers(1, 16))
+    if what == "change":
+        return content[:at] + draw(st.binary(min_size=1, max_size=4)) + content[at + 1:]
+    if what == "cut":
+        return content[:at] + content[at + some:]
+    if what == "insert":
+        return content[:at] + draw(st.binary(min_size=1, max_size=16)) + content[at:]
+    return content[:at + some] + content[at:] if what == "repeat" else content[:at]

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import damaged_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -112,6 +115,35 @@ def test_damaged_files(kind: str, length: float, tmp_path: Path) -> None:
     path.write_bytes(data[: int(length * len(data)) if 0 < length < 1 else int(length)])
     with pytest.raises(StorageError, match=r"damaged.*fetch it again"):
         load_checkpoint(network(), path)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One checkpoint of each kind of file."""
+    path = tmp_path_factory.mktemp("valid") / "weights"
+    state, out = network().state_dict(), {}
+    save_file(state, path)
+    out["safetensors"] = path.read_bytes()
+    for kind in ("zip", "legacy"):
+        torch.save({"state_dict": prefixed(state, "module."), "epoch": 3}, path, _use_new_zipfile_serialization=kind == "zip")
+        out[kind] = path.read_bytes()
+    return out
+
+
+@given(st.sampled_from(["zip", "legacy", "safetensors"]), st.data())
+def test_damaged_bytes_are_an_error_or_load_with_the_right_shapes(
+    valid: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / ("damaged.safetensors" if kind == "safetensors" else "damaged.pt")
+    path.write_bytes(damaged_bytes(valid[kind], data))
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        load_checkpoint(model, path)
+    except StorageError as error:
+        assert str(path) in str(error)
+        assert equal(model.state_dict(), before)  # all or nothing
+    assert {k: (t.shape, t.dtype) for k, t in model.state_dict().items()} == {k: (t.shape, t.dtype) for k, t in before.items()}
 
 
 def test_missing_folder_and_empty(tmp_path: Path) -> None:
