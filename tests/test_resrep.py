@@ -414,6 +414,30 @@ def test_half_precision_autocast_and_compiled() -> None:
     assert difference(outputs(model, x), outputs(resrep.merge(), x)) < 1e-5
 
 
+def test_a_scaled_loss_is_the_same_training() -> None:
+    """The rule sees gradients after GradScaler has unscaled them; a step that it skips, as gradients overflow, is no step."""
+    results = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = randomised(small_resnet())
+        resrep = narrower.ResRep(model, narrower.trace(model, IMAGES.float()), macs=0.5, steps=40)
+        optimizer = sgd(resrep)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=10**6, enabled=scaled)
+        for step in range(40):
+            for factor in ((float("inf"), 1.0) if scaled and step == 30 else (1.0,)):  # the first of them overflows
+                model.train(factor == 1.0)  # so that BatchNorm does not see more
+                optimizer.zero_grad()
+                loss = model(IMAGES.float()).square().mean() * factor
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        results.append((resrep.step, resrep.reached(), outputs(resrep.merge(), IMAGES.float())))
+    assert results[0][:2] == results[1][:2]
+    assert results[0][0] == 40
+    assert results[0][1] <= 0.5
+    assert difference(results[0][2], results[1][2]) < 1e-6
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
