@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,17 +13,19 @@ from torch import Tensor, nn
 from .constants import NAN
 from .groups import Graph
 from .narrowing import fresh_copy, same_tensors
-from .planning import Plan
+from .planning import Plan, made
 from .sites import Layer, Reader, Row, Site, Walk
-from .surgery import duplicate, named_tensors
+from .surgery import duplicate, named_tensors, takes_bias, with_biases
 
 
 @dataclass(frozen=True, eq=False)
 class Folded:
     """`model`: a copy of the dense network, the same function in eval mode, in which the `channels` (how many of each group)
-    that a plan removes may go without a trace. `left`: constants that could not be folded, and why, by group."""
+    that a plan removes may go without a trace; `plan`: that plan, for the copy, whose layers may have new biases. `left`:
+    constants that could not be folded, and why, by group."""
 
     model: nn.Module
+    plan: Plan
     channels: Mapping[str, int]
     left: Mapping[str, str]
 
@@ -33,11 +36,11 @@ class Folded:
 
 def fold(model: nn.Module, plan: Plan) -> Folded:
     """Take the constants among the channels that `plan` removes into the biases (or the running means of the BatchNorms) of the
-    layers that read them. Give `narrow` and `verify` the model that comes back.
+    layers that read them; a layer that has neither gets a bias. Give `narrow` and `verify` the model and plan that come back.
 
     A channel is constant where a filter is zero (a mask of torch.nn.utils.prune made permanent, say) or the scale of its
-    BatchNorm is. Behind zero padding, gates and layers without a bias it cannot be folded: its contribution is lost, as that
-    of every other removed channel. `model` is untouched.
+    BatchNorm is. Behind zero padding or a gate it cannot be folded: its contribution is lost, as that of every other removed
+    channel. `model` is untouched.
 
     Raises PlanError if the model's tensors are not those that were traced.
     """
@@ -54,7 +57,7 @@ def fold(model: nn.Module, plan: Plan) -> Folded:
 
     found: dict[tuple[Reader, str], Tensor] = {}
     left: dict[str, str] = {}
-    for activation, reader in Walk(graph, start).needs:
+    for activation, reader in Walk(graph, partial(takes_bias, copy), start).needs:
         for group, value in activation.values.items():
             gone = np.ones(graph[group].size, dtype=bool)
             gone[plan.keep.get(group, np.arange(len(gone)))] = False
@@ -65,10 +68,15 @@ def fold(model: nn.Module, plan: Plan) -> Folded:
                 left.setdefault(group, f"{int(value.count_nonzero())} channels: {reader}")
             else:
                 found.setdefault((reader, group), value)
+    missing = {reader.weight for reader, _ in found if reader.missing}
+    if missing:
+        graph = with_biases(copy, graph, missing)
+        plan = made(graph, plan.keep, plan.request)
+        tensors = named_tensors(copy)
     for (reader, group), value in found.items():
         absorb(tensors, graph, reader, group, value.numpy(), {})
     counts = {g: max(int(v.count_nonzero()) for (_, of), v in found.items() if of == g) for _, g in found}
-    return Folded(copy, counts, left)
+    return Folded(copy, plan, counts, left)
 
 
 def constant_rows(site: Site, layer: Layer | None, tensors: Mapping[str, Tensor], eps: Mapping[str, float]) -> Tensor:

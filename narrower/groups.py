@@ -125,7 +125,7 @@ class Graph:
     weight is used for one sample, so that macs = sum(positions * elements). `computed` names the parameter behind each
     convolution (by its number in the forward) that does not read one as it is. `steps` are the calls of the forward, in order
     (of the eval forward, then of the train forward where that was traced too). `edits` are numbers that modules store and that
-    follow the widths.
+    follow the widths. `created` names biases that layers were given since, for constants.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -139,6 +139,7 @@ class Graph:
     computed: Mapping[int, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     edits: tuple[Edit, ...] = ()
+    created: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:

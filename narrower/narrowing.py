@@ -68,11 +68,14 @@ def fresh_copy(t: Tensor) -> Tensor:
 
 def record(small: nn.Module, graph: Graph, keep: Keep) -> None:
     """Note in the narrow network what `save` writes: shapes, kept channels, and the numbers that its modules store."""
-    before = getattr(small, RECORD, {"dense": {n: list(s) for n, s in graph.shapes.items()}, "plans": [], "numbers": []})
+    before = getattr(small, RECORD, {"dense": {n: list(s) for n, s in graph.shapes.items()}, "plans": [], "numbers": [],
+                                     "created": []})
+    dense = {**{n: before["dense"][f"{n.removesuffix('bias')}weight"][:1] for n in graph.created}, **before["dense"]}
     stored = {tuple(place): value for *place, value in before["numbers"]} | numbers(graph, keep)
     setattr(small, RECORD, {
         "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
-        "dense": before["dense"],
+        "dense": dense,
+        "created": [*before["created"], *(n for n in graph.created if n not in before["created"])],
         "plans": [*before["plans"], {n: [int(c) for c in kept] for n, kept in keep.items()}],
         "numbers": [[*place, value] for place, value in stored.items()],
     })

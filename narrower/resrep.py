@@ -24,7 +24,7 @@ from .groups import Graph
 from .narrowing import carry, fresh_copy, record, same_tensors
 from .planning import Budget, fits, matching, widths
 from .shrinking import Layout, restructure, shaped
-from .sites import Scope, places
+from .sites import Scope, prepared
 from .surgery import duplicate, named_tensors
 
 FORMAT = 1
@@ -58,8 +58,8 @@ class ResRep:
         if any(isinstance(m, Compactor) for m in model.modules()):
             raise ConfigError("the model has compactors already: merge them first, or take a fresh model")
         left_out = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
-        found = places(graph, scope)
-        self.model, self.graph = model, graph
+        self.model, (self.graph, found) = model, prepared(model, graph, scope, left_out)
+        graph = self.graph
         self.reasons = {**found.reasons, **dict.fromkeys(left_out, "excluded")}
         self.parts, self.rows = candidates(graph, {n: r for n, r in found.rows.items() if n not in left_out}, self.reasons)
         if not self.rows:

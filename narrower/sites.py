@@ -9,17 +9,19 @@ it can take the constant into its bias or its BatchNorm.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from .constants import ZERO, Values, padded, pointwise, product, quotient, side_by_side, zero_only
 from .groups import Graph, Step
 from .ops import KINDS, RULES, elementwise
+from .surgery import takes_bias, with_biases
 
 Kind = Literal["full", "block", "diagonal"]
 Scope = Literal["inner", "all"]
@@ -61,13 +63,14 @@ class Row:
 
 
 class Reader(NamedTuple):
-    """A convolution or linear layer that can take a constant channel into `into`, its bias or the running `mean` of the
-    BatchNorm behind it."""
+    """A convolution or linear layer that can take a constant channel into `into`: its bias, which may be `missing`, or the
+    running `mean` of the BatchNorm behind it."""
 
     weight: str
     into: str
-    mean: bool
     blocks: int = 1
+    mean: bool = False
+    missing: bool = False
 
 
 class Layer(NamedTuple):
@@ -121,10 +124,12 @@ Start = Callable[[Site, Layer | None, str, Row], Tensor]
 
 
 class Walk:
-    """One pass over the steps of a graph, in which the channels of every site are what `start` says: zero."""
+    """One pass over the steps of a graph, in which the channels of every site are what `start` says: zero. `takes_bias` says
+    whether the layer with a weight can be given a bias."""
 
-    def __init__(self, graph: Graph, start: Start = lambda site, layer, group, row: ZERO) -> None:
-        self.graph, self.start = graph, start
+    def __init__(self, graph: Graph, takes_bias: Callable[[str], bool],
+                 start: Start = lambda site, layer, group, row: ZERO) -> None:
+        self.graph, self.takes_bias, self.start = graph, takes_bias, start
         self.makes: dict[tuple[str, int], list[tuple[str, np.ndarray, np.ndarray]]] = {}
         for g in graph.groups:
             for part in g.slices:
@@ -228,6 +233,15 @@ class Walk:
         """What a site makes of each group."""
         return {group: Row(site.module, channels, positions) for group, channels, positions in self.makes.get(site.rows, ())}
 
+    @staticmethod
+    def own_bias(weight: str) -> str:
+        return f"{weight.removesuffix('weight')}bias"
+
+    def bias(self, weight: str, given: int | str | None) -> str | None:
+        """The bias of a layer: the one that the trace saw, or that it has been given since."""
+        own = self.own_bias(weight)
+        return given if isinstance(given, str) else own if own in self.graph.created else None
+
     def reader(self, step: Step, weight: str, bias: str | None) -> Reader | str:
         """Where a layer can take a constant, or why it cannot."""
         blocks = 1
@@ -238,21 +252,22 @@ class Walk:
         if self.uses[weight, step.training] > 1:
             return f"{weight} is used more than once"
         if bias is not None:
-            return Reader(weight, bias, False, blocks)
+            return Reader(weight, bias, blocks)
         behind = self.readers.get(step.outputs[0], [])
         if len(behind) == 1 and "batch_norm" in behind[0].name and isinstance(behind[0].inputs[3], str):
             mean = behind[0].inputs[3]
             if sum(s.inputs[3:4] == (mean,) for s in self.graph.steps if s.training == step.training) == 1:
-                return Reader(weight, mean, True, blocks)
+                return Reader(weight, mean, blocks, mean=True)
+        if self.takes_bias(weight):
+            return Reader(weight, self.own_bias(weight), blocks, missing=True)
         return f"the layer of {weight} has neither a bias nor a BatchNorm behind it"
 
     def convolution(self, step: Step) -> Activation:
         x, weight, bias = step.inputs[:3]
-        bias = bias if isinstance(bias, str) else None
         if not isinstance(weight, str):
             self.needs.append((self.of(x), "a convolution whose weight is computed reads them"))
             return Activation(broken="a convolution whose weight is computed")
-        shape = self.graph.shapes[weight]
+        shape, bias = self.graph.shapes[weight], self.bias(weight, bias)
         transposed, _, groups = step.rest[-3:]
         if groups > 1 and groups == (shape[0] if transposed else shape[1] * groups):
             self.depthwise.add(weight)  # what it makes of them goes with them
@@ -285,7 +300,7 @@ class Walk:
             live = [self.of(i) for i in operands if isinstance(i, int) and i in self.labelled]
             self.needs += [(a, "a product of activations reads them") for a in live]
             return Activation(frozenset().union(*(a.sites for a in live)), "a product of activations")
-        bias = bias if isinstance(bias, str) else None
+        bias = self.bias(weight, bias)
         self.needs.append((self.of(x), self.reader(step, weight, bias)))
         layer = self.layers[step.outputs[0]] = Layer(weight, bias, False, step.module, step.outputs[0])
         if not weight.endswith("weight") or (step.name == "addmm" and bias is None):
@@ -309,9 +324,9 @@ class Walk:
                           transposed=own.transposed, blocks=own.blocks)
 
 
-def places(graph: Graph, scope: Scope = "inner") -> Places:
+def places(graph: Graph, scope: Scope = "inner", takes_bias: Callable[[str], bool] = lambda weight: False) -> Places:
     """Sites and rows for the free groups of a graph; `scope="inner"` leaves out the channels that several layers make."""
-    walk = Walk(graph)
+    walk = Walk(graph, takes_bias)
     needed: dict[str, dict[str, Row]] = {}
     reasons: dict[str, str] = {}
     constants: dict[tuple[Reader, str], float] = {}
@@ -347,3 +362,14 @@ def places(graph: Graph, scope: Scope = "inner") -> Places:
     return Places({m: s for m, s in walk.sites.items() if m in used}, rows,
                   {g.name: reasons[g.name] for g in graph.free if g.name in reasons},
                   tuple((reader, group, number) for (reader, group), number in constants.items() if group in rows))
+
+
+def prepared(model: nn.Module, graph: Graph, scope: Scope, without: Collection[str] = ()) -> tuple[Graph, Places]:
+    """The places on a model, and its graph when its layers have got (in place) the biases that constants of other groups than
+    `without` need."""
+    found = places(graph, scope, partial(takes_bias, model))
+    missing = {reader.weight for reader, group, _ in found.constants if reader.missing and group not in without}
+    if not missing:
+        return graph, found
+    graph = with_biases(model, graph, missing)
+    return graph, places(graph, scope)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .editing import Place, applied
 from .errors import StorageError
 from .narrowing import RECORD
-from .surgery import fit, named_tensors
+from .surgery import fit, give_bias, named_tensors, takes_bias
 
 FORMAT = 1
 WEIGHTS, META = "model.safetensors", "narrower.json"
@@ -50,6 +50,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
         "tied": {n: o for n, o in same.items() if n != o},
         "plans": record["plans"],
         "numbers": record["numbers"],
+        "created": record["created"],
         "extra": extra,
     }
     text = json.dumps(meta)
@@ -76,6 +77,10 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
     model = make_model()
     if not isinstance(model, nn.Module):
         raise StorageError(f"make_model must return the dense network, not {type(model).__name__}")
+    for name in meta["created"]:
+        weight = f"{name.removesuffix('bias')}weight"
+        if weight in named_tensors(model) and takes_bias(model, weight):
+            give_bias(model, name)
     here = named_tensors(model)
     found = {n: list(t.shape) for n, t in here.items()}
     if found != meta["dense"]:
@@ -105,7 +110,7 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
         applied(model, {Place(*place): value for *place, value in meta["numbers"]})
     except (AttributeError, KeyError, TypeError) as e:
         raise StorageError(f"{folder / META} sets a number that the factory's network does not store: {e}") from e
-    setattr(model, RECORD, {k: meta[k] for k in ("dense", "shapes", "plans", "numbers")})
+    setattr(model, RECORD, {k: meta[k] for k in ("dense", "shapes", "plans", "numbers", "created")})
     return model
 
 
@@ -133,6 +138,9 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise StorageError(f"{path} is damaged: {wide[0]} is {shapes[wide[0]]}, which is no part of {dense[wide[0]]}")
     if not number_table(meta.setdefault("numbers", [])):
         raise StorageError(f"{path} is damaged: 'numbers' is not what save writes")
+    created = meta.setdefault("created", [])
+    if not isinstance(created, list) or not all(isinstance(n, str) and n in dense and n.endswith(".bias") for n in created):
+        raise StorageError(f"{path} is damaged: 'created' is not what save writes")
     meta.setdefault("extra", {})
     return meta
 

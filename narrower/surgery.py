@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PlanError, StorageError, TraceError
-from .groups import Graph
+from .groups import Graph, Slice
 
 Keep = Mapping[str, np.ndarray]  # group name -> kept channels, ascending
 
@@ -96,6 +97,34 @@ def mirrored(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> dict[st
     if hasattr(module, "normalized_shape") and shape:
         return {"normalized_shape": type(module.normalized_shape)(shape)}
     return {}
+
+
+def takes_bias(model: nn.Module, weight: str) -> bool:
+    """Whether the layer with this weight has no bias and would use one: torch's own convolutions and linear layers."""
+    owner, _, leaf = weight.rpartition(".")
+    module = model.get_submodule(owner)
+    own = type(module).forward.__module__.startswith("torch.nn.modules.")
+    return own and leaf == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None
+
+
+def give_bias(model: nn.Module, name: str) -> None:
+    """Give the layer that should hold the bias `name` one of zeros, as long as its weight makes channels."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.bias = nn.Parameter(weight.detach().new_zeros(len(weight)), requires_grad=weight.requires_grad)
+
+
+def with_biases(model: nn.Module, graph: Graph, weights: Iterable[str]) -> Graph:
+    """Give the layers with these weights a bias of zeros, in place. Returns the graph with these biases."""
+    names = {w: f"{w.removesuffix('weight')}bias" for w in sorted(weights)}
+    for name in names.values():
+        give_bias(model, name)
+    groups = tuple(replace(g, slices=(*g.slices, *(
+        Slice(names[s.tensor], 0, "along", s.channels, s.positions) for s in g.slices if s.tensor in names and s.dim == 0)))
+        for g in graph.groups)
+    return replace(graph, groups=groups, shapes={**graph.shapes, **{n: graph.shapes[w][:1] for w, n in names.items()}},
+                   parameters=graph.parameters | set(names.values()), created=(*graph.created, *names.values()))
 
 
 class Undo(NamedTuple):

@@ -165,7 +165,7 @@ class Tracer:
         self.edits: dict[Place, Ids] = {}
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
-        first = {id(t): n for n, t in reversed(stage.tensors.items()) if isinstance(t, nn.Parameter)}
+        first = {id(t): n for n, t in reversed([*stage.tensors.items()]) if isinstance(t, nn.Parameter)}
         self.parameters = frozenset(first.values())
         self.modules = list(stage.model.modules())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,13 @@ class Twice(nn.Module):
         return self.layer(x) + self.layer(torch.sigmoid(x))
 
 
+class Own(nn.Conv2d):
+    """Has a forward of its own, which would not use a bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
 class Flat(nn.Module):
     """Every channel spread over all positions, read by a linear layer."""
 
@@ -71,6 +79,7 @@ SECOND: dict[str, Callable[[], nn.Module]] = {
     "norm": normed,
     "norm_unpadded": lambda: normed(3, stride=2),
     "linear": Flat,
+    "bare": lambda: nn.Conv2d(12, 10, 1, bias=False),
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -103,7 +112,7 @@ def without(graph: narrower.Graph, gone: list[int]) -> narrower.Plan:
 @pytest.mark.parametrize("second", SECOND)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dead", ["filter", "scale"])
-def test_constant_channels_leave_without_a_trace(activation: str, second: str, dead: str) -> None:
+def test_constant_channels_leave_without_a_trace(activation: str, second: str, dead: str, tmp_path: Path) -> None:
     model, x = made(activation, second), images().double()
     with torch.no_grad():
         (model.first if dead == "filter" else model.norm).weight[GONE] = 0
@@ -116,15 +125,19 @@ def test_constant_channels_leave_without_a_trace(activation: str, second: str, d
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())  # the model is as it was
     assert not folded.left
     assert 0 < sum(folded.channels.values()) <= 4, str(folded)  # those that relu makes zero need nothing
-    small = narrower.narrow(folded.model, plan)
+    small = narrower.narrow(folded.model, folded.plan)
     assert difference(dense, outputs(small, x)) < 1e-12
-    assert narrower.verify(folded.model, small, plan, x).error < 1e-12
+    assert narrower.verify(folded.model, small, folded.plan, x).error < 1e-12
+    assert folded.plan.params[1] == sum(p.numel() for p in small.parameters())
+    narrower.save(small, tmp_path)
+    again = narrower.load(tmp_path, lambda: made(activation, second))
+    assert difference(dense, outputs(again, x)) < 1e-12
 
 
 @pytest.mark.parametrize("case", ["padded", "transposed", "bare", "shared"])
 def test_what_cannot_be_folded_is_said(case: str) -> None:
     second = {"padded": lambda: normed(3, padding=1), "transposed": lambda: nn.ConvTranspose2d(12, 10, 3),
-              "bare": lambda: biased(bias=False), "shared": Twice}[case]()
+              "bare": lambda: Own(12, 10, 1, bias=False), "shared": Twice}[case]()
     torch.manual_seed(0)
     model: Any = randomised(Net(torch.sigmoid, second)).double()
     with torch.no_grad():
@@ -151,7 +164,7 @@ def test_zeros_behind_padding_need_no_fold() -> None:
     plan = without(narrower.trace(model, x), GONE)
     folded = narrower.fold(model, plan)
     assert not folded.left
-    assert difference(outputs(model, x), outputs(narrower.narrow(folded.model, plan), x)) < 1e-12
+    assert difference(outputs(model, x), outputs(narrower.narrow(folded.model, folded.plan), x)) < 1e-12
 
 
 def test_channels_that_change_are_not_folded() -> None:
@@ -161,6 +174,23 @@ def test_channels_that_change_are_not_folded() -> None:
     assert not folded.channels
     assert not folded.left
     assert "0 removed channels" in str(folded)
+
+
+def test_a_second_round_may_give_a_bias(tmp_path: Path) -> None:
+    model, x = made("sigmoid", "bare"), images().double()
+    graph = narrower.trace(model, x)
+    small: Any = narrower.narrow(model, narrower.plan(graph, narrower.random(graph), remove=0.3))
+    with torch.no_grad():
+        small.norm.weight[:2] = 0
+    graph = narrower.trace(small, x)
+    scores = narrower.Scores({g.name: torch.arange(1.0, g.size + 1) for g in graph.free})
+    plan = narrower.plan(graph, scores, remove={"first*": 0.25})
+    folded = narrower.fold(small, plan)
+    less = narrower.narrow(folded.model, folded.plan)
+    assert sum(folded.channels.values()) == 2
+    assert difference(outputs(small, x), outputs(less, x)) < 1e-12
+    narrower.save(less, tmp_path)
+    assert difference(outputs(less, x), outputs(narrower.load(tmp_path, lambda: made("sigmoid", "bare")), x)) < 1e-12
 
 
 def test_a_gate_of_a_constant_is_not_a_constant() -> None:
@@ -186,9 +216,9 @@ def test_a_gate_of_a_constant_is_not_a_constant() -> None:
 # ------------------------------------------------------------------------------------------------ ResRep
 
 
-@pytest.mark.parametrize("second", ["bias", "norm", "norm_unpadded", "linear", "grouped"])
+@pytest.mark.parametrize("second", ["bias", "norm", "norm_unpadded", "linear", "grouped", "bare"])
 @pytest.mark.parametrize("activation", ["sigmoid", "softplus", "shifted", "twice"])
-def test_resrep_folds_what_a_zero_becomes(activation: str, second: str) -> None:
+def test_resrep_folds_what_a_zero_becomes(activation: str, second: str, tmp_path: Path) -> None:
     """Rows are zero behind the first BatchNorm, and something else where they are read."""
     model, x = made(activation, second, 1), images().double()
     resrep = narrower.ResRep(model, narrower.trace(model, x), macs=0.6, steps=24)
@@ -203,6 +233,16 @@ def test_resrep_folds_what_a_zero_becomes(activation: str, second: str) -> None:
     small: Any = resrep.merge()
     assert resrep.reached() <= 0.6
     assert small.first.out_channels < 12
+    narrower.save(small, tmp_path)
+    again: Any = narrower.load(tmp_path, lambda: made(activation, second))
+    assert difference(outputs(small, x), outputs(again, x)) < 1e-12
+    # and once more: what was narrowed and has a new bias is narrowed again
+    graph = narrower.trace(again, x)
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.3)
+    less = narrower.narrow(again, plan)
+    assert narrower.verify(again, less, plan, x).error < 1e-12
+    narrower.save(less, tmp_path)
+    assert difference(outputs(less, x), outputs(narrower.load(tmp_path, lambda: made(activation, second)), x)) < 1e-12
 
 
 def test_resrep_says_where_a_zero_cannot_be_folded() -> None:

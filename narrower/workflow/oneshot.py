@@ -81,7 +81,7 @@ def narrowed(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
         folded = narrower.fold(model, plan)
         if folded.channels or folded.left:
             facts |= {"folded": dict(folded.channels), "text": str(folded)}
-        model = folded.model
+        model, plan = folded.model, folded.plan
         small = narrower.narrow(model, plan)
     with job.stage("verify", busy="verifying") as facts:
         facts["error"] = narrower.verify(model, small, plan, next(sample(job, 4))[0]).error
