@@ -193,24 +193,50 @@ def test_a_second_round_may_give_a_bias(tmp_path: Path) -> None:
     assert difference(outputs(less, x), outputs(narrower.load(tmp_path, lambda: made("sigmoid", "bare")), x)) < 1e-12
 
 
-def test_a_gate_of_a_constant_is_not_a_constant() -> None:
-    torch.manual_seed(0)
+class Gated(Net):
+    """The channels times a gate that changes with the input, and a half more for what is zero then."""
 
-    class Gated(Net):
+    def __init__(self) -> None:
+        super().__init__(F.relu, biased())
+        self.gate = nn.Conv2d(3, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.norm(self.first(x)) * self.gate(x))
+        return self.head(F.relu(self.second(y)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_a_gate_leaves_only_zeros_constant(shift: float) -> None:
+    torch.manual_seed(0)
+    model: Any = randomised(Gated()).double()
+    with torch.no_grad():
+        model.norm.weight[GONE], model.norm.bias[GONE] = 0, shift
+    x = images().double()
+    folded = narrower.fold(model, without(narrower.trace(model, x), GONE))
+    assert sum(folded.channels.values()) == (0 if shift else 4)
+    if not shift:
+        assert difference(outputs(model, x), outputs(narrower.narrow(folded.model, folded.plan), x)) < 1e-12
+
+
+def test_two_constants_of_one_channel_are_none() -> None:
+    """Read side by side, before and behind a sigmoid: one number cannot stand for both."""
+    class Beside(Net):
         def __init__(self) -> None:
-            super().__init__(F.relu, biased())
-            self.gate = nn.Conv2d(3, 12, 1)
+            super().__init__(F.relu, nn.Conv2d(24, 10, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.norm(self.first(x)) * torch.sigmoid(self.gate(x))
-            return self.head(F.relu(self.second(y)).mean((2, 3)))
+            y = self.norm(self.first(x))
+            return self.head(F.relu(self.second(torch.cat([y, torch.sigmoid(y)], 1))).mean((2, 3)))  # type: ignore[no-any-return]
 
-    model: Any = randomised(Gated()).double()
+    torch.manual_seed(0)
+    model: Any = randomised(Beside()).double()
     with torch.no_grad():
         model.norm.weight[GONE] = 0
     x = images().double()
-    folded = narrower.fold(model, without(narrower.trace(model, x), GONE))
+    plan = without(narrower.trace(model, x), GONE)
+    folded = narrower.fold(model, plan)
     assert not folded.channels
+    assert narrower.verify(folded.model, narrower.narrow(folded.model, folded.plan), folded.plan, x).error < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------ ResRep

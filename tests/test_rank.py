@@ -147,14 +147,15 @@ def test_cancelling_rows_do_not_hide_the_largest_singular_value() -> None:
 
 
 def test_blocks_that_do_not_meet() -> None:
-    """The row with the largest entry is not in the block with the largest singular value, and the shares of both are uneven."""
+    """The largest singular value stands apart, in rows that cancel; a small one lies between its tolerance and the others'."""
     maps = torch.zeros(3, 16, 16)
-    maps[:, :10, :10] = 1.0
-    maps[0, :10, :10] += torch.eye(10) * 2e-6  # next to nothing beside the block's singular value, 10
-    maps[1, :10, :10] *= torch.where((torch.arange(10)[:, None] + torch.arange(10)) % 2 == 0, 1.0, -1.0)
-    maps[:, 12, 12], maps[:, 13, 13], maps[:, 14, 14] = 4.0, 3e-5, 1e-5  # the tolerance is 1.9e-5
-    assert torch.equal(rank(maps), torch.linalg.matrix_rank(maps))
-    assert rank(maps)[1:].tolist() == [3, 3]
+    signs = torch.where(torch.arange(8) % 2 == 0, 1.0, -1.0)
+    maps[0, :8, :8] = 10.0
+    maps[1, :8, :8] = 10 * signs[:, None] * signs
+    maps[2, :8, :8] = 10 * signs[:, None] * torch.linspace(0.5, 1.5, 8)
+    maps[:, 8:12, 8:12] = 1.0  # 4, beside 80
+    maps[:, 12, 12], maps[:, 13, 13] = 3e-4, 3e-5  # the tolerance is 1.5e-4, for the second block alone 7.6e-6
+    assert rank(maps).tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-18, 1e18, 1e30, 1e37])

@@ -54,10 +54,11 @@ def counted(maps: Any, scale: float, guard: float, faint: float, ranks: Any, cle
             for j in range(wide):
                 vector[i] += abs(gram[i, j])
                 squares += gram[i, j] * gram[i, j]
-        # the largest eigenvalue, by powers, from what every row has part in; to 1e-3 if it is the largest for certain, as its
-        # square is more than half of all together
+            vector[i] *= 0.5 + (0.618034 * i) % 1.0
+        # the largest eigenvalue, by powers, from what every row has part in (unevenly, as equal parts may cancel); to 1e-3 if it
+        # is the largest for certain, as its square is more than half of all together
         largest = 0.0
-        for _ in range(200):
+        for _ in range(500):
             length = 0.0
             for i in range(wide):
                 length += vector[i] * vector[i]
@@ -75,7 +76,7 @@ def counted(maps: Any, scale: float, guard: float, faint: float, ranks: Any, cle
                 vector[i] = power[i]
                 largest += power[i] * power[i]
             largest = np.sqrt(largest)
-            if abs(largest - before) <= (1e-3 if 2 * largest * largest > squares else 1e-6) * largest:
+            if abs(largest - before) <= (1e-3 if 2 * largest * largest > squares else 1e-9) * largest:
                 break
         tau2 = largest * scale
         if largest == 0.0:
