@@ -24,8 +24,9 @@ class Solution(NamedTuple):
     channel_of: np.ndarray
 
 
-def units(total: int, pairs: Sequence[tuple[Ids, Ids]]) -> np.ndarray:
+def units(traces: Sequence[Trace], axes: Axes) -> np.ndarray:
     """The connected component of each id."""
+    pairs, total = [p for t in traces for p in t.pairs], axes.total
     if not pairs or not total:
         return np.arange(total)
     a = np.concatenate([p[0] for p in pairs])
@@ -47,11 +48,11 @@ def signatures(unit: np.ndarray, axes: Axes) -> np.ndarray:
     return out
 
 
-def solve(traces: Sequence[Trace], axes: Axes, shapes: Mapping[str, tuple[int, ...]], parameters: frozenset[str],
-          batch: int, pinned: Mapping[str, str], notes: Sequence[str] = (),
+def solve(traces: Sequence[Trace], axes: Axes, unit: np.ndarray, shapes: Mapping[str, tuple[int, ...]],
+          parameters: frozenset[str], batch: int, pinned: Mapping[str, str], notes: Sequence[str] = (),
           edits: Mapping[Any, Ids] | None = None) -> Solution:
-    """Groups from what the traces (eval, and train where it differs) have collected; `pinned` adds reasons by group name."""
-    unit = units(axes.total, [p for t in traces for p in t.pairs])
+    """Groups from what the traces (eval, and train where it differs) have collected, and from their `units`; `pinned` adds
+    reasons by group name."""
     count = int(unit.max()) + 1 if len(unit) else 0
     reason = np.full(count, -1)
     reasons: list[str] = []

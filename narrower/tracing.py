@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from .groups import Graph
 from .labels import Axes, Ids
 from .probing import Mismatch, Probe, alive, narrowed_in_place, trial
 from .recording import Recording, run
-from .solving import Solution, solve
+from .solving import Solution, solve, units
 from .surgery import collector_paused, duplicate, modules_of, named_tensors, selections, undone
 from .ties import components
 
@@ -109,10 +110,14 @@ def staged(model: nn.Module, inputs: Any, kind: str) -> Stage:
     return Stage(skeleton, given, named_tensors(skeleton))
 
 
+TABLES = frozenset(vars(nn.Module()))  # of every module: parameters, hooks and the like
+
+
 @contextmanager
 def unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
     """What a forward stores in its modules must not change the next one."""
     before = [(m.__dict__, m.__dict__.copy()) for m in modules]
+    kept = [(v, v.copy()) for table, _ in before for k, v in table.items() if type(v) in (dict, list) and k not in TABLES]
     try:
         yield
     finally:
@@ -120,6 +125,9 @@ def unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
             if len(now) != len(was) or not all(map(operator.is_, now.values(), was.values())):
                 now.clear()
                 now.update(was)
+        for value, contents in kept:
+            value.clear()
+            (value.update if isinstance(value, dict) else value.extend)(contents)
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -163,6 +171,8 @@ class Tracer:
         self.choices: dict[str, int] = {}
         self.pinned: dict[str, str] = {}
         self.edits: dict[Place, Ids] = {}
+        self.unit = np.zeros(0, dtype=np.int64)  # see solving.units
+        self.failed: set[tuple[str, frozenset[tuple[Place, bytes]]]] = set()  # edits that did not mend a failure of some kind
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
         first = {id(t): n for n, t in reversed([*stage.tensors.items()]) if isinstance(t, nn.Parameter)}
@@ -173,13 +183,13 @@ class Tracer:
         traces, axes, solution = self.settled()
         other = self.other_choices(traces["eval"], solution)
         if other:  # views that split channels which are pinned now: perhaps the other of their dimensions shrinks
-            before = self.choices, self.pinned, self.notes, self.edits
-            self.choices, self.pinned, self.edits = {**self.choices, **other}, {}, {}
+            before = self.choices, self.pinned, self.notes, self.edits, self.unit
+            self.choices, self.pinned, self.edits, self.failed = {**self.choices, **other}, {}, {}, set()
             again = self.settled()
             if free_channels(again[2].graph) > free_channels(solution.graph):
                 traces, axes, solution = again
             else:
-                self.choices, self.pinned, self.notes, self.edits = before
+                self.choices, self.pinned, self.notes, self.edits, self.unit = before
         graph = solution.graph
         if not allow_inexact:
             for g in graph.free:
@@ -201,7 +211,7 @@ class Tracer:
             except Mismatch as e:
                 if e.choice is not None and e.choice[0] not in self.choices:
                     self.choices[e.choice[0]] = e.choice[1]
-                    self.pinned, self.edits = {}, {}  # groups may be others now
+                    self.pinned, self.edits, self.failed = {}, {}, set()  # groups may be others now
                     traces, axes = self.dense()
                 elif not solution.graph.free:
                     raise unrepeatable(e) from e
@@ -221,8 +231,8 @@ class Tracer:
     def solved(self, traces: dict[str, Trace], axes: Axes) -> Solution:
         tensors = flattened(self.stage.inputs)
         batch = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
-        return solve(list(traces.values()), axes, self.shapes, self.parameters, max(1, batch), self.pinned, self.notes,
-                     self.edits)
+        return solve(list(traces.values()), axes, self.unit, self.shapes, self.parameters, max(1, batch), self.pinned,
+                     self.notes, self.edits)
 
     def dense(self) -> tuple[dict[str, Trace], Axes]:
         """The equations of the dense forward: in eval mode, and in train mode where that reaches further parameters."""
@@ -248,6 +258,7 @@ class Tracer:
             if still:
                 self.notes.append(f"never used in the forward, left as they are: {', '.join(still[:4])}"
                                   + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
+        self.unit = units(list(traces.values()), axes)
         return traces, axes
 
     def tell(self) -> None:
@@ -308,8 +319,9 @@ class Tracer:
         names = [e.module, *(n for n in (e.module.rpartition(".")[0],) if n != e.module)]
         before = self.edits
         for edits in proposals([n for n in names if n in modules], modules, log, e.place, axes):
-            if edits.keys() <= before.keys():
-                continue
+            attempt = re.sub(r"\d+", "", e.reason), frozenset((p, ids.tobytes()) for p, ids in edits.items())
+            if edits.keys() <= before.keys() or attempt in self.failed:
+                continue  # they are for all layers of a kind at once: what failed for one fails for the next
             self.edits = {**edits, **before}
             try:
                 self.probe(traces, solution)
@@ -317,6 +329,7 @@ class Tracer:
             except Mismatch as now:
                 if (now.mode != e.mode and e.mode == "eval") or now.place > e.place:
                     return True
+            self.failed.add(attempt)
         self.edits = before
         return False
 

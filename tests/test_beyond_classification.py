@@ -155,17 +155,19 @@ def test_what_a_forward_stores_does_not_confuse_the_next_one() -> None:
     assert [g.name for g in graph.free] == ["conv"]
 
 
+CALLS: list[int] = []  # kept where no copy of a module holds it
+
+
 class Restless(nn.Module):
     """Another number at each call, whatever is narrow."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = [0]
         self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls[0] += 1
-        return self.head(self.conv(x) * float(self.calls[0]))
+        CALLS.append(1)
+        return self.head(self.conv(x) * float(len(CALLS)))
 
 
 def test_a_forward_that_does_not_repeat_itself_is_refused() -> None:
@@ -209,3 +211,31 @@ class Whitening(nn.Module):
 def test_where_zeros_will_not_do_values_are_used() -> None:
     graph, _, _ = halved(Whitening().eval(), torch.randn(2, 3, 8, 8))
     assert [g.name for g in graph.free] == ["conv"]
+
+
+class Caching(nn.Module):
+    """Keeps what it has computed in a dictionary, as LeViT its position biases: the second forward runs other operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 12, 3), nn.Linear(12, 4)
+        self.scale = nn.Parameter(torch.ones(2))
+        self.cache: dict[str, Any] = {}
+        self.order: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.cache:
+            self.cache["scale"] = self.scale.exp().sum()
+            self.order.append(1)
+        return self.head(self.conv(x).relu().mean((2, 3)) * self.cache["scale"])
+
+
+def test_what_a_forward_caches_does_not_change_the_next() -> None:
+    model = Caching().eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph = narrower.trace(model, x)
+    assert [g.name for g in graph.free] == ["conv"]
+    assert not model.cache
+    assert not model.order
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    assert narrower.verify(model, narrower.narrow(model, plan), plan, x).error < 1e-12

@@ -55,8 +55,8 @@ def counted(maps: Any, scale: float, guard: float, faint: float, ranks: Any, cle
                 vector[i] += abs(gram[i, j])
                 squares += gram[i, j] * gram[i, j]
             vector[i] *= 0.5 + (0.618034 * i) % 1.0
-        # the largest eigenvalue, by powers, from what every row has part in (unevenly, as equal parts may cancel); to 1e-3 if it
-        # is the largest for certain, as its square is more than half of all together
+        # the largest eigenvalue, by powers, from what every row has part in (unevenly, as equal parts may cancel); to 1e-3
+        # if it is the largest for certain, as its square is more than half of all together
         largest = 0.0
         for _ in range(500):
             length = 0.0
