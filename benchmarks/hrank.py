@@ -5,7 +5,7 @@
 The published procedure takes a forward pass over all images for each of the 55 layers, and one matrix_rank call for each map
 of the layer's output. A part of it is timed (one batch's forward; single calls on a sample of the real maps of each size) and
 scaled to the whole. narrower takes one pass for all layers: over all images, and with its own stopping rule, whose kept
-channels at half the MACs are compared with those of all images. With numba (`pip install 'narrower[fast]'`) ranks take less than
+channels at half the MACs are compared with those of all images. With numba (`pip install 'narrower[fast]'`) ranks take about
 half the time; the first call of all compiles them.
 """
 

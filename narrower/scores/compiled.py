@@ -112,4 +112,8 @@ def counted(maps: Any, scale: float, guard: float, faint: float, ranks: Any, cle
 
 count: Count | None = None
 if njit is not None:
-    count = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})(counted)
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
+    try:
+        count = njit(cache=True, **options)(counted)
+    except RuntimeError:  # there is no folder in which it could keep what it compiles
+        count = njit(**options)(counted)
