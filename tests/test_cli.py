@@ -154,6 +154,21 @@ def test_methods(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert weights("run")["conv1.weight"].shape[0] == 6
 
 
+def test_constants_are_folded_or_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the first layer's channels have no scale; two of them are positive, and read by a padded convolution."""
+    from narrower.models import make_model
+
+    model: Any = make_model("net.py:Net")
+    with torch.no_grad():
+        model.bn1.weight[:4], model.bn1.bias[:4] = 0, torch.tensor([0.3, 0.3, -0.3, -0.3])
+    torch.save(model.state_dict(), "dense.pt")
+    wishes = ["--method", "bn_scale", "--exclude", "conv2", "--remove", '{"conv1": 0.5}', "--epochs", "0"]
+    assert cli.main(["prune", *SMALL, "--checkpoint", "dense.pt", *wishes, "--output", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 removed channels are constant and folded" in printed
+    assert "not folded: conv1: 2 channels: conv2.weight reads them between zeros" in printed
+
+
 def test_the_default_folder_is_new_each_time(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert cli.main(["train", *SMALL, "--epochs", "0"]) == 0
