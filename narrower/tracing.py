@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
-import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -32,6 +32,7 @@ from .solving import Solution, solve, units
 from .surgery import collector_paused, duplicate, modules_of, named_tensors, selections, undone
 from .ties import components
 
+TRIES = 3  # of the same edits: a group that was pinned meanwhile may let them work
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
@@ -172,7 +173,7 @@ class Tracer:
         self.pinned: dict[str, str] = {}
         self.edits: dict[Place, Ids] = {}
         self.unit = np.zeros(0, dtype=np.int64)  # see solving.units
-        self.failed: set[tuple[str, frozenset[tuple[Place, bytes]]]] = set()  # edits that did not mend a failure of some kind
+        self.failed: Counter[Any] = Counter()  # how often which edits did not mend a failure of some kind
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
         first = {id(t): n for n, t in reversed([*stage.tensors.items()]) if isinstance(t, nn.Parameter)}
@@ -184,7 +185,7 @@ class Tracer:
         other = self.other_choices(traces["eval"], solution)
         if other:  # views that split channels which are pinned now: perhaps the other of their dimensions shrinks
             before = self.choices, self.pinned, self.notes, self.edits, self.unit
-            self.choices, self.pinned, self.edits, self.failed = {**self.choices, **other}, {}, {}, set()
+            self.choices, self.pinned, self.edits, self.failed = {**self.choices, **other}, {}, {}, Counter()
             again = self.settled()
             if free_channels(again[2].graph) > free_channels(solution.graph):
                 traces, axes, solution = again
@@ -211,7 +212,7 @@ class Tracer:
             except Mismatch as e:
                 if e.choice is not None and e.choice[0] not in self.choices:
                     self.choices[e.choice[0]] = e.choice[1]
-                    self.pinned, self.edits, self.failed = {}, {}, set()  # groups may be others now
+                    self.pinned, self.edits, self.failed = {}, {}, Counter()  # groups may be others now
                     traces, axes = self.dense()
                 elif not solution.graph.free:
                     raise unrepeatable(e) from e
@@ -319,9 +320,9 @@ class Tracer:
         names = [e.module, *(n for n in (e.module.rpartition(".")[0],) if n != e.module)]
         before = self.edits
         for edits in proposals([n for n in names if n in modules], modules, log, e.place, axes):
-            attempt = re.sub(r"\d+", "", e.reason), frozenset((p, ids.tobytes()) for p, ids in edits.items())
-            if edits.keys() <= before.keys() or attempt in self.failed:
-                continue  # they are for all layers of a kind at once: what failed for one fails for the next
+            attempt = e.reason.partition(" (")[0], frozenset((p, ids.tobytes()) for p, ids in edits.items())
+            if edits.keys() <= before.keys() or self.failed[attempt] >= TRIES:
+                continue  # they are for all layers of a kind at once: what failed for some fails for the next
             self.edits = {**edits, **before}
             try:
                 self.probe(traces, solution)
@@ -329,7 +330,7 @@ class Tracer:
             except Mismatch as now:
                 if (now.mode != e.mode and e.mode == "eval") or now.place > e.place:
                     return True
-            self.failed.add(attempt)
+            self.failed[attempt] += 1
         self.edits = before
         return False
 

@@ -172,3 +172,27 @@ def test_numbers_edited_by_hand_are_refused(tmp_path: Path) -> None:
         (tmp_path / "narrower.json").write_text(json.dumps({**meta, "numbers": [row]}))
         with pytest.raises(StorageError, match="number"):
             narrower.load(tmp_path, lambda: NETWORKS["half"][0]().double())
+
+
+class Partial(nn.Module):
+    """FasterNet: a convolution on the first channels, the others pass; both numbers are stored."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.first, self.rest = c // 4, c - c // 4
+        self.conv, self.wide, self.back = nn.Conv2d(c // 4, c // 4, 3, padding=1), unit(c, 2 * c, 1), nn.Conv2d(2 * c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.split(x, [self.first, self.rest], 1)
+        return x + self.back(self.wide(torch.cat([self.conv(a), b], 1)))
+
+
+def test_blocks_of_one_kind_and_several_widths_are_all_mended() -> None:
+    """An edit that fails for one width must not be given up for the others while it takes the probe further."""
+    model = nn.Sequential(unit(3, 32), Partial(32), Partial(32), unit(32, 48), Partial(48), unit(48, 80), Partial(80), Head(80))
+    x = networks.images()
+    graph = narrower.trace(model.eval(), x)
+    pinned = [g.name for g in graph if not g.free and "output" not in (g.pinned or "")]
+    assert len(pinned) <= 1, str(graph)  # the first channels of the first width are given up before the others are known
+    assert len(graph.edits) == 8
+    reference.exact(model, narrower.plan(graph, narrower.random(graph), remove=0.5), x)
