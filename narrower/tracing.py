@@ -32,7 +32,6 @@ from .solving import Solution, solve, units
 from .surgery import collector_paused, duplicate, modules_of, named_tensors, selections, undone
 from .ties import components
 
-TRIES = 3  # of the same edits: a group that was pinned meanwhile may let them work
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 
 
@@ -321,8 +320,8 @@ class Tracer:
         before = self.edits
         for edits in proposals([n for n in names if n in modules], modules, log, e.place, axes):
             attempt = e.reason.partition(" (")[0], frozenset((p, ids.tobytes()) for p, ids in edits.items())
-            if edits.keys() <= before.keys() or self.failed[attempt] >= TRIES:
-                continue  # they are for all layers of a kind at once: what failed for some fails for the next
+            if edits.keys() <= before.keys() or self.failed[attempt] > 2:
+                continue  # they are for all layers of a kind at once: what failed for three fails for the next
             self.edits = {**edits, **before}
             try:
                 self.probe(traces, solution)
