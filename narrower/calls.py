@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,11 +22,12 @@ class Call(NamedTuple):
     place: int
 
 
-class Recorder(Protocol):
+class Recorder:
     """Who runs the forward: the trace collects what rules say, the probe checks it."""
 
     def of(self, t: Any) -> Carried:
         """What a tensor carries."""
+        raise NotImplementedError
 
     def unite(self, a: Ids, b: Ids) -> None:
         """Ids that must live and die together (arrays that broadcast)."""
@@ -42,19 +43,24 @@ class Recorder(Protocol):
 
     def constant(self, call: Call, size: int, key: int) -> Ids:
         """Ids of channels that are there whatever is removed."""
+        raise NotImplementedError
 
     def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
         """Those of the dimensions over which a view seems to spread channels along which they do change: channels that repeat,
         as over the positions of a kernel, change along fewer."""
+        raise NotImplementedError
 
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """Which dimension of a view that splits channels shrinks with them."""
+        raise NotImplementedError
 
     def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
         """Flat ids of the channels that a convolution weight reads and makes."""
+        raise NotImplementedError
 
     def alone(self, label: Label) -> bool:
         """Whether a parameter dimension has a single channel in the dense network: it meets all others by broadcasting."""
+        raise NotImplementedError
 
     def role(self, label: Label | None, role: str) -> None:
         """The parameter dimension behind a label makes ("out") or reads ("in") channels."""
@@ -64,9 +70,19 @@ class Recorder(Protocol):
 
     def depthwise(self, call: Call) -> bool:
         """Whether a convolution has (in the dense network) one group for each channel that it reads."""
+        raise NotImplementedError
 
     def reads(self, label: Label, source: Tensor, pool: int) -> None:
         """A convolution reads the maps of `source` (which comes from a pooling, if `pool` is its number)."""
+
+    def pooled(self, source: Tensor) -> None:
+        """A pooling reads `source`."""
+
+    def refused(self, name: str, args: Sequence[Any]) -> None:
+        """The operator has failed."""
+
+    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+        """The call is over; what its outputs carry."""
 
 
 Rule = Callable[[Recorder, Call], Sequence[Carried]]
@@ -98,6 +114,11 @@ def tensors_in(args: Any) -> list[Tensor]:
         elif isinstance(a, (list, tuple)):
             out += tensors_in(a)
     return out
+
+
+def plain(args: Any) -> tuple[Any, ...]:
+    """The arguments that are neither tensors nor lists of them."""
+    return tuple(a for a in args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
 
 
 def meet(r: Recorder, operands: Sequence[tuple[Carried, Sequence[int]]], ndim: int, what: str) -> tuple[Label, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from .answers import Answer
-from .calls import Call, at_channels, free_at, tensors_in
+from .calls import Call, at_channels, free_at, plain, tensors_in
 from .events import Event
 from .groups import Step
 from .labels import Axes, Carried, Ids, Label, fibres
@@ -90,11 +90,10 @@ class Trace(Recording):
             inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]
         for t in outs:
             setattr(t, NUMBER, self.axes.number())
-        rest = tuple(a for a in call.args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
         options = tuple((k, v) for k, v in call.kwargs.items() if not isinstance(v, Tensor))
         labelled = any(c.labels for c in carried)
         made = tuple(getattr(t, NUMBER) for t in outs)
-        self.steps.append(Step(call.name, tuple(inputs), rest, options, made, labelled))
+        self.steps.append(Step(call.name, tuple(inputs), plain(call.args), options, made, labelled))
 
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:

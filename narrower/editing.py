@@ -7,6 +7,7 @@ count the channels of an operand of the failing call; the probe decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,15 +56,14 @@ def proposals(names: Sequence[str], modules: Mapping[str, nn.Module], log: Seque
         nth = max((k for k, i in enumerate(own) if i <= failed), default=0)
         alike = [n for n, m in modules.items() if type(m) is type(module)]
         others = {n: calls for n in alike if len(calls := calls_of(log, n)) > nth}
-        for attribute in numbers_of(module):
-            found: list[dict[Place, Ids]] = []
-            for way in range(3):
-                edits: dict[Place, Ids] = {}
-                for n, calls in others.items():
-                    edits |= counted(modules[n], n, attribute, labels_of(log[calls[nth]], axes), way)
-                if any(p.module == name for p in edits) and not any(same(edits, f) for f in found):
-                    found.append(edits)
-                    yield edits
+        found: list[dict[Place, Ids]] = []
+        for way, attribute in product(range(3), numbers_of(module)):
+            edits: dict[Place, Ids] = {}
+            for n, calls in others.items():
+                edits |= counted(modules[n], n, attribute, labels_of(log[calls[nth]], axes), way)
+            if any(p.module == name for p in edits) and not any(same(edits, f) for f in found):
+                found.append(edits)
+                yield edits
 
 
 def same(a: Edits, b: Edits) -> bool:

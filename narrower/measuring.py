@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from .collecting import Trace
 from .errors import DataError
 from .labels import Axes
 from .recording import run
-from .tracing import flattened, staged
+from .staging import call, flattened, in_eval_mode, mapped, staged
 
 
 def macs_of(model: nn.Module, example_inputs: Any) -> float:
@@ -37,21 +38,15 @@ def macs_of(model: nn.Module, example_inputs: Any) -> float:
 def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> dict[str, float]:
     """{"macs", "params", "latency_ms"}: multiply-adds for one sample, parameters, and the median time of a forward on the
     example inputs as they are (in eval mode, on the device where they lie), over about `seconds`."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     times: list[float] = []
-    try:
-        with torch.inference_mode():
-            for _ in range(3):
-                forward(model, example_inputs)
-            end = time.perf_counter() + seconds
-            while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
-                start = time.perf_counter()
-                forward(model, example_inputs)
-                times.append(time.perf_counter() - start)
-    finally:
-        for m, mode in training.items():
-            m.training = mode
+    with in_eval_mode(model), torch.inference_mode():
+        for _ in range(3):
+            forward(model, example_inputs)
+        end = time.perf_counter() + seconds
+        while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
+            start = time.perf_counter()
+            forward(model, example_inputs)
+            times.append(time.perf_counter() - start)
     return {
         "macs": macs_of(model, example_inputs),
         "params": float(sum(p.numel() for p in model.parameters())),
@@ -67,13 +62,6 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     return out
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """The model on a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
 def model_inputs(batch: Any, model: nn.Module) -> Any:
     """What the model takes of a batch, on its device: the first part of a pair (inputs, targets), or all of it; a pair is both
     where the model's forward needs two arguments."""
@@ -82,7 +70,7 @@ def model_inputs(batch: Any, model: nn.Module) -> Any:
                   if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if len(needed) < 2 or not isinstance(batch[0], Tensor):
             batch = batch[0]
-    return to_device(tuple(batch) if isinstance(batch, list) else batch, device_of(model))
+    return mapped(tuple(batch) if isinstance(batch, list) else batch, lambda t: t.to(device_of(model), non_blocking=True))
 
 
 def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
@@ -92,7 +80,8 @@ def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None)
         inputs = model_inputs(batch, model)
         count = flattened(inputs)[0].shape[0]
         if images is not None and seen + count > images:
-            inputs, count = first(inputs, images - seen), images - seen
+            count = images - seen
+            inputs = mapped(inputs, operator.itemgetter(slice(count)))
         if count:
             yield inputs, count
         seen += count
@@ -100,25 +89,8 @@ def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None)
             return
 
 
-def first(x: Any, count: int) -> Any:
-    """The first samples of a batch."""
-    if isinstance(x, Tensor):
-        return x[:count]
-    if isinstance(x, dict):
-        return {k: first(v, count) for k, v in x.items()}
-    return type(x)(first(v, count) for v in x) if type(x) in (list, tuple) else x
-
-
 def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
-def to_device(x: Any, device: torch.device) -> Any:
-    if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
-    if isinstance(x, dict):
-        return {k: to_device(v, device) for k, v in x.items()}
-    return type(x)(to_device(v, device) for v in x) if type(x) in (list, tuple) else x
 
 
 @torch.no_grad()
@@ -131,24 +103,21 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    training = {m: m.training for m in model.modules()}
     momenta = [m.momentum for m in norms]
-    model.eval()
     seen = 0
-    try:
-        for inputs, count in samples(batches, model, images):
-            if not seen:
-                for m in norms:
-                    m.reset_running_stats()
-                    m.momentum = None  # cumulative average
-                    m.train()
-            call(model, inputs)
-            seen += count
-    finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode
+    with in_eval_mode(model):
+        try:
+            for inputs, count in samples(batches, model, images):
+                if not seen:
+                    for m in norms:
+                        m.reset_running_stats()
+                        m.momentum = None  # cumulative average
+                        m.train()
+                call(model, inputs)
+                seen += count
+        finally:
+            for m, momentum in zip(norms, momenta, strict=True):
+                m.momentum = momentum
     if not seen:
         raise DataError("recalibrate got no batches")
     return seen

@@ -20,8 +20,8 @@ from .groups import Graph, Mixer
 from .ops import rule_for
 from .planning import Plan
 from .recording import run
+from .staging import flattened, mapped
 from .surgery import Keep, collector_paused, duplicate, fit, named_tensors, selections, sliced
-from .tracing import flattened
 
 RECORD = "narrower_record"
 
@@ -151,7 +151,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance
     same_tensors(model, plan.graph)
-    inputs = cast(example_inputs, kind)
+    inputs = mapped(example_inputs, lambda t: t.detach().to(kind) if t.is_floating_point() else t.detach())
     reference = masked(model, plan).to(kind).eval()
     memo = {id(t): t.detach().clone() for t in small.buffers()}
     candidate = duplicate(small, memo).to(kind).eval()
@@ -212,14 +212,6 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
                 inside = positions[(positions >= block * width) & (positions < (block + 1) * width)] - block * width
                 part.index_fill_(s.dim, inside.to(t.device), 0)
     return copy
-
-
-def cast(x: Any, dtype: torch.dtype) -> Any:
-    if isinstance(x, Tensor):
-        return x.detach().to(dtype) if x.is_floating_point() else x.detach()
-    if isinstance(x, dict):
-        return {k: cast(v, dtype) for k, v in x.items()}
-    return type(x)(cast(v, dtype) for v in x) if type(x) in (list, tuple) else x
 
 
 class Survivors(TorchDispatchMode):

@@ -19,20 +19,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .answers import Answer, asks, noted
-from .calls import Call, tensors_in
+from .calls import Call, Recorder, plain, tensors_in
 from .events import FILLED, MADE, SIZED, SIZED_UNTIL, Unseen
 from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed
 from .meta import inferred
 from .mixing import reduce
 from .ops import RULES, pooling, rule_for
+from .staging import call
 from .surgery import modules_of, named_tensors
 
 CARRIED = "_narrower_carried"
 
 
-
-
-class Recording(TorchDispatchMode):
+class Recording(TorchDispatchMode, Recorder):
     """Carries labels through a forward of `model`; subclasses say what happens to what is learnt."""
 
     def __init__(self, model: nn.Module, axes: Axes, answers: Sequence[Answer] | None = None) -> None:
@@ -199,7 +198,7 @@ class Recording(TorchDispatchMode):
                     raise Unseen("a tensor made from numbers")
                 extra = tuple(first.flatten()[:16].tolist())
         args = args[3:8] if call.name == "convolution" else args[SIZED_UNTIL.get(call.name, 0):]
-        return *extra, *(a for a in args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
+        return *extra, *plain(args)
 
     def where(self) -> str:
         """The innermost module that is running, and its source line."""
@@ -222,33 +221,9 @@ class Recording(TorchDispatchMode):
         self.here = self.modules[id(owner)]
         return f"{self.here or type(owner).__name__}, {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
 
-    # -------------------------------------------------------------------------------- what rules say: see Recorder
-
-    def unite(self, a: Ids, b: Ids) -> None: ...
-    def pin(self, labels: Sequence[Label], reason: str) -> None: ...
-    def tie(self, label: Label) -> None: ...
-    def mix(self, call: Call, label: Label) -> None: ...
-    def role(self, label: Label | None, role: str) -> None: ...
-    def use(self, label: Label | None, macs: float) -> None: ...
-    def reads(self, label: Label, source: Tensor, pool: int) -> None: ...
-    def pooled(self, source: Tensor) -> None: ...
-    def refused(self, name: str, args: Sequence[Any]) -> None: ...
-    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None: ...
-
-    def constant(self, call: Call, size: int, key: int) -> Ids:
-        raise NotImplementedError
-
-    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
-        raise NotImplementedError
-
 
 @torch.no_grad()
 def run(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any]) -> Any:
     """One forward under `mode`; attention as plain matrix products, so that the same operators run on every device."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return call(model, inputs)

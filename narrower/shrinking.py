@@ -90,11 +90,10 @@ def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layou
         stay = later.left(graph, site.rows, site.blocks if site.transposed else 1)
         stay = (stay + (np.arange(len(stay)) * graph.shapes[site.rows[0]][site.rows[1]])[:, None]).reshape(-1)
         later.rows[name] = stay
-        within = np.searchsorted(rows, stay)
+        within = columns = np.searchsorted(rows, stay)
         q = compactor.weight.detach().double()
         whole = site.kind != "diagonal"
         if compactor.idle:
-            columns = within
             new = diagonal(torch.ones(len(within), dtype=q.dtype, device=q.device), site)
         elif merge or idle or (fold and whole):
             norms = row_norms(q).clamp_min(1e-4)
@@ -107,16 +106,13 @@ def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layou
                 if whole:
                     from_rows[end] = rows[None]
             new = diagonal(norms[torch.as_tensor(within, device=q.device)], site)
-            columns = within
-        elif whole:
-            for end in made_by(site).values():
-                later.ends.pop(end, None)
-                if end in layout.ends:
-                    later.ends[end] = layout.ends[end]
-            columns = np.arange(q.shape[-1] * (q.shape[0] if q.dim() == 3 else 1))
-            new = picked(q, within, columns)
         else:
-            columns = within
+            if whole:
+                for end in made_by(site).values():
+                    later.ends.pop(end, None)
+                    if end in layout.ends:
+                        later.ends[end] = layout.ends[end]
+                columns = np.arange(q.shape[-1] * (q.shape[0] if q.dim() == 3 else 1))
             new = picked(q, within, columns)
         compactors[name] = within, columns, new
     swaps = replaced(model, graph, layout, later, values, from_rows)

@@ -6,19 +6,16 @@ groups (`solving`); the probe narrows them all and runs the forward again (`prob
 
 from __future__ import annotations
 
-import copy
-import operator
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from time import perf_counter
 from traceback import walk_tb
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .answers import Answer, Listening
 from .collecting import Trace
@@ -29,18 +26,11 @@ from .labels import Axes, Ids
 from .probing import Mismatch, Probe, alive, narrowed_in_place, trial
 from .recording import Recording, run
 from .solving import Solution, solve, units
-from .surgery import collector_paused, duplicate, modules_of, named_tensors, selections, undone
+from .staging import Stage, flattened, shapes_of, staged, unchanged
+from .surgery import collector_paused, modules_of, named_tensors, selections, undone
 from .ties import components
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
-
-
-class Stage(NamedTuple):
-    """A copy of the model that can be run, its inputs, and its tensors."""
-
-    model: nn.Module
-    inputs: Any
-    tensors: Mapping[str, Tensor]
 
 
 @collector_paused()
@@ -93,74 +83,6 @@ class RealNeeded(Exception):
     """The dense forward fails on meta tensors."""
 
 
-def staged(model: nn.Module, inputs: Any, kind: str) -> Stage:
-    """A copy of `model` on meta tensors, or with its real weights (shared) and buffers (copied)."""
-    memo: dict[int, Tensor] = {}
-    for t in (*named_tensors(model).values(), *loose_tensors(model)):
-        if kind == "meta":
-            new = torch.empty(t.shape, dtype=t.dtype, device="meta")
-        else:
-            new = t.detach() if isinstance(t, nn.Parameter) else t.detach().clone()
-        memo[id(t)] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
-    try:
-        skeleton = duplicate(model, memo).eval()
-    except Exception as e:
-        raise TraceError(f"the model cannot be copied ({type(e).__name__}: {e}); trace needs copy.deepcopy(model)") from e
-    given = moved(inputs, "meta") if kind == "meta" else inputs
-    return Stage(skeleton, given, named_tensors(skeleton))
-
-
-TABLES = frozenset(vars(nn.Module()))  # of every module: parameters, hooks and the like
-
-
-@contextmanager
-def unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """What a forward stores in its modules must not change the next one."""
-    before = [(m.__dict__, m.__dict__.copy()) for m in modules]
-    kept = [(v, v.copy()) for table, _ in before for k, v in table.items() if type(v) in (dict, list) and k not in TABLES]
-    try:
-        yield
-    finally:
-        for now, was in before:
-            if len(now) != len(was) or not all(map(operator.is_, now.values(), was.values())):
-                now.clear()
-                now.update(was)
-        for value, contents in kept:
-            value.clear()
-            (value.update if isinstance(value, dict) else value.extend)(contents)
-
-
-def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that modules hold as plain attributes."""
-    for m in model.modules():
-        for value in m.__dict__.values():
-            if isinstance(value, Tensor):
-                yield value
-
-
-def moved(x: Any, device: str) -> Any:
-    if isinstance(x, Tensor):
-        return x.detach().to(device)
-    if isinstance(x, dict):
-        return {k: moved(v, device) for k, v in x.items()}
-    return type(x)(moved(v, device) for v in x) if type(x) in (list, tuple) else copy.copy(x)
-
-
-def shapes_of(x: Any) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in flattened(x)) or type(x).__name__
-
-
-def flattened(x: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists, dicts and dataclasses."""
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, dict):
-        x = list(x.values())
-    elif hasattr(x, "__dataclass_fields__"):
-        x = [getattr(x, f) for f in x.__dataclass_fields__]
-    return [t for v in x for t in flattened(v)] if isinstance(x, (list, tuple)) else []
-
-
 class Tracer:
     """The loop of trace, solve and probe; what is found wrong goes into `pinned` or `choices` and the loop runs again."""
 
@@ -169,22 +91,29 @@ class Tracer:
         self.began, self.next_line, self.forwards = perf_counter(), 2.0, 0
         self.repeatable = False  # the forward was seen to do the same twice
         self.choices: dict[str, int] = {}
-        self.pinned: dict[str, str] = {}
-        self.edits: dict[Place, Ids] = {}
+        self.restart()
         self.unit = np.zeros(0, dtype=np.int64)  # see solving.units
-        self.failed: Counter[Any] = Counter()  # how often which edits did not mend a failure of some kind
         self.notes: list[str] = []
         self.shapes = {n: tuple(t.shape) for n, t in stage.tensors.items()}
         first = {id(t): n for n, t in reversed([*stage.tensors.items()]) if isinstance(t, nn.Parameter)}
         self.parameters = frozenset(first.values())
         self.modules = list(stage.model.modules())
 
+    def restart(self) -> None:
+        """Forget what was found of groups that may be others now."""
+        self.pinned: dict[str, str] = {}
+        self.edits: dict[Place, Ids] = {}
+        self.failed: Counter[Any] = Counter()  # how often which edits did not mend a failure of some kind
+        self.changed: set[Place] = set()  # stored numbers that a probe that passed has seen change
+        self.seed = 0  # of the trial
+
     def graph(self, allow_inexact: bool) -> Graph:
         traces, axes, solution = self.settled()
         other = self.other_choices(traces["eval"], solution)
         if other:  # views that split channels which are pinned now: perhaps the other of their dimensions shrinks
             before = self.choices, self.pinned, self.notes, self.edits, self.unit
-            self.choices, self.pinned, self.edits, self.failed = {**self.choices, **other}, {}, {}, Counter()
+            self.choices = {**self.choices, **other}
+            self.restart()
             again = self.settled()
             if free_channels(again[2].graph) > free_channels(solution.graph):
                 traces, axes, solution = again
@@ -207,11 +136,17 @@ class Tracer:
             solution = self.solved(traces, axes)
             try:
                 self.probe(traces, solution)
-                return traces, axes, solution
+                if not (doubtful := self.unproven(solution)):
+                    return traces, axes, solution
+                if self.seed > 6:
+                    p = doubtful[0]
+                    raise Mismatch(solution.unit[self.edits[p]],
+                                   f"{p.module}.{p.attribute} seems to count these channels, but no trial has changed it")
+                self.seed += 1
             except Mismatch as e:
                 if e.choice is not None and e.choice[0] not in self.choices:
                     self.choices[e.choice[0]] = e.choice[1]
-                    self.pinned, self.edits, self.failed = {}, {}, Counter()  # groups may be others now
+                    self.restart()
                     traces, axes = self.dense()
                 elif not solution.graph.free:
                     raise unrepeatable(e) from e
@@ -282,7 +217,7 @@ class Tracer:
 
     def probe(self, traces: dict[str, Trace], solution: Solution, keep: Any = None) -> None:
         """Run the narrowed forward; Mismatch if anything differs, with the ids at fault."""
-        keep = trial(solution.graph) if keep is None else keep
+        keep = trial(solution.graph, self.seed) if keep is None else keep
         cuts = selections(solution.graph, keep)
         undo = narrowed_in_place(self.stage.model, self.stage.tensors, cuts)
         left = alive(solution, keep)
@@ -311,6 +246,16 @@ class Tracer:
             if "train" in traces:
                 self.stage.model.eval()
             undone(undo)
+
+    def unproven(self, solution: Solution) -> list[Place]:
+        """After a probe that has passed, the stored numbers to see in another trial: those that none has changed, as what they
+        count is a guess then, and all after the first."""
+        keep = trial(solution.graph, self.seed)
+        left, groups = alive(solution, keep), solution.graph.groups
+        cut = {n for n, g in enumerate(groups) if g.free and len(keep[g.name]) < g.size}
+        doubtful = {p: solution.unit[ids] for p, ids in self.edits.items() if cut & {*solution.group_of[solution.unit[ids]]}}
+        self.changed |= {p for p, units in doubtful.items() if not left[units].all()}
+        return [p for p in doubtful if self.seed == 0 or p not in self.changed]
 
     def mended(self, traces: dict[str, Trace], axes: Axes, solution: Solution, e: Mismatch) -> bool:
         """Try to let a number that the module at fault stores follow the widths; it must take the probe further."""
@@ -352,7 +297,7 @@ class Tracer:
 
     def bisect(self, traces: dict[str, Trace], solution: Solution, suspects: list[str]) -> list[str]:
         """The smallest half of the suspects that still fails alone, repeatedly."""
-        full = trial(solution.graph)
+        full = trial(solution.graph, self.seed)
         tied = [{c.group for c in part.cells} for part in components(solution.graph)]
 
         def fails(names: list[str]) -> bool:

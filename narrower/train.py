@@ -25,6 +25,7 @@ from .config import TrainConfig
 from .data import ImageData, Images, batches, mix
 from .errors import ConfigError, StorageError
 from .resrep import ResRep
+from .staging import in_eval_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -210,19 +211,14 @@ def evaluate(
     accelerator = accelerator or make_accelerator()
     shard = (accelerator.process_index, accelerator.num_processes)
     loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
-    modes = [(module, module.training) for module in model.modules()]
-    model.to(accelerator.device).eval()
+    model.to(accelerator.device)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    try:
-        with torch.inference_mode(), autocast(config, accelerator.device):
-            for x, y in watch(loader, "evaluating", len(images) // shard[1]):
-                x, y = _placed(x, y, config, accelerator.device)
-                logits = model(x).float()
-                loss = F.cross_entropy(logits, y, reduction="sum")
-                sums += torch.stack((loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=x.device)))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_eval_mode(model), torch.inference_mode(), autocast(config, accelerator.device):
+        for x, y in watch(loader, "evaluating", len(images) // shard[1]):
+            x, y = _placed(x, y, config, accelerator.device)
+            logits = model(x).float()
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            sums += torch.stack((loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=x.device)))
     loss, right, count = accelerator.reduce(sums).tolist()
     return {"top1": 100 * right / max(1, count), "loss": loss / max(1, count)}
 

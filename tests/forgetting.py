@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import narrower
-from narrower.tracing import flattened
+from narrower.staging import flattened
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -17,6 +17,7 @@ from networks import Head, chain, unit
 from torch import Tensor, nn
 
 import narrower
+from narrower import editing
 from narrower.errors import StorageError
 
 
@@ -196,3 +197,49 @@ def test_blocks_of_one_kind_and_several_widths_are_all_mended() -> None:
     assert len(pinned) <= 1, str(graph)  # the first channels of the first width are given up before the others are known
     assert len(graph.edits) == 8
     reference.exact(model, narrower.plan(graph, narrower.random(graph), remove=0.5), x)
+
+
+class Branches(nn.Module):
+    """SKNet with a stored width and, first, a small number that counts no channels."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.branches, self.width = 2, c
+        self.convs = nn.ModuleList([unit(c, c), unit(c, c)])
+        self.squeeze, self.gate = unit(c, 8, 1), nn.Conv2d(8, 2 * c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stack([conv(x) for conv in self.convs], 1)
+        w = self.gate(self.squeeze(y.sum(1).mean((2, 3), keepdim=True)))
+        w = w.view(len(w), self.branches, self.width).softmax(1)
+        return (y * w[..., None, None]).sum(1)
+
+
+def branching() -> tuple[nn.Module, Tensor]:
+    widths = (32,) * 8
+    units = (nn.Sequential(unit(a, b), Branches(b)) for a, b in zip((3, *widths), widths, strict=False))
+    return chain(*units, Head(widths[-1])).eval(), networks.images()
+
+
+def test_a_small_number_is_not_taken_for_a_count_of_the_first_channels() -> None:
+    model, x = branching()
+    graph = narrower.trace(model, x)
+    assert {e.attribute for e in graph.edits} == {"width"}
+    assert len(graph.free) == len(graph) - 1, str(graph)
+    for seed in range(4):
+        reference.exact(model, narrower.plan(graph, narrower.random(graph, seed=seed), remove=0.5), x)
+
+
+def test_a_number_that_a_trial_leaves_as_it_was_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong count of the first two channels passes every trial in which both stay: others must find it out."""
+    model, x = branching()
+    right = editing.proposals
+
+    def with_wrong(names: Any, modules: Any, log: Any, failed: int, axes: Any) -> Any:
+        for edits in right(names, modules, log, failed, axes):
+            yield {**{p._replace(attribute="branches"): ids[:2] for p, ids in edits.items()}, **edits}
+
+    monkeypatch.setattr("narrower.tracing.proposals", with_wrong)
+    graph = narrower.trace(model, x)
+    for seed in range(8):
+        reference.exact(model, narrower.plan(graph, narrower.random(graph, seed=seed), remove=0.5), x)

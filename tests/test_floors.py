@@ -30,6 +30,7 @@ FLOORS: dict[str, float] = {
     "movement": 1.1,
     "mixing": 1.1,
     "ops": 1.2,
+    "staging": 2.05,
     "recording": 2.1,
     "collecting": 2.15,
     "solving": 2.2,

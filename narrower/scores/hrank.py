@@ -16,6 +16,7 @@ from ..measuring import samples
 from ..ops import pooling, rule_for
 from ..planning import Scores, plan
 from ..recording import run
+from ..staging import in_eval_mode
 from ..surgery import Keep, named_tensors
 from .rank import rank
 from .simple import magnitude
@@ -43,11 +44,9 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
     Raises DataError if there are no batches or a map is not finite.
     """
     averages = Averages(graph)
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     seen, check = 0, FIRST_CHECK
     last: Keep | None = None
-    try:
+    with in_eval_mode(model):
         for inputs, count in samples(batches, model, images):
             mode = Maps(model, graph, averages)
             run(model, inputs, mode)
@@ -57,9 +56,6 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
                 if last is not None and agreement(last, now) >= SETTLED:
                     break
                 last, check = now, 2 * seen
-    finally:
-        for m, was in training.items():
-            m.training = was
     if not seen:
         raise DataError("hrank got no batches: give it some images")
     return scores_of(model, graph, averages)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError
 from ..groups import ChannelGroup, Graph, Slice
-from ..measuring import call, model_inputs, to_device
+from ..measuring import device_of, model_inputs
 from ..planning import Scores
+from ..staging import call, in_eval_mode, mapped
 from ..surgery import named_tensors
 
 
@@ -101,27 +102,24 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     wanted = {s.tensor for g in graph.free for s in g.slices if s.role == "out"}
     params = {n: tensors[n] for n in wanted}
     before = {n: t.requires_grad for n, t in params.items()}
-    training = {m: m.training for m in model.modules()}
     total = {g.name: torch.zeros(g.size) for g in graph.free}
     seen = 0
-    model.eval()
-    try:
-        for t in params.values():
-            t.requires_grad_(True)
-        for inputs, targets in batches:
-            inputs = model_inputs(inputs, model)
-            value = loss(call(model, inputs), to_device(targets, next(iter(params.values())).device))
-            grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
-            seen += 1
-            products = {n: torch.zeros_like(t) if grads[n] is None else grads[n] * t for n, t in params.items()}
-            for g in graph.free:
-                for s, rows in filters(g, products):
-                    total[g.name] += per_channel(rows.sum(1), s, g.size).square().cpu()
-    finally:
-        for n, t in params.items():
-            t.requires_grad_(before[n])
-        for m, mode in training.items():
-            m.training = mode
+    with in_eval_mode(model):
+        try:
+            for t in params.values():
+                t.requires_grad_(True)
+            for inputs, targets in batches:
+                output = call(model, model_inputs(inputs, model))
+                value = loss(output, mapped(targets, lambda t: t.to(device_of(model))))
+                grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
+                seen += 1
+                products = {n: torch.zeros_like(t) if grads[n] is None else grads[n] * t for n, t in params.items()}
+                for g in graph.free:
+                    for s, rows in filters(g, products):
+                        total[g.name] += per_channel(rows.sum(1), s, g.size).square().cpu()
+        finally:
+            for n, t in params.items():
+                t.requires_grad_(before[n])
     if not seen:
         raise DataError("taylor got no batches")
     return Scores(total)

@@ -16,6 +16,7 @@ from ..checkpoints import load_checkpoint
 from ..config import ModelConfig
 from ..errors import ConfigError, TraceError
 from ..models import CIFAR_MODELS, expected_images, make_model
+from ..staging import in_eval_mode
 from ..train import make_accelerator
 from .job import Job, Settings
 
@@ -35,16 +36,12 @@ def check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
         ConfigError: it does not give one logit per class.
     """
     shape = tuple(example.shape)
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.inference_mode():
-            output = model.to(example.device).eval()(example)
+        with in_eval_mode(model), torch.inference_mode():
+            output = model.to(example.device)(example)
     except Exception as error:  # whatever the user's network raises
         reason = str(error).splitlines()[0] if str(error) else ""
         raise TraceError(f"the network fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not isinstance(output, Tensor) or output.shape != (1, num_classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ConfigError(f"for images {shape} the network gives {found} instead of {(1, num_classes)}: one per class")
