@@ -34,7 +34,7 @@ class Trace(Recording):
         self.macs: Counter[str] = Counter()  # by weight
         self.depthwise_calls: set[int] = set()
         self.computed: dict[int, str] = {}  # convolutions by number whose weight is computed, and from which parameter
-        self.maps: dict[int, tuple[str | None, int, Ids]] = {}
+        self.maps: dict[int, tuple[str | int | None, int, Ids]] = {}
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
         self.pool_inputs: list[Ids | None] = []
@@ -155,12 +155,12 @@ class Trace(Recording):
         key = pool if pool >= 0 else -1 - id(source)
         self.map_readers[key] += 1
         if key not in self.maps:
-            weight = self.tensors.get(id(self.touched[1])) if len(self.touched) > 1 else None
             if pool >= 0:
                 ids = self.pool_inputs[pool]
                 if ids is not None:
                     self.maps[key] = (None, pool, ids)
-            elif weight is not None:
+            else:
+                weight = self.tensors.get(id(self.touched[1]), self.counts["convolution"] - 1)
                 self.maps[key] = (weight, -1, label.ids)
                 self.map_alive.append(source)
 

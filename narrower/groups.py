@@ -62,10 +62,11 @@ class Members:
 
 @dataclass(frozen=True, eq=False)
 class MapSource:
-    """Where feature maps can be seen in a forward pass: at the input of the convolution with that weight, or at the input
-    of a pooling (by its number in the forward). `consumers` counts the convolutions that read them."""
+    """Where feature maps can be seen in a forward pass: at the input of the convolution with that weight (or of that number in
+    the forward, if its weight is computed there), or of the pooling of that number. `consumers` counts the convolutions
+    that read them."""
 
-    weight: str | None
+    weight: str | int | None
     pool: int
     consumers: int
     members: tuple[Members, ...]

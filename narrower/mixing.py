@@ -210,6 +210,12 @@ def softmax(r: Recorder, call: Call) -> Sequence[Carried]:
     return [Carried(tuple(labels))]
 
 
+def unpool(r: Recorder, call: Call) -> Sequence[Carried]:
+    """max_unpool(x, places, size): the values of a channel and their places go together."""
+    meet(r, [(r.of(t), t.shape) for t in call.args[:2]], call.out.ndim, call.name)
+    return spatial(r, call._replace(args=call.args[:1]))
+
+
 def spatial(r: Recorder, call: Call) -> Sequence[Carried]:
     """Pooling, resizing, padding by reflection, sampling: each channel for itself, over the last dimensions."""
     x = call.args[0]

@@ -68,6 +68,8 @@ def cut(r: Recorder, call: Call) -> Sequence[Carried]:
     c = r.of(x)
     if end - start == x.shape[dim] and step == 1:
         return [c._replace(view=True)]
+    if step > 1:
+        r.pin(free_at(c, dim), f"one channel in {step} taken")
     return [c._replace(labels=tuple(piece(label, dim, start, end, step) for label in c.labels), view=True)]
 
 

@@ -14,27 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import mixing, movement
 from .calls import Call, Recorder, Rule, dims_of, meet, tensors_in
 from .labels import NOTHING, Carried
-from .mixing import batch_norm, convolution, glu, group_norm, layer_norm, matmul, reduce, softmax, spatial
-from .movement import (
-    cat,
-    channel_shuffle,
-    cut,
-    expand,
-    index,
-    index_put,
-    pad,
-    permute,
-    pixel_shuffle,
-    reorder,
-    repeat,
-    select,
-    split,
-    stack,
-    unbind,
-    view,
-)
 
 
 def elementwise(r: Recorder, call: Call) -> Sequence[Carried]:
@@ -49,8 +31,10 @@ def elementwise(r: Recorder, call: Call) -> Sequence[Carried]:
 
 
 def like(r: Recorder, call: Call) -> Sequence[Carried]:
-    """A new tensor of the same shape and uniform or random content."""
-    return [Carried((), uniform=True)]
+    """A new tensor of uniform or random content, as wide as the one that it is made like."""
+    x = call.args[0]
+    same_shape = isinstance(x, Tensor) and x.shape == call.out.shape and not call.name.startswith("new_")
+    return [Carried(r.of(x).labels if same_shape else (), uniform=True)]
 
 
 def same(r: Recorder, call: Call) -> Sequence[Carried]:
@@ -72,41 +56,42 @@ def fresh(r: Recorder, call: Call) -> Sequence[Carried]:
 
 
 KINDS: dict[Rule, str] = {
-    view: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze flatten unflatten view_copy",
-    permute: "permute transpose t swapaxes",
-    expand: "expand",
+    movement.view: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze flatten unflatten view_copy",
+    movement.permute: "permute transpose t swapaxes",
+    movement.expand: "expand",
     same: "clone alias detach contiguous _to_copy native_dropout dropout feature_dropout alpha_dropout lift_fresh "
           "fake_quantize_per_tensor_affine as_strided_",
     copied: "copy",
-    cut: "slice",
-    select: "select",
-    split: "split split_with_sizes split_with_sizes_copy",
-    unbind: "unbind",
-    cat: "cat concat",
-    stack: "stack",
-    pad: "constant_pad_nd",
-    reorder: "flip roll",
-    repeat: "repeat",
-    pixel_shuffle: "pixel_shuffle pixel_unshuffle",
-    channel_shuffle: "channel_shuffle native_channel_shuffle",
-    convolution: "convolution _convolution",
-    matmul: "mm addmm bmm baddbmm mv addmv",
-    batch_norm: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
-                "_native_batch_norm_legit_no_training _batch_norm_with_update batch_norm",
-    layer_norm: "native_layer_norm",
-    group_norm: "native_group_norm",
-    glu: "glu",
-    reduce: "mean sum var std var_mean std_mean amax amin max min prod linalg_vector_norm logsumexp any all "
-            "argmax argmin",
-    softmax: "_softmax _log_softmax _safe_softmax cumsum cumprod",
-    spatial: "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices max_pool2d "
-             "adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d fractional_max_pool2d "
-             "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d "
-             "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
-             "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
-             "grid_sampler_2d grid_sampler_3d roi_align roi_pool",
-    index_put: "index_put",
-    index: "index index_select embedding",
+    movement.cut: "slice",
+    movement.select: "select",
+    movement.split: "split split_with_sizes split_with_sizes_copy",
+    movement.unbind: "unbind",
+    movement.cat: "cat concat",
+    movement.stack: "stack",
+    movement.pad: "constant_pad_nd",
+    movement.reorder: "flip roll",
+    movement.repeat: "repeat",
+    movement.pixel_shuffle: "pixel_shuffle pixel_unshuffle",
+    movement.channel_shuffle: "channel_shuffle native_channel_shuffle",
+    mixing.convolution: "convolution _convolution",
+    mixing.matmul: "mm addmm bmm baddbmm mv addmv",
+    mixing.batch_norm: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
+                       "_native_batch_norm_legit_no_training _batch_norm_with_update batch_norm",
+    mixing.layer_norm: "native_layer_norm",
+    mixing.group_norm: "native_group_norm",
+    mixing.glu: "glu",
+    mixing.reduce: "mean sum var std var_mean std_mean amax amin max min prod linalg_vector_norm logsumexp any all "
+                   "argmax argmin",
+    mixing.softmax: "_softmax _log_softmax _safe_softmax cumsum cumprod",
+    mixing.spatial: "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices max_pool2d "
+                    "adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d fractional_max_pool2d "
+                    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d "
+                    "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
+                    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+                    "grid_sampler_2d grid_sampler_3d roi_align roi_pool",
+    mixing.unpool: "max_unpool2d max_unpool3d",
+    movement.index_put: "index_put",
+    movement.index: "index index_select embedding",
     like: "zeros_like ones_like full_like empty_like rand_like randn_like new_empty new_zeros new_ones new_full empty "
           "zeros ones full rand randn bernoulli uniform normal fill zero empty_strided new_empty_strided",
     fresh: "arange eye linspace scalar_tensor",
@@ -121,7 +106,7 @@ def pooling(name: str, args: Sequence[Any]) -> bool:
     """Whether a call pools over space: a pooling operator, or a mean or maximum over all but the first two dimensions."""
     if name in ("mean", "amax") and len(args) > 1 and args[0].ndim > 2:
         return sorted(dims_of(args[1], args[0].ndim)) == list(range(2, args[0].ndim))
-    return "pool" in name
+    return "pool" in name and "unpool" not in name
 
 
 @cache

@@ -169,9 +169,11 @@ def alive(solution: Solution, keep: Keep) -> np.ndarray:
     return out
 
 
-def trial(graph: Graph, seed: int = 0) -> Keep:
-    """Kept channels for a probe: of each free group between a third and three quarters, in different numbers."""
-    rng = np.random.default_rng(seed)
+def trial(graph: Graph, spare_ends: bool = False) -> Keep:
+    """Kept channels for a probe: of each free group between a third and three quarters, in different numbers. The first and the
+    last of a group go, or (`spare_ends`) stay, and those behind the first go: what takes channels by number, from either end,
+    or a share of them, gets others in one of both trials."""
+    rng = np.random.default_rng(0)
     stays = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
     for k, part in enumerate(components(graph)):
         sizes = part.sizes
@@ -180,8 +182,17 @@ def trial(graph: Graph, seed: int = 0) -> Keep:
         want = np.maximum(1, np.minimum(sizes - 1, np.round(sizes * share))).astype(np.int64)
         lost = part.removable(want, np.where(sizes > 2, sizes - 2, sizes - 1))  # one that is left by itself tells little
         for cell, n in zip(part.cells, lost, strict=True):
-            stays[cell.group][rng.choice(cell.channels, int(n), replace=False)] = False
+            first, inner, last = np.split(cell.channels, [1, max(1, len(cell.channels) - 1)])
+            order = [inner, last, first] if spare_ends else [first, last, rng.permutation(inner)]
+            stays[cell.group][np.concatenate(order)[:n]] = False
     return {name: np.nonzero(mask)[0] for name, mask in stays.items()}
+
+
+def takes_by_number(dense: Trace) -> bool:
+    """Whether the forward slices or crops channels."""
+    return any(a.ids.shape[a.free] != b.ids.shape[b.free]
+               for e in dense.log if e.name in ("slice", "constant_pad_nd") and isinstance(e.inputs[0], Carried)
+               for a, b in zip(e.inputs[0].labels, e.carried[0].labels, strict=False))
 
 
 def narrowed_in_place(model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[str, list[Selection]]) -> list[Any]:

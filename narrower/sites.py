@@ -111,11 +111,13 @@ class Activation(NamedTuple):
 # operators that make zeros of zeros, whatever else they do
 MOVES = {name for rule, names in KINDS.items() if rule.__name__ in (
     "view", "permute", "expand", "same", "cut", "select", "split", "unbind", "stack", "cat", "reorder", "repeat",
-    "pixel_shuffle", "channel_shuffle", "reduce", "spatial") for name in names.split()} - {"logsumexp", "prod", "any", "all"}
+    "pixel_shuffle", "channel_shuffle", "reduce", "spatial", "unpool") for name in names.split()}
+MOVES -= {"logsumexp", "prod", "any", "all"}
 # those that make something else of other constants
 CHANGE = {"sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "native_dropout", "dropout", "feature_dropout",
           "alpha_dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d", "grid_sampler_2d", "grid_sampler_3d", "roi_align",
-          "roi_pool", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "argmax", "argmin", "as_strided_"}
+          "roi_pool", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "argmax", "argmin", "as_strided_",
+          "max_unpool2d", "max_unpool3d"}
 PRODUCTS = {"mul", "bmm", "baddbmm"}
 
 
@@ -178,7 +180,7 @@ class Walk:
             return self.linear(step)
         if "batch_norm" in name:
             return self.batch_norm(step)
-        live = [i for i in inputs if isinstance(i, int) and i in self.labelled]
+        live = [i for i in inputs if isinstance(i, int) and i in self.labelled and i not in self.origin]
         if not live:
             return Activation(broken="no channels")
         operands = [self.of(i) for i in live]

@@ -23,7 +23,7 @@ from .editing import Place, applied, proposals
 from .errors import TraceError
 from .groups import Graph
 from .labels import Axes, Ids
-from .probing import Mismatch, Probe, alive, narrowed_in_place, trial
+from .probing import Mismatch, Probe, alive, narrowed_in_place, takes_by_number, trial
 from .recording import Recording, run
 from .solving import Solution, solve, units
 from .staging import Stage, flattened, shapes_of, staged, unchanged
@@ -68,8 +68,8 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True) 
             run(real.model, real.inputs, listening := Listening())
     except Exception as e:
         raise TraceError(
-            f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): {type(e).__name__}: {e}. "
-            "Check that model(example_inputs) runs."
+            f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): {type(e).__name__}: "
+            f"{str(e).rstrip('.')}. Check that model(example_inputs) runs."
         ) from first
     for answers in (listening.answers, None):  # where zeros will not do (an inverse), with all values
         try:
@@ -104,8 +104,7 @@ class Tracer:
         self.pinned: dict[str, str] = {}
         self.edits: dict[Place, Ids] = {}
         self.failed: Counter[Any] = Counter()  # how often which edits did not mend a failure of some kind
-        self.changed: set[Place] = set()  # stored numbers that a probe that passed has seen change
-        self.seed = 0  # of the trial
+        self.spare_ends = False  # see trial
 
     def graph(self, allow_inexact: bool) -> Graph:
         traces, axes, solution = self.settled()
@@ -136,13 +135,9 @@ class Tracer:
             solution = self.solved(traces, axes)
             try:
                 self.probe(traces, solution)
-                if not (doubtful := self.unproven(solution)):
+                if self.spare_ends or not any(map(takes_by_number, traces.values())):
                     return traces, axes, solution
-                if self.seed > 6:
-                    p = doubtful[0]
-                    raise Mismatch(solution.unit[self.edits[p]],
-                                   f"{p.module}.{p.attribute} seems to count these channels, but no trial has changed it")
-                self.seed += 1
+                self.spare_ends = True
             except Mismatch as e:
                 if e.choice is not None and e.choice[0] not in self.choices:
                     self.choices[e.choice[0]] = e.choice[1]
@@ -217,7 +212,7 @@ class Tracer:
 
     def probe(self, traces: dict[str, Trace], solution: Solution, keep: Any = None) -> None:
         """Run the narrowed forward; Mismatch if anything differs, with the ids at fault."""
-        keep = trial(solution.graph, self.seed) if keep is None else keep
+        keep = trial(solution.graph, self.spare_ends) if keep is None else keep
         cuts = selections(solution.graph, keep)
         undo = narrowed_in_place(self.stage.model, self.stage.tensors, cuts)
         left = alive(solution, keep)
@@ -246,16 +241,6 @@ class Tracer:
             if "train" in traces:
                 self.stage.model.eval()
             undone(undo)
-
-    def unproven(self, solution: Solution) -> list[Place]:
-        """After a probe that has passed, the stored numbers to see in another trial: those that none has changed, as what they
-        count is a guess then, and all after the first."""
-        keep = trial(solution.graph, self.seed)
-        left, groups = alive(solution, keep), solution.graph.groups
-        cut = {n for n, g in enumerate(groups) if g.free and len(keep[g.name]) < g.size}
-        doubtful = {p: solution.unit[ids] for p, ids in self.edits.items() if cut & {*solution.group_of[solution.unit[ids]]}}
-        self.changed |= {p for p, units in doubtful.items() if not left[units].all()}
-        return [p for p in doubtful if self.seed == 0 or p not in self.changed]
 
     def mended(self, traces: dict[str, Trace], axes: Axes, solution: Solution, e: Mismatch) -> bool:
         """Try to let a number that the module at fault stores follow the widths; it must take the probe further."""
@@ -297,7 +282,7 @@ class Tracer:
 
     def bisect(self, traces: dict[str, Trace], solution: Solution, suspects: list[str]) -> list[str]:
         """The smallest half of the suspects that still fails alone, repeatedly."""
-        full = trial(solution.graph, self.seed)
+        full = trial(solution.graph, self.spare_ends)
         tied = [{c.group for c in part.cells} for part in components(solution.graph)]
 
         def fails(names: list[str]) -> bool:

@@ -146,6 +146,20 @@ def test_ranks_are_those_of_the_slow_way(name: str) -> None:
     assert max(float(s.std()) for s in found.values()) > 0.1, "all ranks alike: this shows nothing"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", networks.STANDARDISED)
+def test_what_a_convolution_with_a_computed_weight_reads(name: str) -> None:
+    model = lively(chain(networks.Standardised(networks.STANDARDISED[name]))).eval()
+    found = narrower.hrank(model, narrower.trace(model, IMAGES), batches())
+    x = torch.cat(batches())
+    net: Any = next(model.children())
+    maps = F.relu(F.conv2d(net.stem(x), net.standardise(net.conv.weight), net.conv.bias))
+    want = slow([Read(net.stem(x), 1, [("0.stem.0", 12)]), Read(maps, 1, [("0.conv", 9)])])
+    assert found.keys() == {"0.stem.0", "0.conv"}
+    assert torch.allclose(found["0.stem.0"], want["0.stem.0"], atol=1e-5)
+    assert torch.allclose(found["0.conv"], want["0.conv"], atol=1e-5)
+
+
 def test_batches_may_be_of_any_size() -> None:
     model = lively(Plain())
     graph = narrower.trace(model, IMAGES)

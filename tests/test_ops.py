@@ -198,6 +198,8 @@ KEEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "reflected": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "sampled": lambda x: F.grid_sample(x, torch.zeros(2, 3, 3, 2, device="meta")),
     "padded space": lambda x: F.pad(x, (1, 2, 3, 4), value=1.0),
+    "unpooled": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]),
+    "widened": lambda x: torch.zeros_like(x) + x,
     "pooled rows": lambda x: F.avg_pool1d(x.flatten(2), 3),
 }
 MIXES: dict[str, Callable[[Tensor], Any]] = {
@@ -213,6 +215,7 @@ PINS: dict[str, Callable[[Tensor], Any]] = {
     "matrix without channels": lambda x: x.mean((2, 3)) @ torch.zeros(C, 5, device="meta"),
     "sort": lambda x: x.sort(1), "topk": lambda x: x.topk(3, 1), "fft": lambda x: torch.fft.fft(x, dim=1),
     "unfold": lambda x: F.unfold(x, 2), "gather": lambda x: x.gather(1, torch.zeros(x.shape, dtype=torch.long, device="meta")),
+    "every second": lambda x: x[:, ::2],
     "index": lambda x: x[:, torch.tensor([1, 2, 3])], "index_select": lambda x: x.index_select(1, torch.tensor([1, 2])),
     "one channel": lambda x: x[:, 3], "unbound": lambda x: x.unbind(1),
     "pooled channels": lambda x: F.max_pool1d(x.mean(3).transpose(1, 2), 2),

@@ -533,3 +533,23 @@ def test_inexact_groups_are_left_alone_with_a_reason() -> None:
     assert "0" in resrep.reasons
     assert "mixes" in resrep.reasons["0"]
     assert "3" in resrep.rows
+
+
+class LayerScale(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.view(1, -1, 1, 1)
+
+
+def scaled() -> nn.Module:
+    parts = networks.unit(3, 8, act=nn.PReLU(8)), networks.unit(8, 6, act=nn.PReLU(6)), LayerScale(6), networks.unit(6, 7)
+    return networks.chain(*parts, networks.Head(7))
+
+
+def test_numbers_by_channel_that_are_viewed_as_images_hide_no_channels() -> None:
+    """A PReLU and a layer scale: the forward moves a parameter, which is no activation."""
+    resrep = examined(scaled, networks.images(), "inner")
+    assert resrep is not None and len(resrep.rows) == 3 and not resrep.reasons

@@ -236,3 +236,10 @@ def test_the_same_twice() -> None:
         for g, h in zip(a, b, strict=True):
             assert [(s.tensor, s.dim, s.positions.tolist()) for s in g.slices] == [
                 (s.tensor, s.dim, s.positions.tolist()) for s in h.slices]
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 11, -1, -2, -5, -11])
+def test_channels_taken_by_number_from_either_end_are_found(at: int) -> None:
+    """A trial that left the few of them alone would say that they can go."""
+    model = networks.Trap(lambda m, x: torch.cat([2 * x[:, :at], x[:, at:]], 1))
+    assert [g.name for g in narrower.trace(model, networks.images()).free] == ["next.0"]

@@ -82,15 +82,18 @@ class Maps(TorchDispatchMode):
     def __init__(self, model: nn.Module, graph: Graph, averages: Averages) -> None:
         super().__init__()
         self.averages = averages
-        self.by_weight: dict[str, MapSource] = {s.weight: s for s in graph.sources if s.weight is not None}
+        self.by_weight: dict[str | int, MapSource] = {s.weight: s for s in graph.sources if s.weight is not None}
         self.by_pool: dict[int, MapSource] = {s.pool: s for s in graph.sources if s.weight is None}
         self.names = {id(t): n for n, t in reversed(named_tensors(model).items()) if n in self.by_weight}
-        self.pools = 0
+        self.convolutions = self.pools = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, _ = rule_for(func)
-        if name == "convolution" and id(args[1]) in self.names:
-            self.see(self.by_weight[self.names[id(args[1])]], args[0])
+        if name == "convolution":
+            source = self.by_weight.get(self.names.get(id(args[1]), self.convolutions))
+            self.convolutions += 1
+            if source is not None:
+                self.see(source, args[0])
         elif pooling(name, args):
             source = self.by_pool.get(self.pools)
             self.pools += 1
@@ -107,7 +110,7 @@ class Maps(TorchDispatchMode):
         try:
             ranks = rank(maps).double()
         except ValueError as e:
-            raise DataError(f"the maps that {source.weight or 'a pooling'} reads are not finite: {e}") from e
+            raise DataError(f"the maps that {source.weight or 'a pooling or convolution'} reads are not finite: {e}") from e
         mean = ranks.view(*maps.shape[:2], -1).mean((0, 2))
         self.averages.add(source.members, mean.cpu().numpy(), maps.shape[0] * source.consumers)
 
