@@ -221,10 +221,17 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """A deep copy in which the tensors with these ids are replaced and not copied.
 
     The same as copy.deepcopy with a memo, but several times faster: it copies the tables of a module itself and hands only what
-    is not plain to copy.deepcopy. Modules with a `__deepcopy__` or `__reduce__` of their own go there whole.
+    is not plain to copy.deepcopy. Modules with a `__deepcopy__` or `__reduce__` of their own go there whole. What modules keep
+    until they are trained, such as tables made of their parameters, the copy has to make anew.
     """
     try:
-        return copied_module(model, dict(tensors))
+        new = copied_module(model, dict(tensors))
+        if any(type(m).train is not nn.Module.train for m in new.modules()):
+            modes = [(m, m.training) for m in new.modules()]
+            new.train()
+            for m, mode in modes:
+                m.training = mode
+        return new
     except RuntimeError as e:
         computed = [n or "the model" for n, m in model.named_modules()
                     if any(isinstance(v, Tensor) and v.grad_fn is not None for v in vars(m).values())]

@@ -239,3 +239,33 @@ def test_what_a_forward_caches_does_not_change_the_next() -> None:
     assert not model.order
     plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
     assert narrower.verify(model, narrower.narrow(model, plan), plan, x).error < 1e-12
+
+
+class Forgetting(nn.Module):
+    """Keeps a table of its channels until it is trained, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.offset = nn.Conv2d(3, 12, 3), nn.Linear(12, 4), nn.Parameter(torch.randn(12))
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> Forgetting:
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        offset = self.cache.setdefault("offset", self.offset.detach() * 2).view(1, -1, 1, 1)
+        return self.head((self.conv(x) + offset).relu().mean((2, 3)))
+
+
+def test_a_model_that_was_run_before_is_narrowed_without_what_it_keeps() -> None:
+    model = Forgetting().eval()
+    x = torch.randn(2, 3, 8, 8)
+    model(x)
+    graph = narrower.trace(model, x)
+    assert [g.name for g in graph.free] == ["conv"]
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    small = narrower.narrow(model, plan)
+    assert narrower.verify(model, small, plan, x).error < 1e-12
+    assert model.cache and not model.training and not small.training
