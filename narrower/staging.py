@@ -47,6 +47,7 @@ def unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
     """What a forward stores in its modules must not change the next one."""
     before = [(m.__dict__, m.__dict__.copy()) for m in modules]
     kept = [(v, v.copy()) for table, _ in before for k, v in table.items() if type(v) in (dict, list) and k not in TABLES]
+    kept += [(hooks, hooks.copy()) for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
     try:
         yield
     finally:
@@ -55,8 +56,9 @@ def unchanged(modules: Sequence[nn.Module]) -> Iterator[None]:
                 now.clear()
                 now.update(was)
         for value, contents in kept:
-            value.clear()
-            (value.update if isinstance(value, dict) else value.extend)(contents)
+            if value or contents:
+                value.clear()
+                (value.update if isinstance(value, dict) else value.extend)(contents)
 
 
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:

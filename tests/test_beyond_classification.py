@@ -241,6 +241,28 @@ def test_what_a_forward_caches_does_not_change_the_next() -> None:
     assert narrower.verify(model, narrower.narrow(model, plan), plan, x).error < 1e-12
 
 
+class Hooking(nn.Module):
+    """Hangs a hook onto its convolution in the first forward, as transformers' models do to collect hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.hooked = nn.Conv2d(3, 12, 3), nn.Linear(12, 4), False
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.hooked:
+            self.conv.register_forward_hook(lambda module, args, out: self.seen.append(out))
+            self.hooked = True
+        self.seen = []
+        return self.head(self.conv(x).relu().mean((2, 3))) + sum(t.mean() for t in self.seen)
+
+
+def test_hooks_that_a_forward_registers_are_taken_away_again() -> None:
+    model = Hooking().eval()
+    assert "output" in str(narrower.trace(model, torch.randn(2, 3, 8, 8))["head"].pinned)
+    assert not model.conv._forward_hooks
+
+
 class Forgetting(nn.Module):
     """Keeps a table of its channels until it is trained, as LeViT does."""
 

@@ -89,16 +89,15 @@ class Maps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, _ = rule_for(func)
+        source = None
         if name == "convolution":
             source = self.by_weight.get(self.names.get(id(args[1]), self.convolutions))
             self.convolutions += 1
-            if source is not None:
-                self.see(source, args[0])
         elif pooling(name, args):
             source = self.by_pool.get(self.pools)
             self.pools += 1
-            if source is not None:
-                self.see(source, args[0])
+        if source is not None:
+            self.see(source, args[0])
         return func(*args, **(kwargs or {}))
 
     def see(self, source: MapSource, x: Tensor) -> None:
