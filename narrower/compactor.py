@@ -154,7 +154,8 @@ def merged(q: Tensor, site: Site, t: Mapping[str, Tensor], eps: float, variance:
     weight = t["weight"].transpose(0, 1) if site.transposed else t["weight"]
     moved = applied(qd, weight)
     lengths = moved.flatten(1).norm(dim=1)
-    before = applied(q.abs(), weight.flatten(1).norm(dim=1)) / row_sums(q.abs())
+    shares = q.abs()
+    before = applied(shares, weight.flatten(1).norm(dim=1)) / shares.flatten(0, -2).sum(1).clamp_min(TINY)
     scale = torch.where(lengths > 0, before / lengths.clamp_min(1e-300), 1.0)
     scale = torch.where(scale > 0, scale, 1.0)
     moved = moved * scale.view(-1, *(1,) * (moved.dim() - 1))
@@ -171,7 +172,3 @@ def merged(q: Tensor, site: Site, t: Mapping[str, Tensor], eps: float, variance:
 def applied_columns(q: Tensor, d: Tensor) -> Tensor:
     """Q diag(d)."""
     return q * d if q.dim() < 3 else q * d.view(len(q), 1, -1)
-
-
-def row_sums(q: Tensor) -> Tensor:
-    return q.flatten(0, -2).sum(1).clamp_min(TINY)

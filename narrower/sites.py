@@ -140,6 +140,7 @@ class Walk:
         self.activations: dict[int, Activation] = {}
         self.labelled: set[int] = set()
         self.origin: dict[int, str] = {}  # activations that are a parameter, moved
+        self.repeated: dict[int, str] = {}  # scales and shifts of an InstanceNorm, which has them for each image
         self.layers: dict[int, Layer] = {}  # by what they make
         self.readers: dict[int, list[Step]] = {}
         self.users: dict[str, set[str]] = {}  # the modules that use a convolution's weight
@@ -174,6 +175,8 @@ class Walk:
         moved = next((i for i in inputs if i is not None), None)
         if name in MOVES and (isinstance(moved, str) or moved in self.origin):
             self.origin.update(dict.fromkeys(step.outputs, moved if isinstance(moved, str) else self.origin[moved]))
+        if name == "repeat" and isinstance(moved, str):
+            self.repeated[step.outputs[0]] = moved
         if name == "convolution":
             return self.convolution(step)
         if name in ("mm", "addmm"):
@@ -312,13 +315,14 @@ class Walk:
 
     def batch_norm(self, step: Step) -> Activation:
         x, *named = step.inputs[:5]
-        if not isinstance(named[0], str) or not isinstance(named[1], str):
-            return Activation(self.of(x).sites, "a BatchNorm without scale and shift")
-        norm = named[0].rpartition(".")[0]
+        scale, shift = (n if isinstance(n, str) else self.repeated.get(n or 0) for n in named[:2])
+        if scale is None or shift is None:
+            return Activation(self.of(x).sites, "a norm without scale and shift")
+        norm = scale.rpartition(".")[0]
         layer = self.layers.get(x) if isinstance(x, int) else None
         if layer is not None and (len(self.readers[layer.output]) > 1 or self.uses[layer.weight, step.training] > 1):
             layer = None
-        size = self.graph.shapes[named[0]][0]
+        size = self.graph.shapes[scale][0]
         own = self.sites.get(layer.module) if layer is not None else None
         if own is None or own.kind == "diagonal" or not isinstance(named[2], str):
             return self.found(step, layer, kind="diagonal", size=size, norm=norm)

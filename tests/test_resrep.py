@@ -553,3 +553,14 @@ def test_numbers_by_channel_that_are_viewed_as_images_hide_no_channels() -> None
     """A PReLU and a layer scale: the forward moves a parameter, which is no activation."""
     resrep = examined(scaled, networks.images(), "inner")
     assert resrep is not None and len(resrep.rows) == 3 and not resrep.reasons
+
+
+def test_compactors_behind_instance_norms() -> None:
+    """Their scales reach the operator repeated for each image."""
+    def make() -> nn.Module:
+        widths = ((3, 8), (8, 6), (6, 7))
+        parts = (nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.InstanceNorm2d(o, affine=True), nn.ReLU()) for i, o in widths)
+        return networks.chain(*parts, nn.Flatten(), nn.Linear(7 * 64, 5))
+
+    resrep = examined(make, networks.images(), "inner")
+    assert resrep is not None and len(resrep.rows) == 3 and not resrep.reasons
