@@ -150,7 +150,8 @@ def merged(q: Tensor, site: Site, t: Mapping[str, Tensor], eps: float, variance:
     if site.kind == "diagonal":
         return {"gamma": q * t["gamma"], "beta": q * t["beta"]}
     rest = torch.ones_like(variance) if rest is None else rest
-    qd = applied_columns(q, t["gamma"] / torch.sqrt(t["var"] + eps))
+    d = t["gamma"] / torch.sqrt(t["var"] + eps)
+    qd = q * (d if q.dim() < 3 else d.view(len(q), 1, -1))
     weight = t["weight"].transpose(0, 1) if site.transposed else t["weight"]
     moved = applied(qd, weight)
     lengths = moved.flatten(1).norm(dim=1)
@@ -167,8 +168,3 @@ def merged(q: Tensor, site: Site, t: Mapping[str, Tensor], eps: float, variance:
         "beta": applied(q, t["beta"]) / rest,
     }
     return out | {"bias": applied(qd, t["bias"]) * scale} if "bias" in t else out
-
-
-def applied_columns(q: Tensor, d: Tensor) -> Tensor:
-    """Q diag(d)."""
-    return q * d if q.dim() < 3 else q * d.view(len(q), 1, -1)
