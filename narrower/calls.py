@@ -41,6 +41,9 @@ class Recorder:
     def mix(self, call: Call, label: Label) -> None:
         """The call mixes channels: its result depends on which are there."""
 
+    def product(self, call: Call, label: Label) -> None:
+        """The call sums over these channels of its first factor; the second is no parameter."""
+
     def constant(self, call: Call, size: int, key: int) -> Ids:
         """Ids of channels that are there whatever is removed."""
         raise NotImplementedError

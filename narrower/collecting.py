@@ -14,6 +14,7 @@ from .calls import Call, at_channels, free_at, plain, tensors_in
 from .events import Event
 from .groups import Step
 from .labels import Axes, Carried, Ids, Label, fibres
+from .products import Products
 from .recording import CARRIED, Recording
 
 NUMBER = "_narrower_number"
@@ -30,6 +31,8 @@ class Trace(Recording):
         self.ties: list[Ids] = []
         self.pins: list[tuple[Ids, str]] = []
         self.mixers: list[tuple[str, int, int, Ids]] = []
+        self.products: list[tuple[int, tuple[int, ...], Ids]] = []
+        self.met = Products(self.alive.values())
         self.roles: dict[tuple[str, int], str] = {}
         self.macs: Counter[str] = Counter()  # by weight
         self.depthwise_calls: set[int] = set()
@@ -82,6 +85,7 @@ class Trace(Recording):
         return read, made
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+        self.met.number(call.name, call.args)
         shapes = [tuple(t.shape) for t in outs]
         running = self.running[-1] if self.running else ""
         self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
@@ -120,6 +124,9 @@ class Trace(Recording):
             self.pin([label], f"{call.name} mixes channels along two dimensions")
             return
         self.mixers.append((call.name, call.number, label.free, at_channels(self, label)))
+
+    def product(self, call: Call, label: Label) -> None:
+        self.products.append((self.met.count, label.ids.shape, label.ids.reshape(-1)))
 
     def constant(self, call: Call, size: int, key: int) -> Ids:
         ids = self.axes.ids(("constant", call.name, call.number, key), size)

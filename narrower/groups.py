@@ -85,6 +85,17 @@ class Mixer:
 
 
 @dataclass(frozen=True, eq=False)
+class Product:
+    """A product of activations that sums over channels: by its number among all products without a parameter (whether a linear
+    layer is `mm` or `bmm` depends on strides). Its first factor has `members` at the positions of an array of `shape`, which
+    broadcasts to it."""
+
+    number: int
+    shape: tuple[int, ...]
+    members: tuple[Members, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Tie:
     """Sets of channels that must keep equally many: each block is {group name: channel indices, with repetition}."""
 
@@ -136,6 +147,7 @@ class Graph:
     ties: tuple[Tie, ...] = ()
     sources: tuple[MapSource, ...] = ()
     mixers: tuple[Mixer, ...] = ()
+    products: tuple[Product, ...] = ()
     notes: tuple[str, ...] = field(default=())
     computed: Mapping[int, str] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()

@@ -89,6 +89,8 @@ def matmul(r: Recorder, call: Call) -> Sequence[Carried]:
              [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in right], call.name)
     for x in (*left, *right):
         r.role(x, "in")
+    if left and not any(x.axis for x in (*left, *right)):
+        r.product(call, left[0])
     if left and ca.pool >= 0:
         r.reads(left[0], a, ca.pool)
     labels: list[Label] = []

@@ -11,7 +11,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from .collecting import Trace
-from .groups import ChannelGroup, Edit, Graph, MapSource, Members, Mixer, Role, Slice, Tie
+from .groups import ChannelGroup, Edit, Graph, MapSource, Members, Mixer, Product, Role, Slice, Tie
 from .labels import Axes, Ids
 
 
@@ -136,9 +136,10 @@ def solve(traces: Sequence[Trace], axes: Axes, unit: np.ndarray, shapes: Mapping
     sources = tuple(MapSource(weight, pool, main.map_readers[key], members(ids))
                     for key, (weight, pool, ids) in main.maps.items())
     mixers = tuple(Mixer(name, number, dim, len(ids), members(ids)) for name, number, dim, ids in main.mixers)
+    products = tuple(Product(number, shape, members(ids)) for number, shape, ids in main.products)
     graph = Graph(
         groups, dict(shapes), parameters, {w: n / batch / prod(shapes[w]) for w, n in main.macs.items()},
-        tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, tuple(notes), dict(main.computed),
+        tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, products, tuple(notes), dict(main.computed),
         tuple(s._replace(module=t.returned.get(s.outputs[0], "") if s.outputs else "", training=k > 0)
               for k, t in enumerate(traces) for s in t.steps),
         tuple(Edit(module, attribute, entry, len(ids), members(ids))

@@ -29,6 +29,7 @@ FLOORS: dict[str, float] = {
     "events": 1,
     "movement": 1.1,
     "mixing": 1.1,
+    "products": 1.15,
     "ops": 1.2,
     "staging": 2.05,
     "recording": 2.1,
@@ -69,7 +70,7 @@ CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
 FAST = {"numba"}  # of use to the core where it is there
 EXTRAS = "numba timm torchvision accelerate rich jsonargparse sklearn yaml PIL onnx onnxscript onnxruntime"
 OPTIONAL_PACKAGES = set(EXTRAS.split())
-MAX_CORE_LINES = 6400  # a ratchet, set anew when constants and compiled ranks came: the goal is 2500
+MAX_CORE_LINES = 6490  # a ratchet, set anew when verify learnt of products of activations: the goal is 2500
 MAX_FILE_LINES = 400
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -467,3 +467,54 @@ def test_kept_channels_are_what_the_plan_says() -> None:
     assert torch.equal(small.conv2.weight, model.conv2.weight[7:, np.arange(5, 10)])
     assert torch.equal(small.conv2.bias, model.state_dict()["conv2.bias"][7:])
     assert torch.equal(small.fc.weight, model.fc.weight[:, 6:])
+
+
+class Attention(nn.Module):
+    """Places attend to places: a product of activations sums over channels that no weight reads; two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.query, self.key = networks.unit(3, 8), nn.Conv2d(8, 12, 1), nn.Conv2d(8, 12, 1)
+        self.linear, self.head = nn.Linear(8, 10, bias=False), networks.Head(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k = (conv(x).view(len(x), 2, -1, x.shape[2] * x.shape[3]) for conv in (self.query, self.key))
+        weights = (q.transpose(2, 3) @ k).softmax(3).mean(1)
+        y = self.linear(x.flatten(2).transpose(1, 2))
+        return self.head((weights @ y).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+@pytest.mark.parametrize("many", [1, 2, 5])
+def test_verify_sees_no_removed_channels_in_products_of_activations(many: int) -> None:
+    model, x = Attention().eval(), networks.images(batch=many)
+    graph = narrower.trace(model, IMAGES)
+    assert {"stem.0", "query", "linear"} <= {g.name for g in graph.free}
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    small: Any = narrower.narrow(model, plan)
+    assert narrower.verify(model, small, plan, x).error < 1e-12
+    small.query.weight.data[0, 1] += 1e-2
+    with pytest.raises(narrower.VerifyError, match="differs"):
+        narrower.verify(model, small, plan, x)
+
+
+def test_verify_takes_rounding_of_large_outputs_for_what_it_is() -> None:
+    """Boxes in pixels of an untrained detector hardly depend on the images."""
+    model = Plain().eval()
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight *= 1e-4
+        last.bias.fill_(640.0)
+    small, plan = pair(model)
+    assert narrower.verify(model, small, plan, IMAGES).error < 1e-12
+    damage(small, "swapped")
+    with pytest.raises(narrower.VerifyError, match="differs"):
+        narrower.verify(model, small, plan, IMAGES)
+
+
+def test_verify_says_where_rounding_alone_changes_the_output() -> None:
+    model = networks.Trap(lambda m, x: torch.sin(1e13 * x)).eval()
+    small, plan = pair(model)
+    small.stem[0].weight.data *= 1.01
+    with pytest.raises(narrower.VerifyError, match="rounded"):
+        narrower.verify(model, small, plan, IMAGES)
