@@ -149,6 +149,16 @@ def layer_norm(r: Recorder, call: Call) -> Sequence[Carried]:
     return [Carried(labels)]
 
 
+def weight_norm(r: Recorder, call: Call) -> Sequence[Carried]:
+    """_weight_norm_interface(v, g, dim): v over its norm along all dimensions but `dim`, times g."""
+    v, g, dim = (*call.args, 0)[:3]
+    labels = meet(r, [(r.of(v), v.shape), (r.of(g), g.shape)], v.ndim, "weight norm")
+    for label in labels:
+        if label.free != dim:
+            r.mix(call, label)
+    return [Carried(labels)]
+
+
 def group_norm(r: Recorder, call: Call) -> Sequence[Carried]:
     """native_group_norm(x, weight, bias, N, C, HxW, groups, eps): equally many channels in each group."""
     x, groups = call.args[0], call.args[6]

@@ -79,6 +79,7 @@ KINDS: dict[Rule, str] = {
                        "_native_batch_norm_legit_no_training _batch_norm_with_update batch_norm",
     mixing.layer_norm: "native_layer_norm",
     mixing.group_norm: "native_group_norm",
+    mixing.weight_norm: "_weight_norm_interface",
     mixing.glu: "glu",
     mixing.reduce: "mean sum var std var_mean std_mean amax amin max min prod linalg_vector_norm logsumexp any all "
                    "argmax argmin",

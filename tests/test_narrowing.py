@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from networks import IMAGES, MIXERS, PATTERNS, TRAPS, Plain, chain, images, unit
+from networks import IMAGES, MIXERS, PATTERNS, TRAPS, Head, Plain, chain, images, unit
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -266,6 +266,27 @@ def test_parametrised_weights_narrow_exactly_or_are_refused_by_name(name: str) -
     narrower.verify(model, small, plan, IMAGES)
     assert hasattr(small.conv2, "parametrizations") == hasattr(model.conv2, "parametrizations")
     small.train()(IMAGES).sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm], ids=["new", "old"])
+def test_weight_norm_is_over_the_channels_that_stay(norm: Any) -> None:
+    model: Any = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 12, 3)), nn.ReLU(), Head(12)).eval()
+    graph = narrower.trace(model, IMAGES)
+    first, second = (g for g in graph.free)
+    assert not first.exact and second.exact, "the second reads the first's channels and is normed over them"
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    small: Any = narrower.narrow(model, plan)
+    narrower.verify(model, small, plan, IMAGES)
+    x, kept = IMAGES, [torch.as_tensor(plan.keep[g.name]) for g in (first, second)]
+    reads = torch.arange(3)
+    for conv, mine in zip((model[0], model[2]), kept, strict=True):
+        v, g = sorted((t for n, t in conv.named_parameters() if n != "bias"), key=torch.Tensor.numel, reverse=True)
+        v = v[mine][:, reads]
+        x = F.relu(F.conv2d(x, g[mine] * v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1), conv.bias[mine]))
+        reads = mine
+    want = F.linear(x.mean((2, 3)), model[4].fc.weight[:, reads], model[4].fc.bias)
+    assert torch.allclose(small(IMAGES), want, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ training goes on
