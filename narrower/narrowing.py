@@ -125,7 +125,7 @@ def carry(optimizer: torch.optim.Optimizer, swaps: Sequence[Swap]) -> None:
 
 class Verification(NamedTuple):
     """Largest difference of the outputs, relative to how much the masked dense network's vary over the batch (to the largest
-    of them where there is one sample only)."""
+    of them where there is one sample only, or where it is no more than rounding)."""
 
     error: float
     tolerance: float
@@ -144,9 +144,10 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
 
     The reference is the dense network with the weights that read removed channels set to zero; layers that mix channels see the
     surviving ones only. `dtype=None` computes in the model's own. `tolerance` is relative to how much the outputs vary
-    over the batch (to the largest where there is one sample).
+    over the batch (to the largest where there is one sample, or where the difference is no more than rounding in float64).
 
-    Raises VerifyError if the outputs differ by more, have other shapes, or are not finite.
+    Raises VerifyError if the outputs differ by more (or if rounding alone makes such a difference: nothing can be told then),
+    have other shapes, or are not finite.
     """
     graph = plan.graph
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
