@@ -70,7 +70,8 @@ def model_inputs(batch: Any, model: nn.Module) -> Any:
                   if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if len(needed) < 2 or not isinstance(batch[0], Tensor):
             batch = batch[0]
-    return mapped(tuple(batch) if isinstance(batch, list) else batch, lambda t: t.to(device_of(model), non_blocking=True))
+    device = device_of(model)
+    return mapped(tuple(batch) if isinstance(batch, list) else batch, lambda t: t.to(device, non_blocking=True))
 
 
 def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .calls import Call, Recorder, at_channels, dims_of, except_free_at, free_at, meet, normal, piece, tensors_in
 from .labels import Carried, Label, along, collapsed
+from .products import FIRST_FACTOR
 
 
 def contract(r: Recorder, a: Sequence[Label], b: Sequence[Label], what: str) -> None:
@@ -74,8 +75,8 @@ def convolution(r: Recorder, call: Call) -> Sequence[Carried]:
 
 def matmul(r: Recorder, call: Call) -> Sequence[Carried]:
     """mm, bmm, mv, and with a summand addmm, baddbmm: out = a @ b over (batch, m, k) and (batch, k, n)."""
-    added = call.name in ("addmm", "baddbmm", "addmv")
-    a, b = call.args[1:3] if added else call.args[:2]
+    added = FIRST_FACTOR[call.name]
+    a, b = call.args[added:added + 2]
     out: Tensor = call.out
     ca, cb = r.of(a), r.of(b)
     ka, kb = a.ndim - 1, max(0, b.ndim - 2)

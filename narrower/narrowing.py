@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .editing import applied, numbers
 from .errors import PlanError, VerifyError
-from .groups import Graph, Mixer, Product
+from .groups import Graph, Members, Mixer, Product
 from .ops import rule_for
 from .planning import Plan
 from .products import FIRST_FACTOR, Products
@@ -232,12 +232,12 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
 class Survivors(TorchDispatchMode):
     """Evaluates the calls that mix channels on the surviving channels only, and puts zeros elsewhere."""
 
-    def __init__(self, graph: Graph, plan: Plan, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, graph: Graph, plan: Plan, held: Iterable[Tensor]) -> None:
         super().__init__()
         self.plan = plan
         self.calls: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
         self.products: dict[int | None, Product] = {p.number: p for p in graph.products}
-        self.met = Products(parameters)
+        self.met = Products(held)
         self.counts: Counter[str] = Counter()
         self.unread = {number: unread(graph, plan, tensor) for number, tensor in graph.computed.items()}
 
@@ -266,19 +266,20 @@ class Survivors(TorchDispatchMode):
 
     def left(self, product: Product, x: Tensor) -> Tensor:
         """One where a channel stays, zero where it goes, to be multiplied with the first factor `x`."""
-        stays = np.ones(int(np.prod(product.shape)))
-        for m in product.members:
-            stays[m.positions] = np.isin(m.channels, self.plan.keep[m.group]) if m.group in self.plan.keep else True
-        stays = stays.reshape(product.shape)
+        stays = self.surviving(product.members, int(np.prod(product.shape))).reshape(product.shape)
         if len(stays) > 1:  # images times heads: there may be more images now
             stays = stays[np.arange(len(x)) % len(stays)]
         return torch.as_tensor(stays, dtype=x.dtype, device=x.device)
 
     def stays(self, mixer: Mixer, size: int) -> np.ndarray:
-        stays = np.ones(mixer.size, dtype=bool)
-        for m in mixer.members:
+        return np.nonzero(np.tile(self.surviving(mixer.members, mixer.size), size // mixer.size))[0]
+
+    def surviving(self, members: Iterable[Members], size: int) -> np.ndarray:
+        """For each of `size` positions whether the channel that lives there stays."""
+        stays = np.ones(size, dtype=bool)
+        for m in members:
             stays[m.positions] = np.isin(m.channels, self.plan.keep[m.group]) if m.group in self.plan.keep else True
-        return np.nonzero(np.tile(stays, size // mixer.size))[0]
+        return stays
 
 
 def unread(graph: Graph, plan: Plan, tensor: str) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TraceError
-from .surgery import duplicate, named_tensors
+from .surgery import duplicate, modes_kept, named_tensors
 
 
 class Stage(NamedTuple):
@@ -88,13 +88,9 @@ def call(model: nn.Module, inputs: Any) -> Any:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module gets its own mode back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 def shapes_of(x: Any) -> str:

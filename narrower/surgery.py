@@ -191,6 +191,17 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module gets its own mode, train or eval, back."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module under each of its names: `named_modules(remove_duplicate=False)`, several times as fast."""
     out: list[tuple[str, nn.Module]] = []
@@ -227,10 +238,8 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     try:
         new = copied_module(model, dict(tensors))
         if any(type(m).train is not nn.Module.train for m in new.modules()):
-            modes = [(m, m.training) for m in new.modules()]
-            new.train()
-            for m, mode in modes:
-                m.training = mode
+            with modes_kept(new):
+                new.train()
         return new
     except RuntimeError as e:
         computed = [n or "the model" for n, m in model.named_modules()

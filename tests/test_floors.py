@@ -29,7 +29,7 @@ FLOORS: dict[str, float] = {
     "events": 1,
     "movement": 1.1,
     "mixing": 1.1,
-    "products": 1.15,
+    "products": 1.05,
     "ops": 1.2,
     "staging": 2.05,
     "recording": 2.1,

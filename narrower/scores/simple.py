@@ -102,7 +102,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     wanted = {s.tensor for g in graph.free for s in g.slices if s.role == "out"}
     params = {n: tensors[n] for n in wanted}
     before = {n: t.requires_grad for n, t in params.items()}
-    total = {g.name: torch.zeros(g.size) for g in graph.free}
+    total, device = {g.name: torch.zeros(g.size) for g in graph.free}, device_of(model)
     seen = 0
     with in_eval_mode(model):
         try:
@@ -110,7 +110,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
                 t.requires_grad_(True)
             for inputs, targets in batches:
                 output = call(model, model_inputs(inputs, model))
-                value = loss(output, mapped(targets, lambda t: t.to(device_of(model))))
+                value = loss(output, mapped(targets, lambda t: t.to(device)))
                 grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
                 seen += 1
                 products = {n: torch.zeros_like(t) if grads[n] is None else grads[n] * t for n, t in params.items()}
