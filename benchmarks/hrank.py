@@ -21,7 +21,7 @@ from rank import collect_maps, load_images
 from torch import nn
 
 import narrower
-from narrower.checkpoints import load_checkpoint
+from narrower.models.checkpoints import load_checkpoint
 from narrower.models.resnet import cifar_resnet56
 
 BATCH = 128

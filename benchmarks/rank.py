@@ -20,9 +20,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from narrower.checkpoints import load_checkpoint
+from narrower.models.checkpoints import load_checkpoint
 from narrower.models.resnet import cifar_resnet56
-from narrower.scores.rank import rank
+from narrower.scores.matrix_rank import rank
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 

@@ -1,5 +1,6 @@
 """narrower makes trained convolutional networks narrower: fewer channels, the same network, proven."""
 
+from .batchnorm import recalibrate
 from .errors import (
     BudgetError,
     ConfigError,
@@ -10,22 +11,19 @@ from .errors import (
     TraceError,
     VerifyError,
 )
-from .folding import Folded, fold
-from .forgetting import Forgetting
-from .groups import ChannelGroup, Graph, Slice
-from .measuring import measure, recalibrate
-from .narrowing import Verification, narrow, verify
-from .planning import Budget, Plan, Scores, plan
-from .resrep import ResRep
-from .scores.hrank import hrank
-from .scores.simple import bn_scale, fpgm, magnitude, random, taylor
+from .graph import ChannelGroup, Graph, Scores, Slice
+from .measuring import measure
+from .narrowing import Folded, Verification, fold, narrow, verify
+from .planning import Plan, plan
+from .resrep import Forgetting, ResRep
+from .scores import bn_scale, fpgm, hrank, magnitude, random, taylor
 from .storage import load, save
 from .tracing import trace
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Budget", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Folded", "Forgetting", "Graph",
+    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Folded", "Forgetting", "Graph",
     "NarrowerError", "Plan", "PlanError", "ResRep", "Scores", "Slice", "StorageError", "TraceError", "Verification",
     "VerifyError", "bn_scale", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "plan", "random",
     "recalibrate", "save", "taylor", "trace", "verify",

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from .editing import Place, applied
 from .errors import StorageError
-from .narrowing import RECORD
-from .surgery import fit, give_bias, named_tensors, takes_bias
+from .narrowing.narrow import RECORD
+from .surgery.attributes import Place, set_attributes
+from .surgery.resize import fit, give_bias, takes_bias
+from .surgery.walk import named_tensors
 
 FORMAT = 1
+
 WEIGHTS, META = "model.safetensors", "narrower.json"
 
 
@@ -107,7 +109,7 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
     with torch.no_grad():
         fit(model, new)
     try:
-        applied(model, {Place(*place): value for *place, value in meta["numbers"]})
+        set_attributes(model, {Place(*place): value for *place, value in meta["numbers"]})
     except (AttributeError, KeyError, TypeError) as e:
         raise StorageError(f"{folder / META} sets a number that the factory's network does not store: {e}") from e
     setattr(model, RECORD, {k: meta[k] for k in ("dense", "shapes", "plans", "numbers", "created")})

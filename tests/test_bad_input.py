@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import networks
 import pytest
-import reference
 import torch
-from networks import IMAGES, Plain, images
+from support import networks, reference
+from support.networks import IMAGES, Plain, images
 from torch import Tensor, nn
 
 import narrower

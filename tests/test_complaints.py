@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import networks
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from forgetting import randomised
-from networks import PATTERNS, TRAPS, Head, chain, unit
-from test_editing import Blurred
+from support import networks, reference
+from support.networks import PATTERNS, TRAPS, Blurred, Head, chain, unit
+from support.resrep_training import randomised
 from torch import Tensor, nn
 
 import narrower

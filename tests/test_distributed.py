@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import networks
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from forgetting import randomised, sgd
+from support import networks
+from support.resrep_training import randomised, sgd
 from torch import Tensor, nn
 
 import narrower

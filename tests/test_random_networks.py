@@ -6,14 +6,12 @@ import contextlib
 import re
 from typing import Any
 
-import networks
 import pytest
-import random_networks
-import reference
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from random_networks import LEAVES, Block, Random
+from support import networks, random_networks, reference
+from support.random_networks import LEAVES, Block, Random
 
 import narrower
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from narrower.cli import main
+from narrower.app.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

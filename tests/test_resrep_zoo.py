@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-import forgetting
 import pytest
 import torch
-from forgetting import difference, outputs, randomised, sgd
+from support import resrep_training
+from support.resrep_training import difference, outputs, randomised, sgd
 
 import narrower
 from narrower.models import make_model
@@ -43,14 +43,14 @@ def test_merged_is_trained(name: str, budget: float, scope: str, size: int, kind
     assert kinds <= {s.kind for s in resrep.sites.values()}
     assert difference(dense, outputs(model, x)) < limit
     optimizer = sgd(resrep, lr=1e-4)
-    forgetting.train(resrep, optimizer, x, 8)
+    resrep_training.train(resrep, optimizer, x, 8)
     before = outputs(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert difference(before, outputs(resrep.merge(), x)) < limit
     assert resrep.shrink() < 1
     assert difference(before, outputs(model, x)) < limit
-    forgetting.train(resrep, optimizer, x, 8)
+    resrep_training.train(resrep, optimizer, x, 8)
     small = resrep.merge()
     assert difference(outputs(model, x), outputs(small, x)) < limit
     cost = narrower.measure(small, x, seconds=0)

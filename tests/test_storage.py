@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import IMAGES, PATTERNS, Plain, Shared, UNet
-from reference import damaged_bytes
 from safetensors.torch import load_file, save_file
-from test_planning import damaged
+from support import reference
+from support.damage import damaged, damaged_bytes
+from support.networks import IMAGES, PATTERNS, Plain, Shared, UNet
 from torch import nn
 
 import narrower

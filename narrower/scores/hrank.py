@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import DataError
-from ..groups import Graph, MapSource, Members
-from ..measuring import samples
-from ..ops import pooling, rule_for
-from ..planning import Scores, plan
-from ..recording import run
-from ..staging import in_eval_mode
-from ..surgery import Keep, named_tensors
-from .rank import rank
-from .simple import magnitude
+from ..graph.selection import Keep
+from ..graph.types import Graph, MapSource, Members, Scores
+from ..inputs import samples
+from ..planning.plan import plan
+from ..surgery.walk import in_eval_mode, named_tensors
+from ..tracing.interpreter import run_forward
+from ..tracing.operators.table import pooling, rule_for
+from .matrix_rank import rank
+from .weights import magnitude
 
 SETTLED = 0.965  # share of kept channels on which half the images and all of them agree
+
 FIRST_CHECK = 128  # images
 
 
@@ -49,7 +50,7 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
     with in_eval_mode(model):
         for inputs, count in samples(batches, model, images):
             mode = Maps(model, graph, averages)
-            run(model, inputs, mode)
+            run_forward(model, inputs, mode)
             seen += count
             if (macs is not None or params is not None) and seen >= check:
                 now = plan(graph, scores_of(model, graph, averages), macs=macs, params=params).keep

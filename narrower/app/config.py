@@ -1,0 +1,116 @@
+"""The settings of the command line; one frozen dataclass per group of flags, flag names as in timm's `train.py`.
+
+A field is a flag (`batch_size` is `--batch-size`) and a key of the YAML that `--config` reads. It is annotated with
+what `--help` says, and perhaps a short flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Annotated, Any
+
+from ..errors import ConfigError
+from ..training.config import check
+
+METHODS = ("hrank", "resrep", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """network"""
+
+    model: Annotated[
+        str,
+        "cifar_resnet20|32|44|56|110, cifar_vgg16_bn, cifar_densenet40, cifar_googlenet, "
+        "cifar_mobilenet_v1 (the networks of the papers); torchvision/NAME; "
+        "package.module:factory or file.py:factory; any other name is timm's",
+    ] = "cifar_resnet20"
+    checkpoint: Annotated[str | None, "weights of the dense network (.pt, .pth, .th, .safetensors; no code is run)"] = None
+    pretrained: Annotated[bool, "published weights of timm or torchvision"] = False
+    num_classes: Annotated[int | None, "outputs of the network; the data set's number of classes if not given"] = None
+    in_chans: Annotated[int, "channels of the images: 3 (RGB) or 1 (grey)"] = 3
+    model_kwargs: Annotated[dict[str, Any], "further arguments of the factory, as JSON: '{\"drop_rate\": 0.1}'"] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        check(self, num_classes=(1, inf), in_chans=(1, inf))
+        if self.checkpoint and self.pretrained:
+            raise ConfigError("give either --checkpoint or --pretrained")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """data"""
+
+    data_dir: Annotated[str | None, "folder with train/<class>/ and val/<class>/, or where timm keeps a data set"] = None
+    dataset: Annotated[
+        str, "digits (embedded; the default without --data-dir), or a name of timm's: torch/cifar10, hfds/..., wds/..."
+    ] = ""
+    dataset_download: Annotated[bool, "let timm download the data set"] = False
+    img_size: Annotated[int | None, "pixels; default: images up to 64 px as they are, else what the network expects"] = None
+    mean: Annotated[list[float] | None, "mean per channel, of pixels in [0, 1]; default: the network's, else ImageNet's"] = None
+    std: Annotated[list[float] | None, "standard deviation per channel"] = None
+    hflip: Annotated[float, "probability of mirroring a training image (digits are never mirrored)"] = 0.5
+    cache_dir: Annotated[str, "where small images are kept decoded, never in the data folder; 'none' for memory only"] = (
+        "~/.cache/narrower"
+    )
+
+    def __post_init__(self) -> None:
+        check(self, img_size=(1, inf), hflip=(0, 1))
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """pruning"""
+
+    method: Annotated[
+        str, "hrank, magnitude, fpgm, bn_scale, taylor or random: score, cut, fine-tune; resrep: train towards zeros, merge"
+    ] = "hrank"
+    macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
+    params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
+    remove: Annotated[
+        float | dict[str, float] | None,
+        "instead of a budget: fraction of channels to take from each group, or JSON {pattern: fraction}",
+    ] = None
+    round_to: Annotated[int, "kept widths are multiples of this (8 suits most hardware)"] = 1
+    exclude: Annotated[list[str], "patterns of groups or layers to leave alone, such as layer1.* fc"] = field(
+        default_factory=list
+    )
+    min_channels: Annotated[int, "channels that every group keeps at least"] = 1
+    allow_inexact: Annotated[
+        bool, "also narrow channels that a layer normalises or pools across (removal changes such a layer by definition)"
+    ] = True
+    images: Annotated[int, "training images for scoring"] = 640
+    recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
+    scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"
+    prior: Annotated[
+        str, "resrep: score that the row norms are multiplied by when channels are chosen, or none (as published)"
+    ] = "magnitude"
+    forgetting: Annotated[
+        dict[str, Any], "resrep: settings instead of those that follow from --epochs, as JSON: '{\"mask_interval\": 200}'"
+    ] = field(default_factory=dict)
+    dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 25
+    dense_lr: Annotated[float, "its learning rate"] = 0.1
+
+    def __post_init__(self) -> None:
+        check(self, images=(1, inf), recalibrate=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
+        if self.method not in METHODS:
+            raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
+        if self.prior not in ("none", *METHODS) or self.prior == "resrep":
+            raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m != 'resrep')}")
+        if self.method == "resrep" and (self.remove is not None or self.round_to > 1 or self.min_channels > 1):
+            raise ConfigError("--method resrep works towards a budget (--macs, --params): it takes no --remove, --round-to or "
+                              "--min-channels")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """run"""
+
+    output: Annotated[str | None, "folder of the run; default runs/<time>-<method>-<model>"] = None
+    overwrite: Annotated[bool, "replace a run that is already in --output"] = False
+    resume: Annotated[str | None, "run folder to go on with, exactly where it stopped, with its own settings"] = None
+    seed: Annotated[int, "of initial weights, order and augmentation"] = 42
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"

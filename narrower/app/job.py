@@ -1,0 +1,173 @@
+"""What a command works with: its settings, images, folder, device, and whom it tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import narrower
+
+from ..data.sources import ImageData, Reading, open_data
+from ..errors import ConfigError
+from ..models import expected_images
+from ..training.config import TrainConfig
+from ..training.train import evaluate, train
+from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from .run_folder import Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All groups of settings of a command."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """One level of plain values, as in `config.yaml`; without what concerns one start only."""
+        groups = (self.model, self.data, self.train, self.run, self.prune)
+        values = {key: value for group in groups for key, value in asdict(group).items()}
+        return values | {"output": None, "overwrite": False, "resume": None}
+
+
+class Reporter:
+    """What a command tells while it works; this one keeps silent."""
+
+    def watch(self, iterable: Iterable[Any], description: str = "", total: int = 0) -> Iterable[Any]:
+        """Show progress through `iterable`, of `total` images."""
+        return iterable
+
+    def busy(self, description: str) -> AbstractContextManager[Any]:
+        """Show that something is going on."""
+        return nullcontext()
+
+    def tell(self, row: dict[str, Any]) -> None:
+        """A stage or an epoch is done; `row` has its name, figures and seconds, and perhaps a `text` to show."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command at work: the settings, the images, where to compute, write and report."""
+
+    settings: Settings
+    data: ImageData
+    run: Run
+    accelerator: Accelerator
+    report: Reporter
+
+    @property
+    def example(self) -> Tensor:
+        """One image of zeros, `[1, C, H, W]`."""
+        return torch.zeros(1, *self.data.input_size, device=self.accelerator.device)
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    def tell(self, row: dict[str, Any]) -> None:
+        self.run.log({key: value for key, value in row.items() if key != "text"})
+        self.report.tell(row)
+
+    @contextmanager
+    def stage(self, name: str, busy: str = "") -> Iterator[dict[str, Any]]:
+        """Time a stage; what is put into the dictionary goes into its row."""
+        facts: dict[str, Any] = {}
+        begin = time.perf_counter()
+        with self.report.busy(busy) if busy else nullcontext():
+            yield facts
+        self.tell({"stage": name, **facts, "seconds": time.perf_counter() - begin})
+
+    def evaluate(self, model: nn.Module) -> float:
+        return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)["top1"]
+
+    def train(
+        self, model: nn.Module, stage: str, file: str, config: TrainConfig, resrep: narrower.ResRep | None = None
+    ) -> float:
+        """Train in place, or go on from the checkpoint `file`; the top-1 after the last epoch."""
+        last: dict[str, Any] = {}
+
+        def log(row: dict[str, Any]) -> None:
+            last.update(row)
+            self.tell(row)
+
+        with self.stage(stage) as facts:
+            train(
+                model, self.data, config, seed=self.settings.run.seed, stage=stage, accelerator=self.accelerator,
+                checkpoint=self.run.folder / file, resrep=resrep, log=log, watch=self.report.watch,
+            )  # fmt: skip
+            facts["top1"] = last["top1"] if last else self.evaluate(model)  # no epochs were asked for
+        return facts["top1"]
+
+
+def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Reporter) -> Job:
+    """Find the images and complete the settings: with what these and the network say, and with absolute paths."""
+    data = open_images(settings, report)
+    channels, height, width = data.input_size
+    reading = reading_of(settings)
+    unlimited = settings.prune.macs is None and settings.prune.params is None and settings.prune.remove is None
+    settings = replace(
+        settings,
+        model=replace(
+            settings.model,
+            num_classes=settings.model.num_classes or data.num_classes,
+            in_chans=channels,
+            checkpoint=absolute(settings.model.checkpoint),
+        ),
+        data=replace(
+            settings.data,
+            data_dir=absolute(settings.data.data_dir),
+            img_size=height if height == width else None,
+            mean=list(reading.mean),
+            std=list(reading.std),
+        ),
+        prune=replace(settings.prune, macs=0.5) if unlimited else settings.prune,
+    )
+    return Job(settings, data, run, accelerator, report)
+
+
+def absolute(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path else None
+
+
+def reading_of(settings: Settings) -> Reading:
+    """How images are read: as the settings say, else as the network expects, else as ImageNet's."""
+    given = settings.data
+    expected = expected_images(settings.model.model)
+    channels = settings.model.in_chans
+    if channels not in (1, 3):
+        raise ConfigError(f"--in-chans {channels}: images have 3 channels (RGB) or 1 (grey)")
+    for name, values in (("mean", given.mean), ("std", given.std)):
+        if values is not None and len(values) != channels:
+            raise ConfigError(f"--{name} has {len(values)} values, the images {channels} channels")
+    return replace(
+        Reading(**expected),
+        size=given.img_size,
+        channels=channels,
+        mean=tuple(given.mean or expected.get("mean", Reading.mean)[:channels]),
+        std=tuple(given.std or expected.get("std", Reading.std)[:channels]),
+        flip=given.hflip,
+        cache=None if given.cache_dir == "none" else Path(given.cache_dir).expanduser(),
+    )
+
+
+def open_images(settings: Settings, report: Reporter) -> ImageData:
+    """The images that the settings name; the digits where they name none."""
+    given = settings.data
+    return open_data(
+        given.dataset or ("" if given.data_dir else "digits"), given.data_dir, reading_of(settings),
+        download=given.dataset_download, num_classes=settings.model.num_classes, watch=report.watch,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Networks of a command: made, loaded, checked, measured and saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import narrower
+
+from ..errors import ConfigError, TraceError
+from ..models import CIFAR_MODELS, expected_images, make_model
+from ..models.checkpoints import load_checkpoint
+from ..surgery.walk import in_eval_mode
+from ..training.train import make_accelerator
+from . import run_folder
+from .config import ModelConfig
+from .job import Job, Settings
+
+
+def dense_network(config: ModelConfig, *, pretrained: bool = False) -> nn.Module:
+    """The dense network of the settings, with initial or published weights."""
+    return make_model(
+        config.model, config.num_classes, pretrained=pretrained, in_channels=config.in_chans, **config.model_kwargs
+    )  # fmt: skip
+
+
+def check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
+    """Run the network once.
+
+    Raises:
+        TraceError: it fails on such images.
+        ConfigError: it does not give one logit per class.
+    """
+    shape = tuple(example.shape)
+    try:
+        with in_eval_mode(model), torch.inference_mode():
+            output = model.to(example.device)(example)
+    except Exception as error:  # whatever the user's network raises
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise TraceError(f"the network fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
+    if not isinstance(output, Tensor) or output.shape != (1, num_classes):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ConfigError(f"for images {shape} the network gives {found} instead of {(1, num_classes)}: one per class")
+
+
+def load_dense(job: Job) -> nn.Module:
+    """The dense network with the weights that the settings name (checkpoint or published), else its initial ones."""
+    given = job.settings.model
+    torch.manual_seed(job.settings.run.seed)
+    model = dense_network(given, pretrained=given.pretrained)
+    if given.checkpoint:
+        load_checkpoint(model, given.checkpoint)
+    check_outputs(model, job.example, given.num_classes or job.data.num_classes)
+    return model.to(job.accelerator.device)
+
+
+def from_run(job: Job, folder: Path) -> nn.Module:
+    """The network that a run left: narrow after `prune`, dense after `train`."""
+    return read_run(folder, job.settings.model).to(job.accelerator.device)
+
+
+def read_run(folder: Path, config: ModelConfig) -> nn.Module:
+    if (folder / run_folder.PLAN).exists():
+        return narrower.load(folder, lambda: dense_network(config))
+    return load_checkpoint(dense_network(config), folder / run_folder.MODEL)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a network is and costs: top-1 in percent, MACs and parameters, MB of weights, ms for one image."""
+
+    top1: float
+    macs: float
+    params: float
+    size_mb: float
+    latency_ms: float
+
+
+def figures(example: Tensor, *networks: tuple[nn.Module, float], rounds: int = 3) -> list[Figures]:
+    """The figures of networks whose top-1 is known. They are timed in turn, `rounds` times, and the least is taken: what
+    else the machine does weighs on all alike."""
+    costs = [[narrower.measure(model, example, seconds=0.3) for model, _ in networks] for _ in range(rounds)]
+    found = []
+    for (model, top1), cost in zip(networks, zip(*costs, strict=True), strict=True):
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        latency = min(round["latency_ms"] for round in cost)
+        found.append(Figures(top1, cost[0]["macs"], cost[0]["params"], size / 1e6, latency))
+    return found
+
+
+def inspect_network(settings: Settings, folder: Path | None = None) -> tuple[narrower.Graph, Figures]:
+    """`narrower inspect`: the groups and costs of a network, or of the one that a run left; it needs no images."""
+    given = settings.model
+    expected = expected_images(given.model).get("large", 32 if given.model in CIFAR_MODELS else 224)
+    size = settings.data.img_size or expected
+    accelerator = make_accelerator(settings.run.device)
+    example = torch.zeros(1, given.in_chans, size, size, device=accelerator.device)
+    model = dense_network(given) if folder is None else read_run(folder, given)
+    graph = narrower.trace(model.to(accelerator.device), example)
+    return graph, figures(example, (model, float("nan")))[0]
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state dict beside the old file, then take its place."""
+    part = path.with_name(path.name + ".part")
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, part)
+    part.replace(path)

@@ -1,0 +1,92 @@
+"""ResRep: train the network with compactors towards the budget, then merge."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import narrower
+
+from ..data.images import batches
+from ..errors import ConfigError, VerifyError
+from . import run_folder
+from .config import PruneConfig
+from .job import Job
+from .oneshot import sample, score
+
+MERGED = 1e-3  # largest difference of the merged network, relative to the outputs, in float32
+
+
+def compacted(
+    given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, scores: narrower.Scores | None = None
+) -> narrower.ResRep:
+    """Compactors on `model`, as the settings say; `scores`: what is known of its channels.
+
+    Raises:
+        ConfigError: a setting of `--forgetting` that there is not.
+        PlanError: nothing can be compacted, or the budget cannot be reached.
+    """
+    try:
+        settings = narrower.Forgetting(**given.forgetting)
+    except TypeError as error:
+        known = ", ".join(narrower.Forgetting.__dataclass_fields__)
+        raise ConfigError(f"--forgetting {given.forgetting}: it knows {known}") from error
+    return narrower.ResRep(
+        model, graph, macs=given.macs, params=given.params, steps=steps, scores=scores,
+        scope=given.scope, exclude=given.exclude, settings=settings,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
+    """Fail now rather than after the dense network has been trained."""
+    if job.settings.train.epochs < 1:
+        raise ConfigError("--method resrep needs --epochs: it works by training")
+    compacted(job.settings.prune, copy.deepcopy(model), graph, 1)
+
+
+def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
+    """Train a copy of `model` with compactors, shrinking on the way, and merge it. What Ctrl-C leaves is merged and saved."""
+    config = job.settings.train
+    steps = len(batches(job.data.train, config.batch_size, order=0, shard=job.shard, workers=config.workers))
+    given = job.settings.prune
+    scores = None
+    if given.prior != "none":
+        with job.stage("score") as facts:
+            images = job.report.watch(sample(job, given.images), f"scoring ({given.prior})", given.images)
+            scores = score(replace(given, method=given.prior), model, graph, images, job.settings.run.seed)
+            facts["method"] = given.prior
+    training = copy.deepcopy(model)
+    resrep = compacted(given, training, graph, max(1, config.epochs * steps), scores)
+    try:
+        job.train(training, "resrep", run_folder.CHECKPOINT, config, resrep)
+    except KeyboardInterrupt:
+        if job.run.writes:
+            narrower.save(resrep.merge(), job.run.folder)
+        raise
+    with job.stage("merge") as facts:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            small = resrep.merge()
+        facts["error"] = difference(training, small, next(sample(job, 16))[0])
+        facts["text"] = "\n".join([str(resrep), *(f"warning: {w.message}" for w in said)])
+    return small
+
+
+@torch.inference_mode()
+def difference(trained: nn.Module, merged: nn.Module, images: Any) -> float:
+    """The largest difference of the outputs in eval mode, relative to the largest output.
+
+    Raises:
+        VerifyError: it is more than rounding explains.
+    """
+    want, have = (net.to(images.device).eval()(images).float() for net in (trained, merged))
+    error = float((want - have).abs().max() / want.abs().max().clamp_min(1e-12))
+    if not error <= MERGED:
+        raise VerifyError(f"the merged network differs from the trained one by {error:.1e} of its outputs (at most "
+                          f"{MERGED:.0e} is rounding): narrower is at fault, please report it; the checkpoint is kept")
+    return error

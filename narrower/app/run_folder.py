@@ -1,0 +1,158 @@
+"""The folder of a run: its settings, metrics and log, and who may write there.
+
+| file                  | what                                                                         |
+|-----------------------|------------------------------------------------------------------------------|
+| `model.safetensors`   | the network (narrow after `prune`, dense after `train`)                      |
+| `narrower.json`       | the plan that made it narrow                                                 |
+| `config.yaml`         | all settings; `--config` takes it back                                       |
+| `metrics.jsonl`       | a row per epoch and per stage                                                |
+| `log.txt`             | what was printed                                                             |
+| `dense.safetensors`   | the dense network, where it was trained here                                 |
+| `*.checkpoint.pt`     | where training stopped, for `--resume`                                       |
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+MODEL, PLAN, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
+DENSE = "dense.safetensors"
+DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
+FILES = (MODEL, PLAN, CONFIG, METRICS, LOG, DENSE, DENSE_CHECKPOINT, CHECKPOINT)
+
+
+class Run:
+    """A run folder. Nothing is written before `claim`; until then rows and log lines wait in memory."""
+
+    def __init__(self, folder: Path, *, resume: bool = False, overwrite: bool = False, writes: bool = True) -> None:
+        """
+        Args:
+            folder: where; made by `claim`.
+            resume: go on with the run that is there.
+            overwrite: replace the run that is there (by `claim`; other files in the folder stay).
+            writes: False in all but one of several processes.
+
+        Raises:
+            ConfigError: the folder holds a run already, or none to go on with, or is no folder.
+        """
+        self.folder = folder
+        self.resume = resume
+        self.writes = writes
+        self._waiting: list[tuple[str, str]] = []
+        self.claimed = False
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--output {folder} is a file")
+        if resume:
+            if not (folder / CONFIG).is_file():
+                raise ConfigError(f"there is no run to go on with in {folder} (no {CONFIG})")
+            self.claimed = True
+        elif writes and not overwrite and (found := self._found()):
+            raise ConfigError(
+                f"{folder} already holds a run ({', '.join(found)}): choose another --output, replace it with "
+                "--overwrite, or go on with it with --resume"
+            )
+        self._epochs = {(row["stage"], row["epoch"]) for row in self.rows() if "epoch" in row} if resume else set()
+
+    def _found(self) -> list[str]:
+        return [name for name in FILES if (self.folder / name).exists()]
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder, remove the run that is there, write the settings and what has waited.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        if self.claimed or not self.writes:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in self._found():
+                (self.folder / name).unlink()
+            (self.folder / CONFIG).write_text(to_yaml(settings), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write the run to {self.folder}: {error}") from error
+        self.claimed = True
+        for name, text in self._waiting:
+            self._append(name, text)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the metrics; an epoch that is there already (it was evaluated again) is left out."""
+        if "epoch" in row:
+            if (row["stage"], row["epoch"]) in self._epochs:
+                return
+            self._epochs.add((row["stage"], row["epoch"]))
+        self._append(METRICS, json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
+
+    def print(self, text: str) -> None:
+        """Add to the log what was printed."""
+        self._append(LOG, text)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics so far; a last line that a crash cut off is left out."""
+        try:
+            lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def last(self, stage: str) -> dict[str, Any]:
+        """The last row of a stage, or an empty one."""
+        return next((row for row in reversed(self.rows()) if row.get("stage") == stage and "epoch" not in row), {})
+
+    def _append(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
+        if not self.claimed:
+            self._waiting.append((name, text))
+            return
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def default_folder(*parts: str) -> Path:
+    """`runs/<time>-<part>-<part>` under the current folder; a number is added where two runs begin in one second."""
+    safe = ["".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts]
+    base = Path("runs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), *safe])
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
+
+
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in `folder`.
+
+    Raises:
+        ConfigError: there is no run, or its settings cannot be read.
+    """
+    import yaml
+
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{folder} is no run folder (no {CONFIG})")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file} holds no settings")
+    return settings

@@ -1,0 +1,130 @@
+"""Channel counts to multiply-adds and parameters, in closed form.
+
+The size of every tensor dimension is linear in the numbers of channels that the groups keep, and a cost is a sum over
+tensors of a coefficient times the product of its sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from .types import Graph
+
+CostKind = Literal["macs", "params"]
+
+
+class CostModel:
+    """Costs of a graph for given widths (channels kept of each free group, in the order of `graph.free`)."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.names = [g.name for g in graph.free]
+        self.column = {name: k for k, name in enumerate(self.names)}
+        self.dense = np.array([g.size for g in graph.free], dtype=np.float64)
+        rows: dict[tuple[str, int], int] = {}
+        entries: list[tuple[int, int, float]] = []
+        for k, g in enumerate(graph.free):
+            for s in g.slices:
+                row = rows.setdefault((s.tensor, s.dim), len(rows))
+                entries.append((row, k, len(s.positions) / (s.blocks * g.size)))
+        self.per_channel = np.zeros((len(rows) + 1, len(self.names)))
+        for row, k, n in entries:
+            self.per_channel[row, k] += n
+        full = np.ones(len(rows) + 1)
+        for (tensor, dim), row in rows.items():
+            full[row] = graph.shapes[tensor][dim]
+        self.fixed = full - self.per_channel @ self.dense
+        self.rows = rows
+        self.dims: dict[str, list[int]] = {}
+        for (tensor, _), row in rows.items():
+            self.dims.setdefault(tensor, []).append(row)
+
+    @cached_property
+    def terms(self) -> dict[CostKind, tuple[np.ndarray, np.ndarray, float]]:
+        """For each cost: the dimension rows of each tensor that can change, coefficients, and what cannot change."""
+        none = len(self.rows)
+        width = max((len(d) for d in self.dims.values()), default=1)
+        out: dict[CostKind, tuple[np.ndarray, np.ndarray, float]] = {}
+        weights: dict[CostKind, Mapping[str, float]] = {
+            "macs": self.graph.uses, "params": dict.fromkeys(self.graph.parameters, 1.0),
+        }
+        for kind, per_element in weights.items():
+            index, coefficients, rest = [], [], 0.0
+            for tensor, n in per_element.items():
+                shape = self.graph.shapes[tensor]
+                total = n * float(np.prod(shape, dtype=np.float64))
+                used = self.dims.get(tensor)
+                if not used:
+                    rest += total
+                    continue
+                index.append(used + [none] * (width - len(used)))
+                coefficients.append(total)
+            table = np.array(index, dtype=np.int64).reshape(-1, width)
+            coef = np.array(coefficients, dtype=np.float64)
+            if len(table):
+                coef = coef / np.prod(self.sizes(self.dense)[table], axis=1)
+            out[kind] = table, coef, rest
+        return out
+
+    def sizes(self, widths: np.ndarray) -> np.ndarray:
+        return self.fixed + self.per_channel @ widths
+
+    def cost(self, kind: CostKind, widths: np.ndarray) -> float:
+        """The whole cost at these widths: multiply-adds for one sample, or parameters."""
+        table, coef, rest = self.terms[kind]
+        return rest + float((coef * np.prod(self.sizes(widths)[table], axis=1)).sum())
+
+    def by_tensor(self, kind: CostKind, widths: np.ndarray) -> dict[str, float]:
+        """The cost of each tensor."""
+        sizes = self.sizes(widths)
+        out = {}
+        for tensor in self.graph.uses if kind == "macs" else self.graph.parameters:
+            n = self.graph.uses.get(tensor, 0.0) if kind == "macs" else 1.0
+            value = n * float(np.prod(self.graph.shapes[tensor], dtype=np.float64))
+            for row in self.dims.get(tensor, ()):
+                value *= sizes[row] / (self.fixed[row] + self.per_channel[row] @ self.dense)
+            out[tensor] = value
+        return out
+
+
+class RunningCost:
+    """Costs that follow the widths step by step: each step looks only at the tensors that it changes."""
+
+    def __init__(self, model: CostModel, kinds: tuple[CostKind, ...]) -> None:
+        self.model, self.kinds = model, kinds
+        self.widths = model.dense.copy()
+        self.sizes = model.sizes(self.widths)
+        self.now = {k: model.cost(k, self.widths) for k in kinds}
+        self.touched: dict[CostKind, list[np.ndarray]] = {}
+        for k in kinds:  # for each group the rows of the table that it changes
+            table, group = np.nonzero((model.per_channel[model.terms[k][0]] != 0).any(axis=1))
+            self.touched[k] = np.split(table[np.argsort(group, kind="stable")], np.bincount(
+                group, minlength=len(model.names)).cumsum()[:-1])
+
+    def changes(self, step: np.ndarray) -> Iterator[tuple[CostKind, float, np.ndarray, np.ndarray]]:
+        """For each cost what losing `step` channels (by group, most of them zero) saves, and the sizes that it changes."""
+        groups = np.nonzero(step)[0]
+        for k in self.kinds:
+            table, coef, _ = self.model.terms[k]
+            rows = self.touched[k][groups[0]]
+            if len(groups) > 1:
+                rows = np.unique(np.concatenate([self.touched[k][g] for g in groups]))
+            ends = table[rows]
+            before = self.sizes[ends]
+            after = before - self.model.per_channel[ends[..., None], groups] @ step[groups]
+            yield k, float((coef[rows] * (np.prod(before, axis=1) - np.prod(after, axis=1))).sum()), ends, after
+
+    def saved(self, step: np.ndarray) -> dict[CostKind, float]:
+        """What losing `step` channels would save."""
+        return {k: value for k, value, *_ in self.changes(step)}
+
+    def move(self, step: np.ndarray) -> None:
+        """Lose `step` channels; a negative step takes them back."""
+        for k, value, ends, after in list(self.changes(step)):
+            self.now[k] -= value
+            self.sizes[ends] = after
+        self.widths -= step

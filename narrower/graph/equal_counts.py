@@ -1,0 +1,163 @@
+"""Equal counts: which numbers of channels can go together.
+
+A tie says that several sets of channels must keep equally many. Channels of one group that stand in the same blocks of the
+same ties are interchangeable and form a *cell*; a tie is then a set of linear equations between the numbers of channels
+that the cells lose.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from .types import ChannelGroup, Graph
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Interchangeable channels of one group."""
+
+    group: str
+    channels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """Cells that ties connect; `equations @ removed == 0` for the numbers of channels that the cells lose."""
+
+    cells: tuple[Cell, ...]
+    equations: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.array([len(c.channels) for c in self.cells])
+
+    def removable(self, want: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """Numbers to remove, as near to `want` as the ties allow, from 0 to `most` of each cell."""
+        want = np.minimum(want, most)
+        if not len(self.equations) or not (self.equations @ want).any():
+            return want
+        return nearest_integers(self.equations, want, most)
+
+    def moves(self) -> list[np.ndarray]:
+        """The smallest steps that keep all ties: numbers to remove from each cell at once."""
+        n = len(self.cells)
+        if not len(self.equations):
+            return list(np.eye(n, dtype=np.int64))
+        ones = np.ones(n, dtype=np.int64)
+        if len({c.group for c in self.cells}) == 1 and not (self.equations @ ones).any():
+            return [ones]
+        found: dict[bytes, np.ndarray] = {}
+        for k in range(n):
+            least = np.zeros(n)
+            least[k] = 1
+            move = nearest_integers(self.equations, least, self.sizes, least)
+            if move.any():
+                found[move.tobytes()] = move
+        return list(found.values())
+
+
+def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray,
+                     least: np.ndarray | None = None) -> np.ndarray:
+    """Integers x with equations @ x == 0, least <= x <= most, and the smallest sum of |x - want|; zeros if there are none."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    n = len(want)
+    identity = np.eye(n)
+    result = milp(
+        np.concatenate([np.zeros(n), np.ones(n)]),  # variables: x, and u >= |x - want|
+        integrality=np.concatenate([np.ones(n), np.zeros(n)]),
+        bounds=Bounds(np.concatenate([np.zeros(n) if least is None else least, np.zeros(n)]),
+                      np.concatenate([most, np.full(n, np.inf)])),
+        constraints=[
+            LinearConstraint(np.hstack([equations, np.zeros_like(equations)]), 0, 0),
+            LinearConstraint(np.hstack([identity, -identity]), -np.inf, want),
+            LinearConstraint(np.hstack([-identity, -identity]), -np.inf, -want),
+        ],
+        options={"time_limit": 5},
+    )
+    if result.x is None:
+        return np.zeros(n, dtype=np.int64)
+    return np.round(result.x[:n]).astype(np.int64)
+
+
+KNOWN: WeakKeyDictionary[Graph, list[Component]] = WeakKeyDictionary()
+
+
+def components(graph: Graph, without: Collection[str] = ()) -> list[Component]:
+    """Cells of the free groups (but for those named), joined where a tie connects them."""
+    if without:
+        return find_components(graph, [g for g in graph.free if g.name not in without])
+    if graph not in KNOWN:
+        KNOWN[graph] = find_components(graph, graph.free)
+    return KNOWN[graph]
+
+
+def find_components(graph: Graph, chosen: Sequence[ChannelGroup]) -> list[Component]:
+    # channels that stand in the same blocks of the same ties, equally often, have the same sum of the blocks' random numbers
+    rng = np.random.default_rng(0)
+    marks = {g.name: np.zeros(g.size, dtype=np.uint64) for g in chosen}
+    for tie in graph.ties:
+        for block, number in zip(tie.blocks, rng.integers(1, 2**62, len(tie.blocks), dtype=np.uint64), strict=True):
+            for name, channels in block.items():
+                if name in marks:
+                    np.add.at(marks[name], channels, number)
+    cells: list[Cell] = []
+    cell_of: dict[str, np.ndarray] = {}
+    for g in chosen:
+        _, first, inverse = np.unique(marks[g.name], return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(first))  # cells in the order of their first channels
+        cell_of[g.name] = rank[inverse.reshape(-1)] + len(cells)
+        order = np.argsort(cell_of[g.name], kind="stable")
+        ends = np.cumsum(np.bincount(rank[inverse.reshape(-1)]))
+        cells += [Cell(g.name, part) for part in np.split(order, ends[:-1])]
+    sizes = [len(c.channels) for c in cells]
+    rows: list[dict[int, float]] = []
+    for tie in graph.ties:
+        lines: list[dict[int, float]] = []
+        for block in tie.blocks:
+            line: dict[int, float] = {}
+            for name, channels in block.items():
+                if name in cell_of:
+                    line |= {k: n / sizes[k] for k, n in Counter(cell_of[name][channels].tolist()).items()}
+            lines.append(line)
+        for line in lines[1:]:
+            row = {k: line.get(k, 0.0) - lines[0].get(k, 0.0) for k in line.keys() | lines[0].keys()}
+            if row := {k: row[k] for k in sorted(row) if row[k]}:
+                rows.append(row)
+    return split_components(cells, rows)
+
+
+def split_components(cells: list[Cell], equations: Sequence[Mapping[int, float]]) -> list[Component]:
+    """Split cells and equations ({cell: coefficient}) into independent parts."""
+    root = list(range(len(cells)))
+
+    def find(k: int) -> int:
+        while root[k] != k:
+            root[k] = root[root[k]]
+            k = root[k]
+        return k
+
+    for row in equations:
+        first, *others = row
+        for k in others:
+            root[find(k)] = find(first)
+    parts: dict[int, list[int]] = {}
+    for k in range(len(cells)):
+        parts.setdefault(find(k), []).append(k)
+    rows: dict[int, list[Mapping[int, float]]] = {}
+    for row in equations:
+        rows.setdefault(find(next(iter(row))), []).append(row)
+    out = []
+    for key, members in parts.items():
+        place = {k: n for n, k in enumerate(members)}
+        table = np.zeros((len(rows.get(key, ())), len(members)))
+        for n, row in enumerate(rows.get(key, ())):
+            for k, value in row.items():
+                table[n, place[k]] = value
+        out.append(Component(tuple(cells[k] for k in members), table))
+    return out

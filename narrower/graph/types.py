@@ -1,0 +1,199 @@
+"""The nouns: what `trace` finds in a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+Role = Literal["out", "in", "along"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """One end of a channel group: where its channels live along one dimension of one parameter or buffer.
+
+    `channels[n]` of the group occupies `positions[n]` (a channel may occupy several). Where a grouped convolution reads
+    a different set in each of its `blocks`, positions count through all of them: block * size + position.
+    `role`: "out" makes the channels, "in" reads them, "along" rides with them (BatchNorm, bias, depthwise filters).
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+    channels: np.ndarray
+    positions: np.ndarray
+    blocks: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that live and die by the same indices.
+
+    `pinned` is the reason why none can go, or None. `exact` is False where some layer normalises or pools across the
+    channels: removal then changes that layer by definition (its reference sees the surviving channels only).
+    `layers` names the modules that make the channels; the first names the group.
+    """
+
+    name: str
+    size: int
+    slices: tuple[Slice, ...]
+    layers: tuple[str, ...]
+    pinned: str | None = None
+    exact: bool = True
+
+    @property
+    def free(self) -> bool:
+        """Whether its channels can go."""
+        return self.pinned is None
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Channels of one group at positions of an activation."""
+
+    group: str
+    channels: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class MapSource:
+    """Where feature maps can be seen in a forward pass: at the input of the convolution with that weight (or of that number in
+    the forward, if its weight is computed there), or of the pooling of that number. `consumers` counts the convolutions
+    that read them."""
+
+    weight: str | int | None
+    pool: int
+    consumers: int
+    members: tuple[Members, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixer:
+    """A call that mixes channels (a layer norm, a mean over channels): `operator`'s call with that number, dimension
+    `dim` of its input with `size` entries."""
+
+    operator: str
+    number: int
+    dim: int
+    size: int
+    members: tuple[Members, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of activations that sums over channels: by its number among all products without a parameter (whether a linear
+    layer is `mm` or `bmm` depends on strides). Its first factor has `members` at the positions of an array of `shape`, which
+    broadcasts to it."""
+
+    number: int
+    shape: tuple[int, ...]
+    members: tuple[Members, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Tie:
+    """Sets of channels that must keep equally many: each block is {group name: channel indices, with repetition}."""
+
+    blocks: tuple[Mapping[str, np.ndarray], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A number that a module stores (an attribute, or `entry` of a tuple or list), which counts channels: `size` in the
+    dense network, less those of `members` that go."""
+
+    module: str
+    attribute: str
+    entry: int | None
+    size: int
+    members: tuple[Members, ...]
+
+
+class Step(NamedTuple):
+    """One operator call of the traced forward: activations by number, parameters and buffers by name (None for arguments that
+    are no tensor); the other arguments (`rest` in their order, `options` by keyword); what came out, whether that has
+    channels, and the first module that returned it as it is; whether it is of the train forward."""
+
+    name: str
+    inputs: tuple[int | str | None, ...]
+    rest: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+    outputs: tuple[int, ...]
+    labelled: bool
+    module: str = ""
+    training: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """All channel groups of a network, and the sizes that costs need.
+
+    `shapes` has every parameter and buffer; `uses` the number of times that each element of a convolution or linear
+    weight is used for one sample, so that macs = sum(uses * elements). `computed` names the parameter behind each
+    convolution (by its number in the forward) that does not read one as it is. `steps` are the calls of the forward, in order
+    (of the eval forward, then of the train forward where that was traced too). `edits` are numbers that modules store and that
+    follow the widths. `created` names biases that layers were given since, for constants.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    uses: Mapping[str, float]
+    ties: tuple[Tie, ...] = ()
+    sources: tuple[MapSource, ...] = ()
+    mixers: tuple[Mixer, ...] = ()
+    products: tuple[Product, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    computed: Mapping[int, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    created: tuple[str, ...] = ()
+
+    @cached_property
+    def by_name(self) -> dict[str, ChannelGroup]:
+        return {g.name: g for g in self.groups}
+
+    @cached_property
+    def free(self) -> tuple[ChannelGroup, ...]:
+        return tuple(g for g in self.groups if g.free)
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        return self.by_name[name]
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __str__(self) -> str:
+        rows = [("group", "channels", "layers", "kind")]
+        for g in self.groups:
+            kind = f"pinned: {g.pinned}" if g.pinned else "free" if g.exact else "free, inexact"
+            rows.append((g.name, str(g.size), str(len(g.layers)), kind))
+        free = sum(g.size for g in self.free)
+        total = sum(g.size for g in self.groups)
+        lines = [table(rows), f"{free} of {total} channels free in {len(self.free)} of {len(self.groups)} groups"]
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns under a header: the first and last to the left, numbers to the right."""
+    widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
+    last = len(widths) - 1
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [v.ljust(w) if c in (0, last) else v.rjust(w) for c, (v, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * min(w, 60) for w in widths), *map(line, rows[1:])])
+
+
+class Scores(dict[str, Tensor]):
+    """{group name: Tensor[size]}: one score for each channel of each free group; higher is kept."""

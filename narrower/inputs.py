@@ -1,0 +1,74 @@
+"""What a model is given and gives back: nested tensors, batches, devices."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def model_inputs(batch: Any, model: nn.Module) -> Any:
+    """What the model takes of a batch, on its device: the first part of a pair (inputs, targets), or all of it; a pair is both
+    where the model's forward needs two arguments."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        needed = [p for p in inspect.signature(model.forward).parameters.values()
+                  if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(needed) < 2 or not isinstance(batch[0], Tensor):
+            batch = batch[0]
+    device = device_of(model)
+    return map_tensors(tuple(batch) if isinstance(batch, list) else batch, lambda t: t.to(device, non_blocking=True))
+
+
+def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
+    """What the model takes of each batch and how many samples that is, up to `images` of them in all."""
+    seen = 0
+    for batch in batches:
+        inputs = model_inputs(batch, model)
+        count = flatten_tensors(inputs)[0].shape[0]
+        if images is not None and seen + count > images:
+            count = images - seen
+            inputs = map_tensors(inputs, operator.itemgetter(slice(count)))
+        if count:
+            yield inputs, count
+        seen += count
+        if images is not None and seen >= images:
+            return
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def map_tensors(x: Any, f: Callable[[Tensor], Any]) -> Any:
+    """`f` of every tensor in nested tuples, lists and dicts."""
+    if isinstance(x, Tensor):
+        return f(x)
+    if isinstance(x, dict):
+        return {k: map_tensors(v, f) for k, v in x.items()}
+    return type(x)(map_tensors(v, f) for v in x) if type(x) in (list, tuple) else x
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """The model on a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def shapes_of(x: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in flatten_tensors(x)) or type(x).__name__
+
+
+def flatten_tensors(x: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists, dicts and dataclasses."""
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, dict):
+        x = list(x.values())
+    elif hasattr(x, "__dataclass_fields__"):
+        x = [getattr(x, f) for f in x.__dataclass_fields__]
+    return [t for v in x for t in flatten_tensors(v)] if isinstance(x, (list, tuple)) else []

@@ -1,0 +1,130 @@
+"""Read checkpoints that others wrote: a state dict, alone or nested, with or without prefixes, never code.
+
+`.safetensors` files and what `torch.save` wrote are read, the latter with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import StorageError
+
+NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "net")
+PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load the weights in `path` into `model` and return it; either all of them are loaded or none.
+
+    Averaged weights (`state_dict_ema`, `model_ema`) go before plain ones, as in timm. `num_batches_tracked` may be
+    absent: PyTorch before 0.4.1 had no such counter.
+
+    Raises:
+        StorageError: the file is missing, damaged, contains code, or is of another network (keys and shapes are named).
+    """
+    found = read_state_dict(path)
+    own = model.state_dict()
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    _check(own, counters | found, path)
+    model.load_state_dict(counters | found)
+    return model
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file, unnested and without prefixes, on the CPU.
+
+    Raises:
+        StorageError: the file is missing, damaged, contains code, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise StorageError(f"checkpoint {path} {kind}")
+    content = _read(path)
+    state = _unnest(content)
+    if state is None:
+        keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        raise StorageError(f"checkpoint {path} holds no state dict (name -> tensor); found: {keys or 'nothing'}")
+    for prefix in _prefixes(state):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of unusual pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
+            raise _damaged(path, error) from error
+        raise StorageError(
+            f"checkpoint {path} contains more than tensors (a pickled module or other code), which is not run. "
+            "If you trust its source, load it in Python and save the weights alone: "
+            "torch.save(model.state_dict(), 'weights.pt')"
+        ) from error
+    except Exception as error:  # the unpickler raises anything on damaged bytes: struct.error, EOFError, KeyError, ...
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> StorageError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return StorageError(f"checkpoint {path} is damaged, truncated or no checkpoint at all: fetch it again ({reason})")
+
+
+def _unnest(content: Any) -> dict[str, Tensor] | None:
+    if not isinstance(content, Mapping) or not content:
+        return None
+    if all(isinstance(value, Tensor) for value in content.values()):
+        return {str(key): value for key, value in content.items()}
+    for nest in NESTS:
+        inner = _unnest(content.get(nest))
+        if inner is not None:
+            return inner
+    return None
+
+
+def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
+    """The prefixes that all keys begin with, outermost first."""
+    found: list[str] = []
+    while True:
+        so_far = "".join(found)
+        step = next((p for p in PREFIXES if all(key.startswith(so_far + p) for key in state)), None)
+        if step is None:
+            return found
+        found.append(step)
+
+
+def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> None:
+    missing = [key for key in own if key not in found]
+    unexpected = [key for key in found if key not in own]
+    shapes = [
+        f"{key} is {tuple(found[key].shape)}, the network has {tuple(own[key].shape)}"
+        for key in own
+        if key in found and found[key].shape != own[key].shape
+    ]
+    parts = [
+        _some("missing from the file", missing),
+        _some("not in the network", unexpected),
+        _some("of another shape", shapes, "; "),
+    ]
+    if any(parts):
+        lines = "\n".join(f"  {part}" for part in parts if part)
+        raise StorageError(f"checkpoint {path} is of another network (nothing was loaded):\n{lines}")
+
+
+def _some(label: str, names: list[str], separator: str = ", ", limit: int = 5) -> str:
+    if not names:
+        return ""
+    more = f"{separator}and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} {label}: {separator.join(names[:limit])}{more}"

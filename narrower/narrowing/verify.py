@@ -1,0 +1,219 @@
+"""verify: is the narrow network the dense one with those channels removed?"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import VerifyError
+from ..graph.types import Graph, Members, Mixer, Product
+from ..inputs import flatten_tensors, map_tensors
+from ..planning.plan import Plan
+from ..surgery.copying import duplicate, same_tensors
+from ..surgery.walk import named_tensors
+from ..tracing.interpreter import run_forward
+from ..tracing.operators.matmuls import FIRST_FACTOR, Products
+from ..tracing.operators.table import rule_for
+
+
+class Verification(NamedTuple):
+    """Largest difference of the outputs, relative to how much the masked dense network's vary over the batch (to the largest
+    of them where there is one sample only, or where it is no more than rounding)."""
+
+    error: float
+    tolerance: float
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"narrow = masked dense to {self.error:.1e} of the output ({self.dtype}, tolerance {self.tolerance:.0e})"
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, *,
+           dtype: torch.dtype | None = torch.float64, tolerance: float | None = None) -> Verification:
+    """Compare `small` with `model` in which nothing reads the removed channels any more, in eval mode.
+
+    The reference is the dense network with the weights that read removed channels set to zero; layers that mix channels see the
+    surviving ones only. `dtype=None` computes in the model's own. `tolerance` is relative to how much the outputs vary
+    over the batch (to the largest where there is one sample, or where the difference is no more than rounding in float64).
+
+    Raises VerifyError if the outputs differ by more (or if rounding alone makes such a difference: nothing can be told then),
+    have other shapes, or are not finite.
+    """
+    graph = plan.graph
+    kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance
+    same_tensors(model, plan.graph)
+    inputs = map_tensors(example_inputs, lambda t: t.detach().to(kind) if t.is_floating_point() else t.detach())
+    reference = mask_consumers(model, plan).to(kind).eval()
+    memo = {id(t): t.detach().clone() for t in small.buffers()}
+    candidate = duplicate(small, memo).to(kind).eval()
+    outs = []
+    modes: list[tuple[str, nn.Module, AbstractContextManager[Any]]] = [
+        ("dense", reference, Survivors(graph, plan, named_tensors(reference).values())), ("narrow", candidate, nullcontext())]
+    for what, net, mode in modes:
+        try:
+            outs.append(flatten_tensors(run_forward(net, inputs, mode)))
+        except Exception as e:
+            own = "" if dtype is None else f" (it ran in {kind}: dtype=None takes the model's own)"
+            raise VerifyError(f"the {what} network fails on these inputs: {type(e).__name__}: {e}{own}") from e
+    want, have = outs
+    if [t.shape for t in want] != [t.shape for t in have]:
+        raise VerifyError(f"the narrow network's outputs have shapes {[tuple(t.shape) for t in have]}, "
+                          f"the dense one's {[tuple(t.shape) for t in want]}")
+    worst = largest_difference(want, have)
+    if worst <= limit:
+        return Verification(worst, limit, kind)
+    eps = torch.finfo(kind).eps
+    shaken = map_tensors(inputs, lambda t: t * (1 + eps * torch.randn_like(t)) if t.is_floating_point() else t)
+    again = run_forward(reference, shaken, Survivors(graph, plan, named_tensors(reference).values()))
+    noise = largest_difference(want, flatten_tensors(again))
+    if noise > limit / 100:
+        raise VerifyError(f"on these inputs it cannot be told: the networks differ by {worst:.1e} of the output, but the dense "
+                          f"one alone by {noise:.1e} when its inputs are rounded otherwise: give verify inputs as the network "
+                          "was trained on")
+    raise VerifyError(f"the narrow network differs from the masked dense one by {worst:.1e} of the output (tolerance "
+                      f"{limit:.0e} in {kind}): it was changed after narrowing, or narrower is at fault: please report it")
+
+
+ROUNDING = 2e-13  # of the largest output, in float64
+
+
+def largest_difference(want: Sequence[Tensor], have: Sequence[Tensor]) -> float:
+    """The largest difference: of the largest output where it may be rounding, else of how much outputs vary over the batch."""
+    worst = 0.0
+    for a, b in zip(want, have, strict=True):
+        if not a.is_floating_point() or not a.numel():
+            continue
+        if not bool(a.isfinite().all()):
+            raise VerifyError("the dense network's output is not finite on these inputs: give verify others")
+        gap, largest = float((a - b).abs().max()), float(a.abs().max()) or 1.0
+        spread = float((a - a[:1]).abs().max())
+        alike = spread < 1e-7 * largest
+        if alike and len(a) > 1:
+            warnings.warn("verify: the output hardly depends on these inputs, which proves little: the network is "
+                          "untrained or the inputs are alike", stacklevel=3)
+        rounding = a.dtype == torch.float64 and gap <= ROUNDING * largest
+        worst = max(worst, gap / (largest if alike or rounding else spread)) if gap == gap else gap
+    return worst
+
+
+def mask_consumers(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the dense model in which no weight reads a removed channel."""
+    copy = duplicate(model, {})
+    tensors = named_tensors(copy)
+    for name, kept in plan.keep.items():
+        group = plan.graph[name]
+        gone = np.ones(group.size, dtype=bool)
+        gone[kept] = False
+        for s in group.slices:
+            if s.role != "in" or not gone.any():
+                continue
+            t = tensors[s.tensor].data
+            positions = torch.as_tensor(s.positions[gone[s.channels]])
+            if s.blocks == 1:
+                t.index_fill_(s.dim, positions.to(t.device), 0)
+                continue
+            for block, part in enumerate(t.chunk(s.blocks, dim=0)):
+                width = t.shape[s.dim]
+                inside = positions[(positions >= block * width) & (positions < (block + 1) * width)] - block * width
+                part.index_fill_(s.dim, inside.to(t.device), 0)
+    return copy
+
+
+class Survivors(TorchDispatchMode):
+    """Evaluates the calls that mix channels on the surviving channels only, and puts zeros elsewhere."""
+
+    def __init__(self, graph: Graph, plan: Plan, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.calls: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
+        self.products: dict[int | None, Product] = {p.number: p for p in graph.products}
+        self.met = Products(held)
+        self.counts: Counter[str] = Counter()
+        self.unread = {number: unread(graph, plan, tensor) for number, tensor in graph.computed.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, _ = rule_for(func)
+        mixer = self.calls.get((name, self.counts[name]))
+        self.counts[name] += 1
+        if name == "convolution" and self.counts[name] - 1 in self.unread:
+            # its weight is computed from one with zeros: the zeros may be gone, so what it reads becomes zero
+            gone = torch.as_tensor(self.unread[self.counts[name] - 1], device=args[0].device)
+            args = (args[0].index_fill(1, gone, 0), *args[1:])
+        product = self.products.get(self.met.number(name, args))
+        if product is not None:
+            first = FIRST_FACTOR[name]
+            args = (*args[:first], args[first] * self.left(product, args[first]), *args[first + 1:])
+        if mixer is None:
+            return func(*args, **(kwargs or {}))
+        x = args[0]
+        stays = torch.as_tensor(self.stays(mixer, x.shape[mixer.dim]), device=x.device)
+        if len(stays) == x.shape[mixer.dim]:
+            return func(*args, **(kwargs or {}))
+        out = func(x.index_select(mixer.dim, stays), *on_survivors(name, args[1:], mixer.dim, x.ndim, stays), **(kwargs or {}))
+        if isinstance(out, Tensor):
+            return scatter(out, x, mixer.dim, stays)
+        return (scatter(out[0], x, mixer.dim, stays), *out[1:])
+
+    def left(self, product: Product, x: Tensor) -> Tensor:
+        """One where a channel stays, zero where it goes, to be multiplied with the first factor `x`."""
+        stays = self.surviving(product.members, int(np.prod(product.shape))).reshape(product.shape)
+        if len(stays) > 1:  # images times heads: there may be more images now
+            stays = stays[np.arange(len(x)) % len(stays)]
+        return torch.as_tensor(stays, dtype=x.dtype, device=x.device)
+
+    def stays(self, mixer: Mixer, size: int) -> np.ndarray:
+        return np.nonzero(np.tile(self.surviving(mixer.members, mixer.size), size // mixer.size))[0]
+
+    def surviving(self, members: Iterable[Members], size: int) -> np.ndarray:
+        """For each of `size` positions whether the channel that lives there stays."""
+        stays = np.ones(size, dtype=bool)
+        for m in members:
+            stays[m.positions] = np.isin(m.channels, self.plan.keep[m.group]) if m.group in self.plan.keep else True
+        return stays
+
+
+def unread(graph: Graph, plan: Plan, tensor: str) -> np.ndarray:
+    """The input channels that the narrow convolution with that weight does not have."""
+    gone = [np.zeros(0, dtype=np.int64)]
+    for name, kept in plan.keep.items():
+        for s in graph[name].slices:
+            if s.tensor == tensor and s.role == "in":
+                gone.append(s.positions[~np.isin(s.channels, kept)])
+    return np.concatenate(gone)
+
+
+def on_survivors(name: str, rest: Sequence[Any], dim: int, ndim: int, stays: Tensor) -> list[Any]:
+    """The further arguments of a norm, cut to the surviving channels."""
+    out = list(rest)
+    if name == "native_layer_norm":
+        shape = list(out[0])
+        inner = dim - (ndim - len(shape))
+        shape[inner] = len(stays)
+        out[0] = shape
+        for k in (1, 2):
+            out[k] = None if out[k] is None else out[k].index_select(inner, stays)
+    elif name == "native_group_norm":
+        for k in (0, 1):
+            out[k] = None if out[k] is None else out[k].index_select(0, stays)
+        out[3] = len(stays)
+    return out
+
+
+def scatter(out: Tensor, x: Tensor, dim: int, stays: Tensor) -> Tensor:
+    if out.ndim != x.ndim or out.shape[dim] != len(stays):
+        return out
+    shape = list(out.shape)
+    shape[dim] = x.shape[dim]
+    return out.new_zeros(shape).index_copy(dim, stays, out)

@@ -1,0 +1,5 @@
+"""From scores and a request (a budget or rates) to a Plan: how many channels each group keeps, and which."""
+
+from .plan import Plan, plan
+
+__all__ = ["Plan", "plan"]

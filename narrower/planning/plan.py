@@ -1,0 +1,147 @@
+"""plan: scores and a request to a Plan, the channels that stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import PlanError
+from ..graph.cost import CostModel
+from ..graph.equal_counts import components
+from ..graph.types import Graph, table
+from .greedy import by_budget
+from .rates import by_rate
+from .requests import Budget, checked_scores, matching
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Kept channels of every free group, in ascending order, with the cost that follows from them.
+
+    `macs` and `params` are (dense, narrow): multiply-adds for one sample, and parameters.
+    """
+
+    graph: Graph = field(repr=False)
+    keep: Mapping[str, np.ndarray] = field(repr=False)
+    macs: tuple[float, float]
+    params: tuple[float, float]
+    request: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        model = CostModel(self.graph)
+        costs = [model.by_tensor("macs", w) for w in (model.dense, widths(model, self.keep))]
+        rows = [("group", "dense", "kept", "MACs dense", "MACs narrow", "")]
+        for g in self.graph.groups:
+            kept = len(self.keep[g.name]) if g.free else g.size
+            made = {s.tensor for s in g.slices if s.role == "out"}
+            sums = [sum(c[t] for t in made if t in c) for c in costs]
+            note = f"pinned: {g.pinned}" if g.pinned else "" if g.exact else "inexact"
+            rows.append((g.name, str(g.size), str(kept), f"{sums[0]:,.0f}", f"{sums[1]:,.0f}", note))
+        (m0, m1), (p0, p1) = self.macs, self.params
+        return (f"{table(rows)}\nMACs {m0:,.0f} -> {m1:,.0f} ({m1 / m0:.1%}), "
+                f"parameters {p0:,.0f} -> {p1:,.0f} ({p1 / p0:.1%})")
+
+    def to_json(self) -> str:
+        """All but the graph, which `from_json` takes again."""
+        return json.dumps({
+            "format": FORMAT,
+            "groups": {g.name: g.size for g in self.graph.free},
+            "keep": {name: [int(c) for c in kept] for name, kept in self.keep.items()},
+            "macs": list(self.macs), "params": list(self.params), "request": dict(self.request),
+        })
+
+    @staticmethod
+    def from_json(text: str, graph: Graph) -> Plan:
+        """The plan that `to_json` wrote. Raises PlanError for damaged text, another version or another network."""
+        try:
+            data = json.loads(text)
+            version, groups, keep = data["format"], dict(data["groups"]), dict(data["keep"])
+            request = dict(data.get("request", {}))
+        except (ValueError, KeyError, TypeError) as e:
+            raise PlanError(f"this is not a plan ({type(e).__name__}: {e})") from e
+        if version != FORMAT:
+            raise PlanError(f"the plan has format {version}, this version of narrower reads {FORMAT}")
+        here = {g.name: g.size for g in graph.free}
+        if groups != here:
+            odd = [n for n in {**here, **groups} if groups.get(n) != here.get(n)][:3]
+            raise PlanError(f"the plan is of another network: its groups differ, for example {odd}")
+        return costed_plan(graph, {n: parse_kept(n, kept, here) for n, kept in keep.items()}, request)
+
+
+def parse_kept(name: str, kept: Any, sizes: Mapping[str, int]) -> np.ndarray:
+    """Kept channels as written in a file, or PlanError."""
+    ok = name in sizes and isinstance(kept, list) and bool(kept) and all(type(c) is int for c in kept)
+    if not ok or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= sizes[name]:
+        raise PlanError(f"the kept channels of group {name!r} are not ascending numbers below its size")
+    return np.array(kept, dtype=np.int64)
+
+
+def widths(model: CostModel, keep: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.array([len(keep[n]) for n in model.names], dtype=np.float64)
+
+
+def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[str, Any]) -> Plan:
+    """A plan with its costs. Raises PlanError where the counts break a tie (unequal numbers in the groups of a conv)."""
+    missing = [g.name for g in graph.free if g.name not in keep]
+    if missing:
+        raise PlanError(f"no kept channels given for group {missing[0]!r}")
+    gone = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
+    for name, mask in gone.items():
+        mask[keep[name]] = False
+    for part in components(graph):
+        lost = np.array([gone[c.group][c.channels].sum() for c in part.cells])
+        if len(part.equations) and (part.equations @ lost).any():
+            names = sorted({c.group for c in part.cells})
+            raise PlanError(f"group {', '.join(names[:3])}: the kept channels must be equally many in each of its parts "
+                            "(groups of a convolution or norm, pieces of a split)")
+    model = CostModel(graph)
+    after = widths(model, keep)
+    pairs = [(model.cost(k, model.dense), model.cost(k, after)) for k in ("macs", "params")]
+    return Plan(graph, dict(keep), pairs[0], pairs[1], dict(request))
+
+
+def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = None, params: float | None = None,
+         remove: float | Mapping[str, float] | None = None, round_to: int = 1, exclude: Sequence[str] = (),
+         min_channels: int = 1) -> Plan:
+    """Choose the channels that stay: the highest scores, under a budget or at a rate.
+
+    `macs`, `params`: what may remain, a fraction of the dense network in (0, 1) or an absolute number; the plan ends below
+    it, and no removed step would fit back. Every step removes what loses the smallest share of its group's remaining score, in
+    log terms, for each layer of the group and times the root of its size, for the cost it saves; so scores need not be
+    comparable between groups, no group is emptied, and wide layers, whose channels are cheap, keep more of them. `remove`
+    instead: the fraction of channels taken from each group, or {pattern: fraction} over group or layer names (later patterns
+    win). `round_to`: kept widths are multiples of it where the dense ones allow. `exclude`: patterns of groups to leave.
+    `min_channels`: at least so many stay in each group.
+
+    Raises PlanError for requests that do not fit the graph, BudgetError for a budget below the least that can be reached.
+    """
+    if (remove is None) == (macs is None and params is None):
+        raise PlanError("give either a budget (macs=, params=) or remove=")
+    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+        if type(value) is not int or value < 1:
+            raise PlanError(f"{name}={value!r}: give a whole number from 1")
+    if not graph.free:
+        why = "; ".join(f"{g.name}: {g.pinned}" for g in graph.groups[:4])
+        raise PlanError(f"nothing is free in this network ({why})")
+    left_out = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
+    values = checked_scores(graph, scores, left_out)
+    parts = components(graph, left_out)
+    request = {"macs": macs, "params": params, "remove": remove if not isinstance(remove, Mapping) else dict(remove),
+               "round_to": round_to, "exclude": sorted(left_out), "min_channels": min_channels}
+    if remove is not None:
+        lost = by_rate(graph, parts, remove, round_to, min_channels)
+    else:
+        lost = by_budget(graph, parts, values, Budget(macs, params), round_to, min_channels)
+    keep = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
+    for part, counts in zip(parts, lost, strict=True):
+        for cell, n in zip(part.cells, counts, strict=True):
+            order = cell.channels[np.argsort(values[cell.group][cell.channels], kind="stable")]
+            keep[cell.group][order[: int(n)]] = False
+    return costed_plan(graph, {n: np.nonzero(k)[0] for n, k in keep.items()}, {k: v for k, v in request.items() if v})

@@ -1,0 +1,70 @@
+"""What a user asks for, checked: budgets, patterns, scores."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import PlanError
+from ..graph.cost import CostKind
+from ..graph.types import Graph
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may remain: a fraction of the dense network (between 0 and 1) or an absolute number (above 1)."""
+
+    macs: float | None = None
+    params: float | None = None
+
+    def targets(self, dense: Mapping[CostKind, float]) -> dict[CostKind, float]:
+        """Absolute numbers. Raises PlanError for a value that is neither a fraction in (0, 1) nor below the dense cost."""
+        out: dict[CostKind, float] = {}
+        wanted: tuple[tuple[CostKind, float | None], ...] = (("macs", self.macs), ("params", self.params))
+        for kind, value in wanted:
+            if value is None:
+                continue
+            if not (isinstance(value, (int, float)) and math.isfinite(value)) or value <= 0 or value == 1:
+                raise PlanError(f"{kind}={value}: give a fraction between 0 and 1, or an absolute number above 1")
+            out[kind] = value * dense[kind] if value < 1 else float(value)
+            if out[kind] >= dense[kind]:
+                raise PlanError(f"{kind}={value:g} is no less than the dense network has ({dense[kind]:,.0f})")
+        return out
+
+
+def matching(graph: Graph, pattern: str) -> list[str]:
+    """Free groups whose name, or the name of one of whose layers, matches. PlanError where there is none."""
+    if not isinstance(pattern, str):
+        raise PlanError(f"{pattern!r} is no pattern: give the name of a group or layer as a string")
+    hits = [g for g in graph if any(fnmatch.fnmatchcase(n, pattern) for n in (g.name, *g.layers))]
+    if not hits:
+        near = difflib.get_close_matches(pattern, [g.name for g in graph], 3, 0.3)
+        raise PlanError(f"no group matches {pattern!r}; groups are named like {', '.join(near or list(graph.by_name)[:3])}")
+    free = [g.name for g in hits if g.free]
+    if not free:
+        raise PlanError(f"{pattern!r} matches only groups that cannot shrink: {hits[0].name} is pinned: {hits[0].pinned}")
+    return free
+
+
+def checked_scores(graph: Graph, scores: Mapping[str, Tensor], left_out: set[str]) -> dict[str, np.ndarray]:
+    """Scores as arrays from zero upwards."""
+    out = {}
+    for g in graph.free:
+        if g.name in left_out:
+            continue
+        if g.name not in scores:
+            raise PlanError(f"the scores have no entry for group {g.name!r}; they must come from the same graph")
+        s = np.asarray(scores[g.name].detach().cpu().double() if isinstance(scores[g.name], Tensor) else scores[g.name])
+        if s.shape != (g.size,):
+            raise PlanError(f"group {g.name!r} has {g.size} channels, its scores have shape {tuple(s.shape)}")
+        if not np.isfinite(s).all():
+            raise PlanError(f"the scores of group {g.name!r} are not all finite")
+        s = s - min(0.0, float(s.min()))
+        out[g.name] = s if s.any() else np.ones_like(s)
+    return out

@@ -1,0 +1,129 @@
+"""Scores that need weights alone, or one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, PlanError
+from ..graph.types import ChannelGroup, Graph, Scores, Slice
+from ..inputs import call_model, device_of, map_tensors, model_inputs
+from ..surgery.walk import in_eval_mode, named_tensors
+
+
+def filters(group: ChannelGroup, tensors: dict[str, Tensor]) -> list[tuple[Slice, Tensor]]:
+    """The layers that make a group's channels: each slice with its weights as rows, shape (positions, rest)."""
+    out = []
+    for s in group.slices:
+        if s.role == "out":
+            w = tensors[s.tensor].detach().float()
+            if s.blocks > 1:  # a transposed grouped convolution: (in, out / groups, ...) in blocks of the first
+                w = w.unflatten(0, (s.blocks, -1)).transpose(1, s.dim + 1).flatten(0, 1)
+                rows = w.flatten(1)
+            else:
+                rows = w.movedim(s.dim, 0).flatten(1)
+            out.append((s, rows[torch.as_tensor(s.positions, device=rows.device)]))
+    return out
+
+
+def per_channel(values: Tensor, s: Slice, size: int) -> Tensor:
+    """Sum of the values at a slice's positions for each channel; shape (size,)."""
+    index = torch.as_tensor(s.channels, device=values.device)
+    return torch.zeros(size, device=values.device, dtype=values.dtype).index_add(0, index, values)
+
+
+def averaged(graph: Graph, each: Callable[[ChannelGroup], list[Tensor]]) -> Scores:
+    """For every free group the mean of its layers' scores, each layer's brought to a mean of one."""
+    out = Scores()
+    for g in graph.free:
+        parts = each(g)
+        total = torch.zeros(g.size)
+        for p in parts:
+            p = p.detach().float().cpu()
+            total += p / p.mean().clamp_min(1e-20) / len(parts)
+        out[g.name] = total
+    return out
+
+
+def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
+    """The L_p norm of each filter (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, use p=1), averaged over
+    the layers that make the channel after bringing each layer's mean to one."""
+    if p <= 0:
+        raise PlanError(f"magnitude takes a norm p above 0, not {p}")
+    tensors = named_tensors(model)
+
+    def each(g: ChannelGroup) -> list[Tensor]:
+        return [per_channel(rows.abs().pow(p).sum(1), s, g.size).pow(1 / p) for s, rows in filters(g, tensors)]
+
+    return averaged(graph, each)
+
+
+def fpgm(model: nn.Module, graph: Graph) -> Scores:
+    """The sum of distances from a filter to the others of its layer: near the geometric median is replaceable (He et al.,
+    "Filter Pruning via Geometric Median", CVPR 2019, eq. 4), averaged over layers as in `magnitude`."""
+    tensors = named_tensors(model)
+
+    def each(g: ChannelGroup) -> list[Tensor]:
+        return [per_channel(torch.cdist(rows[None], rows[None])[0].sum(1), s, g.size) for s, rows in filters(g, tensors)]
+
+    return averaged(graph, each)
+
+
+def bn_scale(model: nn.Module, graph: Graph) -> Scores:
+    """|gamma| of the BatchNorms on a channel (Liu et al., "Network Slimming", ICCV 2017), averaged over them as they are.
+
+    Raises PlanError for a free group without a BatchNorm.
+    """
+    tensors = named_tensors(model)
+    norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    out = Scores()
+    for g in graph.free:
+        parts = [per_channel(tensors[s.tensor].detach().float().abs().cpu()[torch.as_tensor(s.positions)], s, g.size)
+                 for s in g.slices if s.tensor in norms]
+        if not parts:
+            raise PlanError(f"group {g.name!r} has no BatchNorm, so bn_scale cannot rank it: exclude it or use another score")
+        out[g.name] = torch.stack(parts).mean(0)
+    return out
+
+
+def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> Scores:
+    """The squared first-order change of the loss when a filter goes: (sum over the filter of gradient * weight)^2, summed
+    over batches and layers (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8).
+
+    `batches` gives pairs (inputs, targets); `loss(output, targets)` a scalar. Gradients of the model are put back as they were.
+    Raises DataError if there are no batches.
+    """
+    tensors = named_tensors(model)
+    wanted = {s.tensor for g in graph.free for s in g.slices if s.role == "out"}
+    params = {n: tensors[n] for n in wanted}
+    before = {n: t.requires_grad for n, t in params.items()}
+    total, device = {g.name: torch.zeros(g.size) for g in graph.free}, device_of(model)
+    seen = 0
+    with in_eval_mode(model):
+        try:
+            for t in params.values():
+                t.requires_grad_(True)
+            for inputs, targets in batches:
+                output = call_model(model, model_inputs(inputs, model))
+                value = loss(output, map_tensors(targets, lambda t: t.to(device)))
+                grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
+                seen += 1
+                products = {n: torch.zeros_like(t) if grads[n] is None else grads[n] * t for n, t in params.items()}
+                for g in graph.free:
+                    for s, rows in filters(g, products):
+                        total[g.name] += per_channel(rows.sum(1), s, g.size).square().cpu()
+        finally:
+            for n, t in params.items():
+                t.requires_grad_(before[n])
+    if not seen:
+        raise DataError("taylor got no batches")
+    return Scores(total)
+
+
+def random(graph: Graph, seed: int = 0) -> Scores:
+    """Uniform random scores: the baseline that a method must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return Scores({g.name: torch.rand(g.size, generator=generator) for g in graph.free})

@@ -1,0 +1,56 @@
+"""Numbers that modules store and that follow the widths: read and write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from ..graph.selection import Keep
+from ..graph.types import Graph
+from .resize import Change
+
+
+class Place(NamedTuple):
+    """An attribute of a module, or an entry of one."""
+
+    module: str
+    attribute: str
+    entry: int | None = None
+
+
+def entries(value: Any) -> dict[int | None, int]:
+    if type(value) is int:
+        return {None: value}
+    if isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
+        return dict(enumerate(value))
+    return {}
+
+
+def attribute_values(graph: Graph, keep: Keep) -> dict[Place, int]:
+    """The numbers that modules must store when these channels are kept."""
+    out = {}
+    for e in graph.edits:
+        gone = sum(int((~np.isin(m.channels, keep[m.group])).sum()) for m in e.members if m.group in keep)
+        out[Place(e.module, e.attribute, e.entry)] = e.size - gone
+    return out
+
+
+def set_attributes(model: nn.Module, values: Mapping[Place, int]) -> list[Change]:
+    """Write the numbers into the model. Returns what was replaced."""
+    changes: list[Change] = []
+    for place, value in values.items():
+        module = model.get_submodule(place.module)
+        old = vars(module)[place.attribute]
+        if not 0 <= value <= entries(old).get(place.entry, -1):
+            raise TypeError(f"{place.module}.{place.attribute} cannot be {value}")
+        changes.append(Change(module, place.attribute, old))
+        if place.entry is None:
+            setattr(module, place.attribute, value)
+        else:
+            new = list(old)
+            new[place.entry] = value
+            setattr(module, place.attribute, type(old)(new))
+    return changes

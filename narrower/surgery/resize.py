@@ -1,0 +1,150 @@
+"""Slice tensors, and fit a module to tensors of other shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StorageError
+from ..graph.selection import Selection
+from ..graph.types import Graph, Slice
+
+
+def format_of(t: Tensor) -> torch.memory_format:
+    for dims, fmt in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if t.dim() == dims and t.is_contiguous(memory_format=fmt) and not t.is_contiguous():
+            return fmt
+    return torch.contiguous_format
+
+
+def slice_tensor(t: Tensor, chosen: Sequence[Selection]) -> Tensor:
+    """The part of `t` that stays; same dtype, device and memory format."""
+    if t.is_meta:  # only the shape matters
+        sizes = {dim: rows.shape[1] for dim, rows in chosen}
+        return torch.empty([sizes.get(d, n) for d, n in enumerate(t.shape)], dtype=t.dtype, device="meta")
+    # blocks refer to the dense dimension 0, so dimensions that are read in blocks go first
+    for dim, rows in sorted(chosen, key=lambda s: -len(s.rows)):
+        index = torch.as_tensor(rows, device=t.device)
+        if len(index) == 1:
+            t = t.index_select(dim, index[0])
+        else:
+            parts = t.chunk(len(index), dim=0)
+            t = torch.cat([p.index_select(dim, index[k]) for k, p in enumerate(parts)], dim=0)
+    return t
+
+
+def mirrored_attributes(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The attributes of a module that repeat the shapes of its tensors, as they should be now; `dense` gives the shapes
+    of its own tensors before."""
+    weight = getattr(module, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    old = dense.get("weight", shape)
+    if isinstance(module, nn.modules.conv._ConvNd) and shape and old:
+        groups = module.groups
+        if module.transposed:
+            if groups > 1 and groups == module.in_channels:
+                groups = shape[0]
+            return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
+        if groups > 1 and groups == module.in_channels:
+            groups = shape[0] // (old[0] // module.in_channels)
+        return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
+    if isinstance(module, nn.Linear) and shape:
+        return {"in_features": shape[1], "out_features": shape[0]}
+    if isinstance(module, (nn.modules.batchnorm._NormBase,)):
+        vector = module.weight if module.weight is not None else module.running_mean
+        return {} if vector is None else {"num_features": vector.shape[0]}
+    if isinstance(module, nn.GroupNorm) and shape:
+        return {"num_channels": shape[0]}
+    if isinstance(module, nn.PReLU) and shape:
+        return {"num_parameters": shape[0]}
+    if isinstance(module, nn.Embedding) and shape:
+        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    if hasattr(module, "normalized_shape") and shape:
+        return {"normalized_shape": type(module.normalized_shape)(shape)}
+    return {}
+
+
+def takes_bias(model: nn.Module, weight: str) -> bool:
+    """Whether the layer with this weight has no bias and would use one: torch's own convolutions and linear layers."""
+    owner, _, leaf = weight.rpartition(".")
+    module = model.get_submodule(owner)
+    own = type(module).forward.__module__.startswith("torch.nn.modules.")
+    return own and leaf == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None
+
+
+def give_bias(model: nn.Module, name: str) -> None:
+    """Give the layer that should hold the bias `name` one of zeros, as long as its weight makes channels."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.bias = nn.Parameter(weight.detach().new_zeros(len(weight)), requires_grad=weight.requires_grad)
+
+
+def add_biases(model: nn.Module, graph: Graph, weights: Iterable[str]) -> Graph:
+    """Give the layers with these weights a bias of zeros, in place. Returns the graph with these biases."""
+    names = {w: f"{w.removesuffix('weight')}bias" for w in sorted(weights)}
+    for name in names.values():
+        give_bias(model, name)
+    groups = tuple(replace(g, slices=(*g.slices, *(
+        Slice(names[s.tensor], 0, "along", s.channels, s.positions) for s in g.slices if s.tensor in names and s.dim == 0)))
+        for g in graph.groups)
+    return replace(graph, groups=groups, shapes={**graph.shapes, **{n: graph.shapes[w][:1] for w, n in names.items()}},
+                   parameters=graph.parameters | set(names.values()), created=(*graph.created, *names.values()))
+
+
+class Change(NamedTuple):
+    """An attribute or tensor that was replaced, and its value before."""
+
+    module: nn.Module
+    attribute: str
+    value: Any
+
+
+def fit(model: nn.Module, tensors: Mapping[str, Tensor], dense: Mapping[str, tuple[int, ...]] | None = None) -> list[Change]:
+    """Put `tensors` (by parameter or buffer name, other shapes allowed) into `model`, in place, and update the attributes
+    that mirror their shapes. Tied tensors must be the same object under each of their names. `dense`
+    gives the shapes before, if the tensors are already there. Returns what was replaced.
+
+    Raises StorageError for a name that the model does not have.
+    """
+    changes: list[Change] = []
+    by_owner: dict[str, dict[str, Tensor]] = {}
+    for name, t in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        by_owner.setdefault(owner, {})[leaf] = t
+    for owner, leaves in by_owner.items():
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError as e:
+            raise StorageError(f"the model has no module {owner!r}, which should hold {sorted(leaves)}") from e
+        before = {}
+        for leaf, t in leaves.items():
+            store = module._parameters if leaf in module._parameters else module._buffers
+            old = store.get(leaf)
+            if old is None:
+                raise StorageError(f"the model has no tensor {owner}.{leaf}")
+            before[leaf] = dense[f"{owner}.{leaf}".lstrip(".")] if dense else tuple(old.shape)
+            changes.append(Change(module, leaf, old))
+            store[leaf] = t  # type: ignore[assignment]
+        for attribute, value in mirrored_attributes(module, before).items():
+            changes.append(Change(module, attribute, getattr(module, attribute)))
+            if attribute in module.__dict__:  # nn.Module's own way takes ten times as long
+                module.__dict__[attribute] = value
+            else:
+                setattr(module, attribute, value)
+    return changes
+
+
+def undo(changes: list[Change]) -> None:
+    """Take a fit back."""
+    for module, name, value in reversed(changes):
+        if name in module._parameters:
+            module._parameters[name] = value
+        elif name in module._buffers:
+            module._buffers[name] = value
+        else:
+            setattr(module, name, value)

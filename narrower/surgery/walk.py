@@ -1,0 +1,61 @@
+"""Modules and tensors of a model by name, and modes that are put back."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module gets its own mode back."""
+    with keep_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def pause_collector() -> Iterator[None]:
+    """Without garbage collection: a full one, set off by many small objects, can take longer than a trace."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def keep_modes(model: nn.Module) -> Iterator[None]:
+    """Every module gets its own mode, train or eval, back."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its names: `named_modules(remove_duplicate=False)`, several times as fast."""
+    out: list[tuple[str, nn.Module]] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        out.append((name, module))
+        for leaf, child in module._modules.items():
+            if child is not None:
+                visit(f"{name}.{leaf}" if name else leaf, child)
+
+    visit("", model)
+    return out
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, tied ones under each of their names."""
+    modules = modules_of(model)
+    return {f"{name}.{leaf}" if name else leaf: t for tables in ("_parameters", "_buffers") for name, m in modules
+            for leaf, t in getattr(m, tables).items() if t is not None}

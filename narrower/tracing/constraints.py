@@ -1,0 +1,176 @@
+"""What the dense forward says: equations between channel ids, ties, pins, uses, and a log of its calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..graph.types import Step
+from .interpreter import CARRIED, Event, LabelInterpreter
+from .labels import Axes, Carried, Ids, Label, fibres
+from .operators.data_dependent import Answer
+from .operators.interface import Call, at_channels, free_at, plain, tensors_in
+from .operators.matmuls import Products
+
+NUMBER = "_narrower_number"
+
+MANY = 50_000  # no layer has so many channels: numbers that are viewed as filters later, as in conditional convolutions
+
+
+class ConstraintCollector(LabelInterpreter):
+    """Collects the equations, ties, pins and uses of a dense forward."""
+
+    def __init__(self, model: nn.Module, axes: Axes, choices: dict[str, int], answers: Sequence[Answer] | None = None) -> None:
+        super().__init__(model, axes, answers)
+        self.choices = choices  # where a view splits channels -> the dimension that stays free
+        self.pairs: list[tuple[Ids, Ids]] = []
+        self.ties: list[Ids] = []
+        self.pins: list[tuple[Ids, str]] = []
+        self.mixers: list[tuple[str, int, int, Ids]] = []
+        self.products: list[tuple[int, tuple[int, ...], Ids]] = []
+        self.met = Products(self.alive.values())
+        self.roles: dict[tuple[str, int], str] = {}
+        self.macs: Counter[str] = Counter()  # by weight
+        self.depthwise_calls: set[int] = set()
+        self.computed: dict[int, str] = {}  # convolutions by number whose weight is computed, and from which parameter
+        self.maps: dict[int, tuple[str | int | None, int, Ids]] = {}
+        self.map_readers: Counter[int] = Counter()
+        self.map_alive: list[Tensor] = []
+        self.pool_inputs: list[Ids | None] = []
+        self.spreads: dict[int, list[tuple[int, ...]]] = {}  # for each label of a view
+        self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
+        self.log: list[Event] = []
+        self.steps: list[Step] = []
+        self.returned: dict[int, str] = {}  # activation -> the first module that returned it
+
+    def __enter__(self) -> ConstraintCollector:
+        register = nn.modules.module
+        self.running: list[str] = []
+        self.hooks = [register.register_module_forward_pre_hook(self.note_call),
+                      register.register_module_forward_hook(self.note_return)]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*exception)
+
+    def note_call(self, module: nn.Module, args: Any) -> None:
+        self.running.append(self.modules.get(id(module), ""))
+
+    def note_return(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.running.pop()
+        number = getattr(out, NUMBER, None)
+        if number is not None and id(module) in self.modules:
+            self.returned.setdefault(number, self.modules[id(module)])
+
+    def numbered(self, t: Any) -> int | str | None:
+        """A parameter's or buffer's name, else the activation's number; None for what is no tensor."""
+        if not isinstance(t, Tensor):
+            return None
+        if id(t) in self.tensors and not hasattr(t, NUMBER):
+            return self.tensors[id(t)]
+        if not hasattr(t, NUMBER):
+            setattr(t, NUMBER, self.axes.number())
+        return getattr(t, NUMBER)
+
+    def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
+        read, made = super().weight(w, blocks, transposed)
+        if read is not None and read.axis is not None and hasattr(w, CARRIED):
+            self.computed[self.counts["convolution"] - 1] = read.axis[0]
+        return read, made
+
+    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+        self.met.number(call.name, call.args)
+        shapes = [tuple(t.shape) for t in outs]
+        running = self.running[-1] if self.running else ""
+        self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
+        inputs: list[int | str | None] = []
+        for a in call.args:
+            inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]
+        for t in outs:
+            setattr(t, NUMBER, self.axes.number())
+        options = tuple((k, v) for k, v in call.kwargs.items() if not isinstance(v, Tensor))
+        labelled = any(c.labels for c in carried)
+        made = tuple(getattr(t, NUMBER) for t in outs)
+        self.steps.append(Step(call.name, tuple(inputs), plain(call.args), options, made, labelled))
+
+    def unite(self, a: Ids, b: Ids) -> None:
+        if a is not b:
+            x, y = np.broadcast_arrays(a, b)
+            if x.size > 4096:  # whole weights: mostly an id with itself
+                differ = x != y
+                x, y = x[differ], y[differ]
+            self.pairs.append((x.reshape(-1), y.reshape(-1)))
+
+    def tie(self, label: Label) -> None:
+        rows = fibres(label)
+        if rows.size > MANY:
+            self.pin([label], f"a weight of {rows.size} numbers in one dimension")
+        elif len(rows) > 1:
+            self.ties.append(rows)
+
+    def pin(self, labels: Sequence[Label], reason: str) -> None:
+        where = self.where()
+        for label in labels:
+            self.pins.append((label.ids.reshape(-1), f"{reason} ({where})"))
+
+    def mix(self, call: Call, label: Label) -> None:
+        if any(m[:2] == (call.name, call.number) for m in self.mixers[-2:]):
+            self.pin([label], f"{call.name} mixes channels along two dimensions")
+            return
+        self.mixers.append((call.name, call.number, label.free, at_channels(self, label)))
+
+    def product(self, call: Call, label: Label) -> None:
+        self.products.append((self.met.count, label.ids.shape, label.ids.reshape(-1)))
+
+    def constant(self, call: Call, size: int, key: int) -> Ids:
+        ids = self.axes.ids(("constant", call.name, call.number, key), size)
+        if size:
+            self.pins.append((ids, f"zero-padded channels ({self.where()})"))
+        return ids
+
+    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+        real = tuple(d for d in dims if (ids != ids.take([0], axis=d)).any())
+        self.spreads.setdefault(call.place, []).append(real)
+        return real
+
+    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
+        where = self.where()
+        self.splits[call.place] = tuple(dims), ids, where
+        return self.choices.get(where, dims[-1])
+
+    def role(self, label: Label | None, role: str) -> None:
+        if label is not None and label.axis is not None:
+            self.roles[label.axis] = role
+
+    def use(self, label: Label | None, macs: float) -> None:
+        if label is not None and label.axis is not None:
+            self.macs[label.axis[0]] += round(macs)
+
+    def depthwise(self, call: Call) -> bool:
+        if super().depthwise(call):
+            self.depthwise_calls.add(call.place)
+        return call.place in self.depthwise_calls
+
+    def reads(self, label: Label, source: Tensor, pool: int) -> None:
+        """A convolution reads `source`: its maps are seen there, or before the pooling that it comes from."""
+        key = pool if pool >= 0 else -1 - id(source)
+        self.map_readers[key] += 1
+        if key not in self.maps:
+            if pool >= 0:
+                ids = self.pool_inputs[pool]
+                if ids is not None:
+                    self.maps[key] = (None, pool, ids)
+            else:
+                weight = self.tensors.get(id(self.touched[1]), self.counts["convolution"] - 1)
+                self.maps[key] = (weight, -1, label.ids)
+                self.map_alive.append(source)
+
+    def pooled(self, source: Tensor) -> None:
+        labels = free_at(self.of(source), 1)
+        self.pool_inputs.append(at_channels(self, labels[0]) if labels else None)

@@ -1,0 +1,245 @@
+"""The dispatch mode under which a forward runs: it carries channel labels beside every tensor.
+
+`LabelInterpreter` sees every ATen call and asks `operators.table` for its rule. `constraints.ConstraintCollector`
+collects what the rules say of the dense forward; `probe.Probe` checks it on a narrowed one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..inputs import call_model
+from ..surgery.walk import modules_of, named_tensors
+from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed
+from .operators.data_dependent import Answer, asks, copy_answer
+from .operators.interface import Call, RuleContext, plain, tensors_in
+from .operators.reductions import reduce
+from .operators.shapes import infer_output
+from .operators.table import FILLED, MADE, RULES, SIZED, SIZED_UNTIL, pooling, rule_for
+
+
+class Unseen(Exception):
+    """Meta tensors hide what the forward does."""
+
+
+class Event(NamedTuple):
+    """One call of a forward: the plain numbers that it was given, the shapes that came out, and what they carry; the module
+    that was running, and what the inputs carry (a parameter: its name)."""
+
+    name: str
+    numbers: tuple[Any, ...]
+    shapes: list[tuple[int, ...]]
+    carried: list[Carried]
+    module: str = ""
+    inputs: tuple[Carried | str, ...] = ()
+
+
+CARRIED = "_narrower_carried"
+
+
+class LabelInterpreter(TorchDispatchMode, RuleContext):
+    """Carries labels through a forward of `model`; subclasses say what happens to what is learnt."""
+
+    def __init__(self, model: nn.Module, axes: Axes, answers: Sequence[Answer] | None = None) -> None:
+        super().__init__()
+        self.axes, self.answers, self.asked = axes, answers, 0
+        modules = modules_of(model)
+        self.modules: dict[int, str] = {}
+        for name, m in modules:
+            self.modules.setdefault(id(m), name)
+        self.alive = named_tensors(model)
+        self.tensors: dict[int, str] = {}
+        for name, t in self.alive.items():
+            self.tensors.setdefault(id(t), name)
+        self.conv_groups = {f"{n}.weight": m.groups for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)}
+        self.counts: Counter[str] = Counter()
+        self.pools = self.place = 0
+        self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address
+        self.seen: set[str] = set()
+        self.touched: tuple[Tensor, ...] = ()
+        self.given: tuple[Carried | str, ...] = ()
+        self.here = ""  # the module that `where` has found last
+        self.failed = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, rule = rule_for(func)
+        inputs = tensors_in(args)
+        self.touched = tuple(inputs)
+        self.given = tuple([getattr(t, CARRIED, None) or self.tensors.get(id(t)) or NOTHING for t in inputs])
+        for t in inputs:
+            if id(t) in self.tensors:
+                self.seen.add(self.tensors[id(t)])
+        before = self.of(args[0]) if args and isinstance(args[0], Tensor) else NOTHING
+        try:
+            hollow = self.answers is not None
+            out = None if kwargs else infer_output(name, func._schema.name[-1] == "_", args, hollow)
+            if hollow and asks(name, args):
+                out = self.answer()
+            if out is None:
+                out = func(*args, **kwargs)
+        except Exception:
+            self.failed = self.where()
+            self.refused(name, args)
+            raise
+        call = Call(name, args, kwargs, out, self.counts[name], self.place)
+        self.counts[name] += 1
+        self.place += 1
+        outs = tensors_in((out,))
+        if rule is None:
+            labels = [x for t in inputs for x in self.of(t).labels]
+            if labels:
+                self.pin(labels, f"operator aten.{name} is not known")
+            self.happened(call, outs, [NOTHING] * len(outs))
+            return out
+        try:
+            carried = rule(self, call)
+        except (ValueError, IndexError, TypeError, AttributeError) as e:  # a form of the operator that its rule does not know
+            self.pin([x for t in inputs for x in self.of(t).labels], f"aten.{name} in a form that is not known ({e})")
+            carried = [NOTHING] * len(outs)
+        if pooling(name, args):
+            carried = [c._replace(pool=self.pools) for c in carried]
+            self.pooled(inputs[0])
+            self.pools += 1
+        if func._schema.name[-1] == "_" and out is args[0] and before.view:
+            self.written[out.untyped_storage()._cdata] = out
+            if not before.labels and carried[0].labels:
+                self.pin(carried[0].labels, "written in place into a part of a tensor")
+        for t, c in zip(outs, carried, strict=False):
+            setattr(t, CARRIED, c)
+        self.happened(call, outs, carried)
+        return out
+
+    def answer(self) -> Any:
+        """What the forward on real values gave here."""
+        self.asked += 1
+        if self.asked > len(self.answers or ()):
+            raise Unseen("a question that was not asked before")
+        return copy_answer(self.answers[self.asked - 1])  # type: ignore[index]
+
+    # -------------------------------------------------------------------------------- what a tensor carries
+
+    def of(self, t: Any) -> Carried:
+        carried: Carried | None = getattr(t, CARRIED, None)
+        if carried is not None:
+            if carried.uniform and self.written and t.untyped_storage()._cdata in self.written:
+                return carried._replace(uniform=False)
+            return carried
+        if id(t) not in self.tensors or not isinstance(t, Tensor):
+            return NOTHING
+        name = self.tensors[id(t)]
+        labels = []
+        groups = self.conv_groups.get(name, 1)
+        for dim, size in enumerate(t.shape):
+            if (name in self.conv_groups and dim > 1) or not self.labelled(name, dim, size):
+                continue
+            ids = self.axis(name, dim, size, groups if dim == 1 else 1)
+            if dim == 1 and groups > 1:
+                rows = np.repeat(ids.reshape(groups, 1, -1), t.shape[0] // groups, axis=1)
+                ids = rows.reshape(t.shape[0], -1, *(1,) * (t.ndim - 2))
+                labels.append(Label(ids, 1, (name, 1)))
+            else:
+                labels.append(Label(along(ids, t.ndim, dim), dim, (name, dim)))
+        return Carried(tuple(labels))
+
+    def carried_in(self) -> list[Carried]:
+        """What the inputs of the current call carry, other than parameters as they are."""
+        return [getattr(t, CARRIED) for t in self.touched if hasattr(t, CARRIED)]
+
+    def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
+        """Flat ids of a convolution weight's read and made channels (through all blocks), None where it has none."""
+        second = None
+        if id(w) in self.tensors and not hasattr(w, CARRIED):
+            name = self.tensors[id(w)]
+            first = Label(self.axis(name, 0, w.shape[0], 1), 0, (name, 0))
+            if self.labelled(name, 1, w.shape[1]) or (transposed and blocks < w.shape[0]):
+                second = Label(self.axis(name, 1, w.shape[1], blocks), 0, (name, 1))
+            if transposed and blocks > 1 and blocks == w.shape[0]:  # depthwise: what is made goes with what is read
+                return None, Label(first.ids.repeat(w.shape[1]), 0, first.axis)
+        else:
+            labels = self.of(w).labels
+            zero = next((x for x in labels if x.free == 0), None)
+            one = next((x for x in labels if x.free == 1), None)
+            others = [x for x in labels if x.free > 1]
+            if others:
+                self.pin(others, "kernel positions")
+            if zero is None:
+                return None, None
+            zero = collapsed(zero, range(1, w.ndim), self.unite)
+            first = Label(zero.ids.reshape(-1), 0, zero.axis)
+            if one is not None and w.shape[1] > 1:
+                one = collapsed(one, range(2, w.ndim), self.unite)
+                rows = np.broadcast_to(one.ids.reshape(one.ids.shape[0], -1), (w.shape[0], w.shape[1]))
+                rows = rows.reshape(blocks, -1, w.shape[1])
+                self.unite(rows[:, :1], rows)
+                second = Label(rows[:, 0].reshape(-1), 0, one.axis)
+        return (first, second) if transposed else (second, first)
+
+    def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
+        return self.axes.ids((name, dim), size, blocks)
+
+    def labelled(self, name: str, dim: int, size: int) -> bool:
+        """Whether a dimension of a parameter holds channels: a single one cannot go."""
+        return size > 1
+
+    def alone(self, label: Label) -> bool:
+        return label.axis is not None and self.axes.size[label.axis] == 1
+
+    def depthwise(self, call: Call) -> bool:
+        return bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1])
+
+    def numbers(self, call: Call) -> tuple[Any, ...]:
+        """The arguments of a call that must not depend on widths, and what else would tell one that does."""
+        args, first = call.args, call.args[0] if call.args else None
+        if call.name in FILLED:
+            return tuple(args[FILLED[call.name]:][:1])
+        if call.name in SIZED:
+            return ()
+        extra: tuple[Any, ...] = ()
+        if isinstance(first, Tensor) and not self.of(first).labels:
+            if RULES.get(call.name) is reduce:  # a sum over something as long as the channels
+                extra = tuple(first.shape)
+            elif call.name in MADE:  # a number made into a tensor
+                if first.is_meta:
+                    raise Unseen("a tensor made from numbers")
+                extra = tuple(first.flatten()[:16].tolist())
+        args = args[3:8] if call.name == "convolution" else args[SIZED_UNTIL.get(call.name, 0):]
+        return *extra, *plain(args)
+
+    def where(self) -> str:
+        """The innermost module that is running, and its source line."""
+        frame: FrameType | None = sys._getframe(1)
+        module = ""
+        while frame is not None:
+            if place := self.place_of(frame):
+                return place
+            owner = frame.f_locals.get("self")
+            module = module or (self.modules.get(id(owner), "") if isinstance(owner, nn.Module) else "")
+            frame = frame.f_back
+        return module or "model"
+
+    def place_of(self, frame: FrameType) -> str:
+        """Module and source line of a frame, if a module of the model runs in it."""
+        owner = frame.f_locals.get("self")
+        file = frame.f_code.co_filename.replace("\\", "/")
+        if not isinstance(owner, nn.Module) or id(owner) not in self.modules or "torch/nn/" in file:
+            return ""
+        self.here = self.modules[id(owner)]
+        return f"{self.here or type(owner).__name__}, {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
+
+
+@torch.no_grad()
+def run_forward(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any]) -> Any:
+    """One forward under `mode`; attention as plain matrix products, so that the same operators run on every device."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
+        return call_model(model, inputs)

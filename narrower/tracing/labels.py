@@ -1,0 +1,191 @@
+"""Channel ids beside a tensor, and how data movement acts on them.
+
+A `Label` gives every position of a tensor the id of the channel that lives there, in an integer array of the same
+rank with size 1 in each dimension along which the id does not change. One dimension is *free*: it shrinks when channels
+are removed. Ids may change along other (fixed) dimensions too, as in (heads, channels of a head); then each fibre along
+the free dimension must keep equally many channels. A tensor carries no label (an input), one (an activation) or
+several (a weight: one per channel dimension).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Ids = np.ndarray
+
+Shape = Sequence[int]
+
+
+class Label(NamedTuple):
+    """Channel ids of one tensor; `axis` names the parameter dimension while the tensor is still that parameter."""
+
+    ids: Ids
+    free: int
+    axis: tuple[str, int] | None = None
+
+
+class Carried(NamedTuple):
+    """All that is known of one tensor: labels, whether its values are the same everywhere (or random), whether it is a
+    view that shares memory, the pooling (its number in the forward) that it comes from, and along which dimensions its values
+    are even, because it was expanded there."""
+
+    labels: tuple[Label, ...] = ()
+    uniform: bool = False
+    view: bool = False
+    pool: int = -1
+    even: tuple[int, ...] = ()
+
+
+NOTHING = Carried()
+
+
+class Axes:
+    """Ids for the dimensions of parameters and buffers, handed out when first met, in the order of execution."""
+
+    def __init__(self) -> None:
+        self.start: dict[tuple[Any, ...], int] = {}
+        self.size: dict[tuple[Any, ...], int] = {}
+        self.blocks: dict[tuple[Any, ...], int] = {}
+        self.total = self.activations = 0
+
+    def number(self) -> int:
+        """A new number for an activation."""
+        self.activations += 1
+        return self.activations
+
+    def ids(self, key: tuple[Any, ...], size: int, blocks: int = 1) -> Ids:
+        if key not in self.start:
+            self.start[key], self.size[key], self.blocks[key] = self.total, size * blocks, blocks
+            self.total += size * blocks
+        return np.arange(self.start[key], self.start[key] + self.size[key])
+
+
+def along(ids: Ids, ndim: int, dim: int) -> Ids:
+    """A flat array of ids laid along `dim` of a tensor with `ndim` dimensions."""
+    shape = [1] * ndim
+    shape[dim] = -1
+    return ids.reshape(shape)
+
+
+def expanded(ids: Ids, dim: int, size: int) -> Ids:
+    """`ids` with its real size in `dim` (stride 0 where it does not change)."""
+    if ids.shape[dim] == size:
+        return ids
+    shape = list(ids.shape)
+    shape[dim] = size
+    return np.broadcast_to(ids, shape)
+
+
+def permuted(label: Label, order: Sequence[int]) -> Label:
+    return Label(label.ids.transpose(order), list(order).index(label.free), label.axis)
+
+
+def aligned(label: Label, ndim: int) -> Label:
+    """The label with leading dimensions of size 1 up to `ndim`, as broadcasting does."""
+    missing = ndim - label.ids.ndim
+    return Label(label.ids.reshape((1,) * missing + label.ids.shape), label.free + missing, label.axis)
+
+
+@lru_cache(maxsize=4096)
+def matching_blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    """The smallest runs old[i0:i1], new[j0:j1] with equal products, in order: a view acts on each by itself."""
+    out: list[tuple[int, int, int, int]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i0, j0, a, b = i, j, 1, 1
+        if i < len(old):
+            a, i = old[i], i + 1
+        if j < len(new):
+            b, j = new[j], j + 1
+        while a != b:
+            if a < b and i < len(old):
+                a, i = a * old[i], i + 1
+            elif a > b and j < len(new):
+                b, j = b * new[j], j + 1
+            else:
+                raise ValueError(f"no view from {old} to {new}")
+        out.append((i0, i, j0, j))
+    return out
+
+
+@lru_cache(maxsize=4096)
+def varying_dims(old: tuple[int, ...], varies: tuple[bool, ...], new: tuple[int, ...]) -> tuple[bool, ...]:
+    """Along which dimensions of a view `new` of `old` something changes that changes in `old` where `varies` says."""
+    if sum(varies) == 0:
+        return (False,) * len(new)
+    small = [n if v else 1 for n, v in zip(old, varies, strict=True)]
+    index = np.broadcast_to(np.arange(prod(small)).reshape(small), old).reshape(new)
+    return tuple(n > 1 and bool((np.diff(index, axis=d) != 0).any()) for d, n in enumerate(new))
+
+
+def reshaped(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Label, tuple[int, ...]]:
+    """The label of a view from shape `old` to `new`, and the dimensions over which its free one has been spread.
+
+    More than one such dimension means that the view splits the channels; the label's `free` is then the last of them,
+    and the caller decides.
+    """
+    ids, free = label.ids, label.free
+    shape: list[int] = []
+    spread: tuple[int, ...] = ()
+    pieces: list[tuple[slice, ...]] = []
+    full = list(ids.shape)
+    for i0, i1, j0, j1 in matching_blocks(old, new):
+        o, n = old[i0:i1], new[j0:j1]
+        varies = tuple(ids.shape[d] > 1 for d in range(i0, i1))
+        if any(varies):
+            full[i0:i1] = o
+            keep = varying_dims(o, varies, n)
+            if i0 <= free < i1:
+                only_free = tuple(d == free for d in range(i0, i1))
+                spread = tuple(j0 + d for d, v in enumerate(varying_dims(o, only_free, n)) if v)
+            shape += n
+            pieces.append(tuple(slice(None) if k else slice(0, 1) for k in keep))
+        else:
+            shape += [1] * (j1 - j0)
+            pieces.append((slice(None),) * (j1 - j0))
+    ids = np.broadcast_to(ids, full).reshape(shape)[tuple(s for piece in pieces for s in piece)]
+    return Label(ids, spread[-1] if spread else -1, label.axis), spread
+
+
+def faster_dims(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> list[int]:
+    """Dimensions behind the free one along which ids change too, and which a view merges with it."""
+    if sum(n > 1 for n in label.ids.shape) < 2:
+        return []
+    for i0, i1, j0, j1 in matching_blocks(old, new):
+        if i0 <= label.free < i1 and tuple(old[i0:i1]) != tuple(new[j0:j1]):
+            return [d for d in range(label.free + 1, i1) if label.ids.shape[d] > 1]
+    return []
+
+
+def joined(parts: Sequence[Ids], dim: int, sizes: Sequence[int]) -> Ids:
+    """Ids of a concatenation along `dim`, where the parts have their real `sizes`."""
+    full = [expanded(p, dim, n) for p, n in zip(parts, sizes, strict=True)]
+    shape = [max(p.shape[d] for p in full) for d in range(full[0].ndim)]
+    wide = []
+    for p in full:
+        target = list(shape)
+        target[dim] = p.shape[dim]
+        wide.append(np.broadcast_to(p, target))
+    return np.concatenate(wide, axis=dim)
+
+
+def fibres(label: Label) -> Ids:
+    """Shape (fibres, size): the ids along the free dimension, one row for each index of the others."""
+    moved = np.moveaxis(label.ids, label.free, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def collapsed(label: Label, dims: Sequence[int], unite: Callable[[Ids, Ids], None]) -> Label:
+    """Unite the ids along `dims`: what stands there is mixed by the operator."""
+    ids = label.ids
+    for d in dims:
+        if ids.shape[d] > 1:
+            rows = np.moveaxis(ids, d, 0)
+            unite(rows[:-1], rows[1:])  # neighbours: most rows of a grouped weight are alike
+            ids = ids.take([0], axis=d)
+    return Label(ids, label.free, label.axis)

@@ -1,0 +1,287 @@
+"""Operators that move data: ids move as the data do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..labels import Carried, Label, aligned, along, collapsed, faster_dims, joined, permuted, reshaped
+from .data_dependent import masks
+from .interface import Call, RuleContext, dims_of, free_at, meet, normal, piece
+
+
+def view(r: RuleContext, call: Call) -> Sequence[Carried]:
+    x = call.args[0]
+    old, new = tuple(x.shape), tuple(call.out.shape)
+    c = r.of(x)
+    if old == new or not c.labels:
+        return [c._replace(view=True, even=c.even if old == new else ())]
+    out = []
+    for label in c.labels:
+        # merged with a faster dimension, channels would change places unless the same ones go at each of its indices
+        label = collapsed(label, faster_dims(label, old, new), r.unite)
+        moved, spread = reshaped(label, old, new)
+        if len(spread) > 1:
+            spread, whole = r.spread(call, spread, moved.ids), spread
+            for d in set(whole) - set(spread):
+                moved = Label(moved.ids.take([0], axis=d), spread[-1] if spread else -1)
+        if len(spread) > 1:
+            free = r.split_dim(call, spread, moved.ids)
+            moved = Label(moved.ids, free, None)
+            moved = collapsed(moved, [d for d in spread if d > free], r.unite)
+            r.tie(moved)
+        if moved.free >= 0:
+            out.append(moved)
+    return [c._replace(labels=tuple(out), view=True, even=())]
+
+
+def permute(r: RuleContext, call: Call) -> Sequence[Carried]:
+    x = call.args[0]
+    order = list(range(x.ndim))
+    if call.name == "permute":
+        order = [normal(d, x.ndim) for d in call.args[1]]
+    elif call.name == "t":
+        order.reverse()
+    else:
+        a, b = normal(call.args[1], x.ndim), normal(call.args[2], x.ndim)
+        order[a], order[b] = order[b], order[a]
+    c = r.of(x)
+    return [c._replace(labels=tuple(permuted(label, order) for label in c.labels), view=True, even=())]
+
+
+def expand(r: RuleContext, call: Call) -> Sequence[Carried]:
+    x, ndim = call.args[0], call.out.ndim
+    c = r.of(x)
+    even = tuple(d for d in range(ndim) if d < ndim - x.ndim or x.shape[d - ndim] == 1 < call.out.shape[d])
+    return [c._replace(labels=tuple(aligned(label, ndim) for label in c.labels), view=True, even=even)]
+
+
+def cut(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """slice.Tensor(x, dim, start, end, step)."""
+    x: Tensor = call.args[0]
+    rest = (*call.args[1:], *(0, None, None, 1)[len(call.args) - 1:])
+    dim = normal(rest[0], x.ndim)
+    start, end, step = slice(*rest[1:]).indices(x.shape[dim])
+    c = r.of(x)
+    if end - start == x.shape[dim] and step == 1:
+        return [c._replace(view=True)]
+    if step > 1:
+        r.pin(free_at(c, dim), f"one channel in {step} taken")
+    return [c._replace(labels=tuple(piece(label, dim, start, end, step) for label in c.labels), view=True)]
+
+
+def select(r: RuleContext, call: Call) -> Sequence[Carried]:
+    x, dim, index = call.args
+    dim, index = normal(dim, x.ndim), normal(index, x.shape[normal(dim, x.ndim)])
+    out = []
+    c = r.of(x)
+    for label in c.labels:
+        if label.free == dim:
+            r.pin([label], "one channel taken by its number")
+            continue
+        ids = piece(label, dim, index, index + 1).ids
+        out.append(Label(ids.squeeze(dim), label.free - (label.free > dim)))
+    return [c._replace(labels=tuple(out), view=True, even=())]
+
+
+def split(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """split, split_with_sizes, unbind; equal pieces of the free dimension stay equal."""
+    x = call.args[0]
+    dim = normal(call.args[2] if len(call.args) > 2 else call.kwargs.get("dim", 0), x.ndim)
+    sizes = [t.shape[dim] for t in call.out]
+    out: list[Carried] = []
+    c = r.of(x)
+    at = 0
+    for size in sizes:
+        labels = tuple(piece(label, dim, at, at + size) for label in c.labels)
+        out.append(c._replace(labels=labels, view=True))
+        at += size
+    if len(sizes) > 1 and len(set(sizes)) == 1:
+        for label in free_at(c, dim):
+            rows = np.stack([piece(label, dim, k * sizes[0], (k + 1) * sizes[0]).ids for k in range(len(sizes))])
+            r.tie(Label(rows, dim + 1))
+    return out
+
+
+def unbind(r: RuleContext, call: Call) -> Sequence[Carried]:
+    x = call.args[0]
+    dim = call.args[1] if len(call.args) > 1 else 0
+    out: list[Carried] = []
+    for k in range(len(call.out)):
+        out += select(r, call._replace(args=(x, dim, k)))
+    return out
+
+
+def cat(r: RuleContext, call: Call) -> Sequence[Carried]:
+    pieces = [t for t in call.args[0] if t.numel() > 0 or t.ndim > 1]
+    ndim = call.out.ndim
+    dim = normal(call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0), ndim)
+    carried = [r.of(t) for t in pieces]
+    out = []
+    if any(free_at(c, dim) for c in carried):
+        ids = []
+        for k, (c, t) in enumerate(zip(carried, pieces, strict=True)):
+            labels = free_at(c, dim)
+            ids.append(labels[0].ids if labels else along(r.constant(call, t.shape[dim], k), ndim, dim))
+        out.append(Label(joined(ids, dim, [t.shape[dim] for t in pieces]), dim))
+    for free in {label.free for c in carried for label in c.labels} - {dim}:
+        have = [free_at(c, free) for c in carried]
+        if not all(have):
+            r.pin([label for labels in have for label in labels], "concatenated with a tensor that cannot shrink")
+            continue
+        # side by side in another dimension: equally many channels, and each part keeps its own
+        label = Label(joined([h[0].ids for h in have], dim, [t.shape[dim] for t in pieces]), free)
+        r.tie(label)
+        out.append(label)
+    return [Carried(tuple(out))]
+
+
+def stack(r: RuleContext, call: Call) -> Sequence[Carried]:
+    dim = normal(call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0), call.out.ndim)
+    carried = [r.of(t) for t in call.args[0]]
+    out = []
+    for free in {label.free for c in carried for label in c.labels}:
+        have = [free_at(c, free) for c in carried]
+        if not all(have):
+            r.pin([label for labels in have for label in labels], "stacked with a tensor that cannot shrink")
+            continue
+        ids = joined([np.expand_dims(h[0].ids, dim) for h in have], dim, [1] * len(have))
+        label = Label(ids, free + (free >= dim))
+        r.tie(label)
+        out.append(label)
+    return [Carried(tuple(out))]
+
+
+def pad(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """constant_pad_nd(x, [last before, last after, ...]): padded channels are there whatever is removed."""
+    x, amounts = call.args[0], call.args[1]
+    labels = []
+    for label in r.of(x).labels:
+        for k in range(len(amounts) // 2):
+            dim, before, after = x.ndim - 1 - k, amounts[2 * k], amounts[2 * k + 1]
+            label = piece(label, dim, max(0, -before), x.shape[dim] + min(0, after))
+            before, after = max(0, before), max(0, after)
+            if dim == label.free and (before or after):
+                lead = along(r.constant(call, before, 0), x.ndim, dim)
+                tail = along(r.constant(call, after, 1), x.ndim, dim)
+                label = Label(joined([lead, label.ids, tail], dim, [before, label.ids.shape[dim], after]), dim)
+            elif before or after:
+                label = collapsed(label, [dim], r.unite)
+        labels.append(label)
+    return [Carried(tuple(labels))]
+
+
+def reorder(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """flip and roll, run on the ids themselves."""
+    c = r.of(call.args[0])
+    if call.name == "roll" and len(call.args) < 3:
+        r.pin(c.labels, "roll over all dimensions at once")
+        return [c._replace(labels=())]
+    ndim = call.args[0].ndim
+    labels = []
+    for label in c.labels:
+        ids = label.ids
+        if call.name == "flip":
+            ids = np.flip(ids, tuple(d for d in dims_of(call.args[1], ndim) if ids.shape[d] > 1))
+        else:
+            for shift, d in zip(call.args[1], dims_of(call.args[2], ndim), strict=True):
+                ids = np.roll(ids, shift, d) if ids.shape[d] > 1 else ids
+        labels.append(Label(ids, label.free))
+    return [c._replace(labels=tuple(labels), view=False)]
+
+
+def repeat(r: RuleContext, call: Call) -> Sequence[Carried]:
+    x, times = call.args[0], list(call.args[1])
+    labels = []
+    for label in r.of(x).labels:
+        label = aligned(label, len(times))
+        reps = [n if label.ids.shape[d] > 1 else 1 for d, n in enumerate(times)]
+        labels.append(Label(np.tile(label.ids, reps), label.free))
+    return [Carried(tuple(labels))]
+
+
+def pixel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """(C r r, H, W) <-> (C, H r, W r): the r*r channels of one pixel block live and die together."""
+    x, factor = call.args[0], call.args[1]
+    channel = x.ndim - 3
+    out = []
+    for label in r.of(x).labels:
+        if label.free != channel or label.ids.size != label.ids.shape[channel]:
+            r.pin([label], "pixel shuffle of a tensor whose channels lie elsewhere")
+            continue
+        flat = label.ids.reshape(-1)
+        if call.name == "pixel_shuffle":
+            rows = flat.reshape(-1, factor * factor)
+            r.unite(rows[:, :1], rows)
+            flat = rows[:, 0]
+        else:
+            flat = flat.repeat(factor * factor)
+        out.append(Label(along(flat, x.ndim, channel), channel))
+    return [Carried(tuple(out))]
+
+
+def channel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """channel_shuffle(x, groups): channels at one place of all groups go together, else their order would change."""
+    x, groups = call.args
+    out = []
+    for label in r.of(x).labels:
+        if label.free != 1 or label.ids.size != label.ids.shape[1]:
+            r.pin([label], "channel shuffle of a tensor whose channels lie elsewhere")
+            continue
+        rows = label.ids.reshape(groups, -1)
+        r.unite(rows[:1], rows)
+        out.append(Label(along(rows.T.reshape(-1), x.ndim, 1), 1))
+    return [Carried(tuple(out))]
+
+
+def index_put(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """x[i, j] = values: what is written meets what is there, in the dimensions behind those of the indices."""
+    x, where, values = call.args[:3]
+    before, written = r.of(x), r.of(values)
+    used = sum(i.ndim if masks(i) else 1 for i in where if i is not None)
+    inner = 1 if any(masks(i) for i in where) else max(i.ndim for i in where if i is not None)
+    labels = [aligned(v, inner + x.ndim - used) for v in written.labels]
+    if any(i is None for i in where) or any(v.free < inner for v in labels) or any(v.free < used for v in before.labels):
+        r.pin([*before.labels, *written.labels], "index_put along the channels")
+        return [before]
+    moved = []
+    for v in labels:
+        ids = collapsed(v, range(inner), r.unite).ids
+        moved.append(Label(ids.reshape(*(1,) * used, *ids.shape[inner:]), v.free - inner + used))
+    shape = (*(1,) * x.ndim, *values.shape)[-(x.ndim - used):] if used < x.ndim else ()
+    place = Carried(tuple(moved), written.uniform)
+    return [Carried(meet(r, [(before, x.shape), (place, (*(1,) * used, *shape))], x.ndim, call.name), view=before.view)]
+
+
+def index(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """index(x, [None, i, ...]), index_select, embedding: only dimensions without channels may be indexed."""
+    x, out = call.args[0], call.out
+    if call.name == "embedding":
+        where: list[Any] = [call.args[1]]
+    elif call.name == "index_select":
+        where = [None] * normal(call.args[1], x.ndim) + [call.args[2]]
+    else:
+        where = []
+        for i in call.args[1]:  # a mask stands for all dimensions that it covers
+            where += [i] * (i.ndim if masks(i) else 1)
+    used = [d for d, i in enumerate(where) if i is not None]
+    inner = out.ndim - (x.ndim - len(used))  # dimensions that the indices leave behind
+    labels = []
+    for label in r.of(x).labels:
+        if label.free in used:
+            if label.axis is None or call.name == "index":
+                r.pin([label], f"{call.name} along the channels")
+            else:
+                r.pin([label], "rows of a table")
+            continue
+        if used != list(range(used[0], used[-1] + 1)):
+            r.pin([label], "scattered indices")
+            continue
+        label = collapsed(label, used, r.unite)
+        ids = label.ids.squeeze(tuple(used))
+        ids = ids.reshape(*ids.shape[: used[0]], *(1,) * inner, *ids.shape[used[0]:])
+        labels.append(Label(ids, label.free if label.free < used[0] else label.free - len(used) + inner, label.axis))
+    return [Carried(tuple(labels))]

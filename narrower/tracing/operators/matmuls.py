@@ -1,0 +1,86 @@
+"""The rule for matrix products, and the count of products of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..labels import Carried, Label, collapsed
+from .interface import Call, RuleContext, except_free_at, free_at, meet, tensors_in
+
+
+def contract(r: RuleContext, a: Sequence[Label], b: Sequence[Label], what: str) -> None:
+    """Unite the summed dimension of both sides (given flat); a side without channels pins the other."""
+    if a and b:
+        for label in b:
+            r.unite(a[0].ids, label.ids)
+    elif a or b:
+        r.pin([*a, *b], f"{what} with a tensor that cannot shrink")
+
+
+def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """mm, bmm, mv, and with a summand addmm, baddbmm: out = a @ b over (batch, m, k) and (batch, k, n)."""
+    added = FIRST_FACTOR[call.name]
+    a, b = call.args[added:added + 2]
+    out: Tensor = call.out
+    ca, cb = r.of(a), r.of(b)
+    ka, kb = a.ndim - 1, max(0, b.ndim - 2)
+    batch = range(a.ndim - 2)
+    left = [collapsed(x, [a.ndim - 2], r.unite) for x in free_at(ca, ka)]
+    right = [collapsed(x, [b.ndim - 1], r.unite) if b.ndim > 1 else x for x in free_at(cb, kb)]
+    weight = next((x for x in (*cb.labels, *ca.labels) if x.axis), None)
+    r.use(weight, out.numel() * a.shape[ka])
+    # the contracted dimension is the last but one of `right`: bring both to (batch..., k)
+    contract(r, [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in left],
+             [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in right], call.name)
+    for x in (*left, *right):
+        r.role(x, "in")
+    if left and not any(x.axis for x in (*left, *right)):
+        r.product(call, left[0])
+    if left and ca.pool >= 0:
+        r.reads(left[0], a, ca.pool)
+    labels: list[Label] = []
+    sides = []
+    for c, k in ((ca, ka), (cb, kb)):
+        kept = []
+        for x in except_free_at(c, [k]):
+            x = collapsed(x, [k], r.unite)
+            r.role(x, "out")
+            kept.append(Label(x.ids, x.free))
+        sides.append(kept)
+    for x in sides[0]:
+        if x.free not in batch:
+            labels.append(Label(x.ids if out.ndim == a.ndim else x.ids.squeeze(ka), x.free))
+    for x in sides[1]:
+        if x.free not in batch:
+            labels.append(Label(x.ids, x.free))
+    shared = [(Carried(tuple(x for x in s if x.free in batch)), t.shape) for s, t in zip(sides, (a, b), strict=True)]
+    if any(c.labels for c, _ in shared):
+        pairs = [(c, tuple(n if d in batch else 1 for d, n in enumerate(shape))) for c, shape in shared]
+        labels += meet(r, pairs, out.ndim, call.name)
+    if added:
+        summand = call.args[0]
+        result = [(Carried(tuple(labels)), out.shape), (r.of(summand), summand.shape)]
+        labels = list(meet(r, result, out.ndim, "bias"))
+    return [Carried(tuple(labels))]
+
+
+FIRST_FACTOR = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
+
+
+class Products:
+    """Numbers the products none of whose factors is a parameter or buffer (`held` by the model), or a view of one."""
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        self.memory = {t.untyped_storage()._cdata for t in held}
+        self.count = 0
+
+    def number(self, name: str, args: Sequence[Any]) -> int | None:
+        """To be asked for every call of a forward, once."""
+        if name not in FIRST_FACTOR or any(
+                t.untyped_storage()._cdata in self.memory for t in tensors_in(args)[FIRST_FACTOR[name]:]):
+            return None
+        self.count += 1
+        return self.count - 1

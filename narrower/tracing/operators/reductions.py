@@ -1,0 +1,83 @@
+"""Operators that reduce or mix over dimensions: reductions, softmax, pooling, resizing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..labels import Carried, Label, collapsed
+from .interface import Call, RuleContext, dims_of, meet, normal, piece, tensors_in
+
+
+def reduce(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """mean, sum, var, amax, norms: channels that are reduced over are mixed; the others keep their ids."""
+    x = call.args[0]
+    at = {"linalg_vector_norm": 2}.get(call.name, 1)
+    arg = call.args[at] if len(call.args) > at else call.kwargs.get("dim")
+    dims = dims_of(arg, x.ndim)
+    out = call.out if isinstance(call.out, Tensor) else call.out[0]
+    keepdim = out.ndim == x.ndim
+    c = r.of(x)
+    labels = []
+    for label in c.labels:
+        if label.free in dims:
+            r.mix(call, label)
+            continue
+        label = collapsed(label, dims, r.unite)
+        if not keepdim:
+            before = sum(d < label.free for d in dims)
+            label = Label(label.ids.squeeze(tuple(dims)), label.free - before)
+        labels.append(label._replace(axis=None))
+    return [Carried(tuple(labels), c.uniform)] * (1 if isinstance(call.out, Tensor) else len(call.out))
+
+
+def glu(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """glu(x, dim): the first half times the sigmoid of the second."""
+    x = call.args[0]
+    dim = normal(call.args[1] if len(call.args) > 1 else -1, x.ndim)
+    half = x.shape[dim] // 2
+    labels = []
+    for label in r.of(x).labels:
+        first, second = piece(label, dim, 0, half), piece(label, dim, half, 2 * half)
+        r.unite(first.ids, second.ids)
+        labels.append(first)
+    return [Carried(tuple(labels))]
+
+
+def softmax(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """softmax and cumulative sums along a dimension: what varies there is mixed."""
+    x = call.args[0]
+    dim = normal(call.args[1], x.ndim)
+    labels = []
+    for label in r.of(x).labels:
+        if label.free == dim:
+            r.mix(call, label)
+        else:
+            label = collapsed(label, [dim], r.unite)
+        labels.append(label)
+    return [Carried(tuple(labels))]
+
+
+def unpool(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """max_unpool(x, places, size): the values of a channel and their places go together."""
+    meet(r, [(r.of(t), t.shape) for t in call.args[:2]], call.out.ndim, call.name)
+    return spatial(r, call._replace(args=call.args[:1]))
+
+
+def spatial(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """Pooling, resizing, padding by reflection, sampling: each channel for itself, over the last dimensions."""
+    x = call.args[0]
+    r.pin([label for t in tensors_in(call.args[1:]) for label in r.of(t).labels], f"{call.name} at places that channels tell")
+    out = call.out if isinstance(call.out, Tensor) else call.out[0]
+    c = r.of(x)
+    last = list(range(2, x.ndim)) or [x.ndim - 1]
+    labels = []
+    for label in c.labels:
+        if label.free in last and x.shape[label.free] != out.shape[label.free]:
+            r.pin([label], f"{call.name} along the channels")
+            continue
+        if label.free in last:
+            r.mix(call, label)
+        labels.append(collapsed(label, [d for d in last if d != label.free], r.unite))
+    return [Carried(tuple(labels), pool=c.pool)] * (1 if isinstance(call.out, Tensor) else len(call.out))

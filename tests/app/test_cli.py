@@ -1,0 +1,410 @@
+"""The command line as a user meets it: runs from start to end, bad input, Ctrl-C, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+pytest.importorskip("timm")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+from PIL import Image
+
+import narrower
+from narrower.app import cli, run_folder
+from narrower.app.config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from narrower.training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        x = torch.relu(x + self.conv3(x))
+        return self.head(x.mean((2, 3)))
+
+class Broken(Net):
+    def forward(self, x):
+        raise KeyError("oops")
+
+class Single(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.only = nn.Conv2d(3, num_classes, 3)
+
+    def forward(self, x):
+        return self.only(x).mean((2, 3))
+
+def seven():
+    return Net(7)
+"""
+SMALL = ["--model", "net.py:Net", "--img-size", "8", "-b", "64", "--device", "cpu", "--cache-dir", "none"]
+SHORT = [*SMALL, "--dense-epochs", "2", "--epochs", "2", "--images", "64", "--recalibrate", "256"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "net.py").write_text(NETWORK)
+    return tmp_path
+
+
+def weights(run: str, name: str = run_folder.MODEL) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / name)
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def rows(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / run_folder.METRICS).read_text().splitlines()]
+
+
+def snapshot(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_prune_from_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Train, cut, fine-tune, save; then evaluate, load from Python, and repeat from the saved settings."""
+    assert cli.main(["prune", *SHORT, "--output", "one"]) == 0
+    shown = capsys.readouterr()
+    assert not shown.err
+    for words in ("dense against narrow", "top-1 after the cut", "MACs", "parameters", "size", "latency", "saved in one"):
+        assert words in shown.out
+    names = set(run_folder.FILES) - {run_folder.DENSE_CHECKPOINT}
+    assert {path.name for path in Path("one").iterdir()} == names
+    assert (Path("one") / run_folder.LOG).read_text() == shown.out
+
+    stages = {row["stage"]: row for row in rows("one") if "epoch" not in row}
+    expected = "trace, train dense, score, plan, narrow, verify, recalibrate, cut, fine-tune, measure"
+    assert ", ".join(stages) == expected
+    assert all(row["seconds"] >= 0 for row in stages.values())
+    assert [row["epoch"] for row in rows("one") if row["stage"] == "fine-tune" and "epoch" in row] == [1, 2]
+    figures = stages["measure"]
+    assert figures["narrow"]["macs"] <= 0.5 * figures["dense"]["macs"]
+    assert figures["cut_top1"] == stages["cut"]["top1"]
+    assert figures["dense"]["top1"] == stages["train dense"]["top1"] > 15
+    assert stages["verify"]["error"] < 1e-9
+
+    assert cli.main(["eval", "one", "--device", "cpu"]) == 0
+    assert f"{figures['narrow']['top1']:.2f} %" in capsys.readouterr().out
+    sys.modules.pop("net", None)
+    from narrower.models import make_model
+
+    small = narrower.load("one", lambda: make_model("net.py:Net", 10))
+    assert same(small.state_dict(), weights("one"))
+
+    assert cli.main(["prune", "--config", "one/config.yaml", "--output", "two"]) == 0
+    assert same(weights("one"), weights("two"))
+    assert (Path("one") / run_folder.CONFIG).read_text() == (Path("two") / run_folder.CONFIG).read_text()
+
+
+def test_train_prune_eval_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *SMALL, "--epochs", "2", "--output", "dense"]) == 0
+    before = snapshot("dense")
+    arguments = ["--checkpoint", "dense/model.safetensors", "--method", "magnitude", "--remove", "0.5"]
+    assert cli.main(["prune", *SMALL, *arguments, "--epochs", "0", "--exclude", "conv2", "--output", "narrow"]) == 0
+    assert snapshot("dense") == before
+    assert weights("narrow")["conv1.weight"].shape == (4, 3, 3, 3)
+    assert weights("narrow")["conv2.weight"].shape == (16, 4, 3, 3)
+    assert not (Path("narrow") / run_folder.DENSE).exists()
+    capsys.readouterr()
+    dense = rows("dense")[-1]["top1"]
+    for arguments in (["dense"], [*SMALL, "--checkpoint", "dense/model.safetensors"]):
+        assert cli.main(["eval", *arguments]) == 0
+        assert f"{dense:.2f} %" in capsys.readouterr().out
+    for arguments in (["narrow"], SMALL[:4]):
+        assert cli.main(["inspect", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert "conv1" in out and "pinned: network output" in out and "MACs" in out
+
+
+@pytest.mark.parametrize("method", ["hrank", "fpgm", "bn_scale", "taylor", "random"])
+def test_methods(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--method", method, "--remove", "0.25", "--dense-epochs", "1", "--epochs", "0"]
+    exclude = ["--exclude", "conv2"] if method == "bn_scale" else []
+    assert cli.main(["prune", *SMALL, *quick, *exclude, "--recalibrate", "0", "--output", "run"]) == 0
+    assert weights("run")["conv1.weight"].shape[0] == 6
+
+
+def test_constants_are_folded_or_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the first layer's channels have no scale; two of them are positive, and read by a padded convolution."""
+    from narrower.models import make_model
+
+    model: Any = make_model("net.py:Net")
+    with torch.no_grad():
+        model.bn1.weight[:4], model.bn1.bias[:4] = 0, torch.tensor([0.3, 0.3, -0.3, -0.3])
+    torch.save(model.state_dict(), "dense.pt")
+    wishes = ["--method", "bn_scale", "--exclude", "conv2", "--remove", '{"conv1": 0.5}', "--epochs", "0"]
+    assert cli.main(["prune", *SMALL, "--checkpoint", "dense.pt", *wishes, "--output", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 removed channels are constant and folded" in printed
+    assert "not folded: conv1: 2 channels: conv2.weight reads them between zeros" in printed
+
+
+def test_the_default_folder_is_new_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert cli.main(["train", *SMALL, "--epochs", "0"]) == 0
+    assert len({path.name for path in Path("runs").glob("*-train-net.py_Net*")}) == 2
+
+
+def test_a_run_is_not_overwritten_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", *SMALL, "--epochs", "1", "--output", "run"]
+    assert cli.main(train) == 0
+    (Path("run") / "notes.txt").write_text("mine")
+    (Path("run") / run_folder.PLAN).write_text("{}")  # of an older run, say
+    before = snapshot("run")
+    assert cli.main(train) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert cli.main([*train, "--overwrite", "--data-dir", "nowhere"]) == 2
+    assert cli.main(["prune", *SHORT, "--output", "run", "--overwrite", "--macs", "1e-9"]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
+    assert snapshot("run") == before  # nothing was lost to commands that could not run
+    assert cli.main([*train, "--overwrite", "--seed", "1"]) == 0
+    after = snapshot("run")
+    assert after["notes.txt"] == b"mine" and run_folder.PLAN not in after
+    assert after[run_folder.MODEL] != before[run_folder.MODEL]
+
+
+def make_images(root: Path, size: int = 8) -> None:
+    for split in ("train", "val"):
+        for value, name in enumerate("ab"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (size, size), (100 * value, 40 * number, 0)).save(root / split / name / f"{number}.png")
+
+
+def truncated(root: Path) -> None:
+    torch.save(torch.nn.Linear(3, 3).state_dict(), root / "weights.pt")
+    (root / "weights.pt").write_bytes((root / "weights.pt").read_bytes()[:300])
+
+
+def unreadable(root: Path, size: int = 8) -> None:
+    make_images(root / "images", size)
+    for path in (root / "images" / "train").glob("*/1.png"):
+        path.write_bytes(b"no image")
+
+
+def nothing(root: Path) -> None:
+    pass
+
+
+BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
+    (["--model", "cifar_resnet21"], "did you mean cifar_resnet", nothing),
+    (["--model", "net.py:Broken"], "the network fails on images of shape (1, 3, 8, 8): KeyError: 'oops'", nothing),
+    (["--model", "net.py:Single"], "nothing is free in this network (only: network output", nothing),
+    (["--model", "net.py:seven"], "(1, 7) instead of (1, 10)", nothing),
+    (["--model", "net.py:nine"], "no function 'nine'", nothing),
+    (["--model", "other.py:Net"], "cannot import 'other.py'", nothing),
+    (["--model", "cifar_resnet20", "--pretrained"], "no published weights", nothing),
+    (["--model-kwargs", '{"depth": 3}'], "unexpected keyword argument 'depth'", nothing),
+    (["--checkpoint", "nowhere.pt"], "does not exist", nothing),
+    (["--checkpoint", "weights.pt"], "damaged, truncated", truncated),
+    (["--checkpoint", "w.pt"], "of another network", lambda root: torch.save({"a": torch.zeros(1)}, root / "w.pt")),
+    (["--checkpoint", "m.pt"], "not run", lambda root: torch.save(torch.nn.Linear(1, 1), root / "m.pt")),
+    (["--checkpoint", "a", "--pretrained"], "either --checkpoint or --pretrained", nothing),
+    (["--macs", "0"], "between 0 and 1", nothing),
+    (["--macs", "-0.5"], "between 0 and 1", nothing),
+    (["--macs", "1e-9"], "cannot be reached: the least is", nothing),
+    (["--params", "1e-9"], "cannot be reached: the least is", nothing),
+    (["--remove", "1.5"], "between 0 and 1", nothing),
+    (["--remove", '{"layer9*": 0.5}'], "no group matches 'layer9*'", nothing),
+    (["--exclude", "layer9*"], "no group matches 'layer9*'", nothing),
+    (["--macs", "0.5", "--remove", "0.5"], "either a budget", nothing),
+    (["--method", "best"], "take one of hrank, resrep, magnitude", nothing),
+    (["--method", "resrep", "--remove", "0.5"], "works towards a budget", nothing),
+    (["--method", "resrep", "--epochs", "0"], "needs --epochs", nothing),
+    (["--method", "resrep", "--macs", "0.01"], "the least is", nothing),
+    (["--method", "resrep", "--scope", "outer"], "'inner' or 'all'", nothing),
+    (["--method", "resrep", "--forgetting", '{"lambda": 1}'], "it knows strength, warmup_steps", nothing),
+    (["--images", "0"], "--images 0: give a value of at least 1", nothing),
+    (["-b", "0"], "--batch-size 0", nothing),
+    (["--lr", "-1"], "--lr -1.0", nothing),
+    (["--in-chans", "2"], "--in-chans 2", nothing),
+    (["--mean", "0.5"], "--mean has 1 values", nothing),
+    (["--device", "nonsense"], "--device nonsense", nothing),
+    (["--data-dir", "nowhere"], "does not exist", nothing),
+    (["--data-dir", "empty"], "no folder train", lambda root: (root / "empty").mkdir()),
+    (["--data-dir", "images"], "no images under", lambda root: (root / "images/train").mkdir(parents=True)),
+    (["--data-dir", "images"], "cannot read image images/train/a/1.png", unreadable),
+    (["--dataset", "torch/cifar10"], "needs --data-dir", nothing),
+    (["--dataset", "no_such", "--data-dir", "."], "timm cannot open dataset 'no_such'", nothing),
+    (["--output", "net.py"], "is a file", nothing),
+    (["--resume", "nowhere"], "no run folder", nothing),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says", "prepare"), BAD, ids=[" ".join(case[0]) for case in BAD])
+def test_bad_input(
+    arguments: list[str], says: str, prepare: Callable[[Path], object], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, one message on stderr, no traceback, and no run folder from what never ran."""
+    prepare(folder)
+    assert cli.main(["prune", *SHORT, *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("narrower: error: ") and says in shown.err
+    assert "Traceback" not in shown.err + shown.out
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["prune", "--epochs", "x"], ["prune", "--nonsense"], ["nonsense"], []])
+def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "--help" in capsys.readouterr().err
+
+
+def test_an_unreadable_image_met_while_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Large images are opened by other processes, whose tracebacks do not reach the user."""
+    unreadable(folder, size=80)
+    arguments = ["--data-dir", "images", "--img-size", "72", "--epochs", "1", "--workers", "1", "--output", "run"]
+    assert cli.main(["train", *SMALL, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("narrower: error: cannot read image images/train/") and error.count("\n") == 1
+
+
+def test_a_damaged_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prune", *SHORT, "--output", "run"]) == 0
+    plan = json.loads((Path("run") / run_folder.PLAN).read_text())
+    for change, says in (({"format": 99}, "update narrower"), ({"shapes": {}}, "damaged")):
+        (Path("run") / run_folder.PLAN).write_text(json.dumps(plan | change))
+        capsys.readouterr()
+        assert cli.main(["eval", "run"]) == 2
+        assert says in capsys.readouterr().err
+    (Path("run") / run_folder.PLAN).write_text(json.dumps(plan))
+    assert cli.main(["eval", "run", "--model", "cifar_resnet20"]) == 2
+    assert "another network" in capsys.readouterr().err
+    (Path("run") / run_folder.CONFIG).write_text("{")
+    assert cli.main(["eval", "run"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stage", "at"), [("train dense", 3), ("fine-tune", 7)])
+def test_interrupted_and_resumed(
+    stage: str, at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C in the middle: exit code 130, the work is saved, and the resumed run is the uninterrupted one."""
+    arguments = ["prune", *SHORT, "--output"]
+    assert cli.main([*arguments, "whole"]) == 0
+    plain = cli.Terminal.watch
+
+    def pressing(self: cli.Terminal, iterable: Any, description: str = "", total: int = 0) -> Iterator[Any]:
+        for number, item in enumerate(plain(self, iterable, description, total)):
+            if description.startswith(f"{stage}: epoch 2") and number == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.Terminal, "watch", pressing)
+        assert cli.main([*arguments, "cut"]) == 130
+    error = capsys.readouterr().err
+    assert "interrupted" in error and "--resume cut" in error and "Traceback" not in error
+    checkpoint = torch.load(Path("cut") / (run_folder.CHECKPOINT if stage == "fine-tune" else run_folder.DENSE_CHECKPOINT))
+    assert checkpoint["epoch"] == 1 and checkpoint["step"] == at + 1
+    if stage == "fine-tune":
+        assert same(checkpoint["model"], weights("cut"))  # usable without going on
+    assert cli.main(["prune", "--resume", "cut"]) == 0
+    assert same(weights("whole"), weights("cut"))
+    assert cli.main(["prune", "--resume", "cut"]) == 0  # nothing is left to do: evaluated again, and not logged twice
+    assert same(weights("whole"), weights("cut"))
+    assert sum(row["stage"] == "score" for row in rows("cut")) == 1  # not done again
+    figures = [next(row for row in reversed(rows(run)) if row["stage"] == "measure") for run in ("whole", "cut")]
+    assert figures[0]["narrow"]["top1"] == figures[1]["narrow"]["top1"]
+    assert figures[0]["cut_top1"] == figures[1]["cut_top1"]
+    epochs = [[(row["stage"], row["epoch"]) for row in rows(run) if "epoch" in row] for run in ("whole", "cut")]
+    assert epochs[0] == epochs[1]
+
+
+RESREP = [*SMALL, "--dense-epochs", "1", "--epochs", "4", "--method", "resrep", "--macs", "0.5", "--scope", "all"]
+
+
+def test_resrep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prune", *RESREP, "--output", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "masked" in out and "channels are zero" in out and "dense against narrow" in out
+    stages = {row["stage"]: row for row in rows("run")}
+    assert {"trace", "resrep", "merge", "cut", "measure"} <= stages.keys() and "fine-tune" not in stages
+    narrow, dense = stages["measure"]["narrow"], stages["measure"]["dense"]
+    assert narrow["macs"] <= 0.5 * dense["macs"]
+    assert narrow["top1"] == stages["cut"]["top1"]
+    assert stages["merge"]["error"] < 1e-4
+    epochs = [row for row in rows("run") if "epoch" in row and row["stage"] == "resrep"]
+    assert epochs[-1]["reached"] <= 0.5 < epochs[0]["reached"] and epochs[-1]["zero"] > 0
+    assert weights("run")["conv1.weight"].shape[0] < 8
+    assert cli.main(["eval", "run"]) == 0
+
+
+def test_resrep_interrupted_and_resumed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The merged network of an interrupted training is usable; the resumed one is the uninterrupted one, across a shrink."""
+    assert cli.main(["prune", *RESREP, "--output", "whole"]) == 0
+    plain = cli.Terminal.watch
+
+    def pressing(self: cli.Terminal, iterable: Any, description: str = "", total: int = 0) -> Iterator[Any]:
+        for number, item in enumerate(plain(self, iterable, description, total)):
+            if description.startswith("resrep: epoch 3") and number == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.Terminal, "watch", pressing)
+        assert cli.main(["prune", *RESREP, "--output", "cut"]) == 130
+    checkpoint = torch.load(Path("cut") / run_folder.CHECKPOINT, weights_only=True)
+    assert checkpoint["resrep"]["ends"]  # it had shrunk
+    assert cli.main(["eval", "cut"]) == 0
+    assert cli.main(["prune", "--resume", "cut"]) == 0
+    assert same(weights("whole"), weights("cut"))
+    assert cli.main(["prune", "--resume", "cut"]) == 0
+    assert same(weights("whole"), weights("cut"))
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["prune", "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for group in (ModelConfig, DataConfig, PruneConfig, TrainConfig, RunConfig):
+        assert f"\n{'fine-tuning' if group is TrainConfig else group.__doc__}:" in text
+        assert all("--" + item.name.replace("_", "-") in text for item in fields(group))
+
+
+def test_without_the_extras() -> None:
+    """What is missing is named, with the command that installs it."""
+    for missing in ("jsonargparse", "rich"):
+        program = f"import sys; sys.modules[{missing!r}] = None; import narrower.cli"
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "pip install 'narrower[cli]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "narrower", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"narrower {narrower.__version__}\n" and done.returncode == 0

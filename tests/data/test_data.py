@@ -1,0 +1,170 @@
+"""Images: the splits, the augmentation, the order, the cache, and folders that are not as they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+from PIL import Image
+
+from narrower.data.images import LazyImages, TensorImages, batches, move
+from narrower.data.sources import Reading, digits, folder, open_data
+from narrower.errors import ConfigError, DataError
+
+
+def images(root: Path, size: int = 8, per_class: int = 3, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """A folder in ImageFolder layout, two classes; the image (split, class, number) has one grey value of its own."""
+    for i, split in enumerate(splits):
+        for j, name in enumerate(("10", "2")):
+            (root / split / name).mkdir(parents=True)
+            for k in range(per_class):
+                value = 100 * i + 40 * j + 5 * k
+                pixels = np.full((size, size, 3), value, np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
+    return root
+
+
+def test_digits_split_is_stratified_and_fixed() -> None:
+    data, again = digits(), digits()
+    assert isinstance(data.train, TensorImages) and isinstance(data.val, TensorImages)
+    assert isinstance(again.val, TensorImages)
+    assert (len(data.train), len(data.val)) == (1198, 599)
+    assert data.val.labels.bincount().min() >= 57
+    assert torch.equal(data.val.images, again.val.images)
+    x, y = data.train[0]
+    assert x.shape == data.input_size == (3, 16, 16) and y.dim() == 0
+    seen = {image.numpy().tobytes() for image in data.train.images[:, 0]}
+    shared = sum(image.numpy().tobytes() in seen for image in data.val.images[:, 0])
+    assert shared == 0
+
+
+def test_move_is_pad_crop_flip() -> None:
+    """One gather for the batch equals the plain operations on each image."""
+    x = torch.randint(0, 256, (20, 3, 5, 7), dtype=torch.uint8)
+    moves = torch.cat((torch.randint(0, 5, (20, 2)), torch.randint(0, 2, (20, 1))), dim=1)
+    for image, moved, (top, left, mirrored) in zip(x, move(x, moves, 2), moves.tolist(), strict=True):
+        want = torch.nn.functional.pad(image, (2, 2, 2, 2))[:, top : top + 5, left : left + 7]
+        assert torch.equal(moved, want.flip(2) if mirrored else want)
+
+
+def test_augmentation_and_order_follow_seed_and_epoch() -> None:
+    data = digits()
+
+    def epoch(seed: int, epoch: int, order: int = 5, start: int = 0) -> list[torch.Tensor]:
+        return [x for x, _ in batches(data.train.augmented(seed, epoch), 500, order=order, start=start)]
+
+    assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1), epoch(0, 1), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1)[1:], epoch(0, 1, start=1), strict=True))
+    assert not torch.equal(epoch(0, 1)[0], epoch(1, 1)[0])
+    assert not torch.equal(epoch(0, 1)[0], epoch(0, 2)[0])
+    assert not torch.equal(epoch(0, 1)[0], epoch(0, 1, order=6)[0])
+
+
+def test_each_image_once_and_shards_are_disjoint() -> None:
+    data = TensorImages(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), torch.arange(30), (0.5,), (0.5,))
+    assert torch.cat([y for _, y in batches(data, 7)]).tolist() == list(range(30))
+    for order in (None, 3):
+        parts = [torch.cat([y for _, y in batches(data, 4, order=order, shard=(rank, 3))]) for rank in range(3)]
+        assert torch.cat(parts).sort().values.tolist() == list(range(30))
+        assert order is None or parts[0].tolist() != sorted(parts[0].tolist())
+
+
+def test_training_shards_have_the_same_number_of_batches() -> None:
+    data = TensorImages(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.arange(9), (0.5,), (0.5,))
+    more = TensorImages(torch.zeros(11, 1, 2, 2, dtype=torch.uint8), torch.arange(11), (0.5,), (0.5,))
+    assert len({len(batches(more, 2, order=0, shard=(rank, 3))) for rank in range(3)}) == 1
+    assert [len(y) for _, y in batches(data, 4, order=0)] == [4, 4]  # a single image would break BatchNorm
+    assert [len(y) for _, y in batches(data, 4)] == [4, 4, 1]
+
+
+def test_folder_in_natural_order_with_values(tmp_path: Path) -> None:
+    data = folder(images(tmp_path), Reading(mean=(0.0,) * 3, std=(1.0,) * 3))
+    assert (data.num_classes, data.input_size) == (2, (3, 8, 8))
+    x, y = next(iter(batches(data.val, 10)))
+    assert y.tolist() == [0, 0, 0, 1, 1, 1]  # class 2 comes before class 10, as in timm
+    assert (x[:, 0, 0, 0] * 255).round().tolist() == [140, 145, 150, 100, 105, 110]
+
+
+def test_large_images_are_read_as_needed(tmp_path: Path) -> None:
+    root = images(tmp_path, size=80)
+    for path in root.glob("train/*/*.png"):
+        Image.effect_noise((80, 80), 100).convert("RGB").save(path)  # so that every crop differs
+    data = folder(root, Reading(size=72))
+    assert isinstance(data.train, LazyImages) and data.input_size == (3, 72, 72)
+    assert next(iter(batches(data.val, 2)))[0].shape == (2, 3, 72, 72)
+    one, two = (next(iter(batches(data.train.augmented(0, 1), 6, workers=w)))[0] for w in (0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, next(iter(batches(data.train.augmented(0, 2), 6)))[0])
+    assert folder(tmp_path, Reading()).input_size == (3, 224, 224)
+    assert folder(tmp_path, Reading(size=16)).input_size == (3, 16, 16)
+
+
+def test_grey(tmp_path: Path) -> None:
+    data = folder(images(tmp_path), Reading(channels=1, mean=(0.5,), std=(0.5,)))
+    assert next(iter(batches(data.train, 2)))[0].shape == (2, 1, 8, 8)
+
+
+def test_cache_is_used_renewed_and_never_in_the_data_folder(tmp_path: Path) -> None:
+    root, cache = images(tmp_path / "data"), tmp_path / "cache"
+    before = sorted(path.relative_to(root) for path in root.rglob("*"))
+
+    def pixels() -> torch.Tensor:
+        found = folder(root, Reading(cache=cache)).train
+        assert isinstance(found, TensorImages)
+        return found.images
+
+    first = pixels()
+    (file,) = cache.iterdir()
+    np.save(file, np.load(file) + 1)
+    assert torch.equal(pixels(), first + 1)  # taken from the cache
+    file.write_bytes(b"damaged")
+    assert torch.equal(pixels(), first)  # made anew
+    Image.new("RGB", (8, 8), "white").save(root / "train" / "2" / "0.png")
+    assert not torch.equal(pixels(), first)  # the files have changed
+    assert sorted(path.relative_to(root) for path in root.rglob("*")) == before
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    root = images(tmp_path)
+    bad = root / "train" / "10" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:45])
+    with pytest.raises(DataError, match=r"cannot read image .*train/10/1\.png"):
+        _ = folder(root, Reading()).train
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda root: (root / "train").rename(root / "pictures"), "no folder train"),
+        (lambda root: (root / "val").rename(root / "rest"), "no folder val"),
+        (lambda root: [path.unlink() for path in root.glob("val/*/*")], "no images under"),
+        (lambda root: (root / "val" / "2").rename(root / "val" / "3"), "different classes; only under train: '2'"),
+        (lambda root: [path.unlink() for path in root.glob("*/2/*")], "one class only"),
+    ],
+)
+def test_folders_that_are_not_as_they_should_be(break_it: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+    break_it(images(tmp_path))
+    with pytest.raises(DataError, match=says):
+        open_data("", tmp_path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        open_data("", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="--data-dir"):
+        open_data("")
+    with pytest.raises(DataError, match=r"timm cannot open dataset 'torch/cifar10'.*--dataset-download"):
+        open_data("torch/cifar10", tmp_path)
+    with pytest.raises(DataError, match="timm cannot open dataset 'no_such_set'"):
+        open_data("no_such_set", tmp_path)
+
+
+def test_timm_names(tmp_path: Path) -> None:
+    data = open_data("torch/image_folder", images(tmp_path))
+    assert (data.num_classes, data.input_size, len(data.val)) == (2, (3, 8, 8), 6)

@@ -1,0 +1,163 @@
+"""Foreign checkpoints: every nesting loads, everything else is refused by name, and nothing is loaded in part."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from support.damage import damaged_bytes
+from torch import Tensor, nn
+
+from narrower.errors import StorageError
+from narrower.models import make_model
+from narrower.models.checkpoints import load_checkpoint
+
+SHARED = Path(os.environ.get("NARROWER_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+
+
+def network(width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width))
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda state: state,
+        lambda state: prefixed(state, "module."),
+        lambda state: prefixed(state, "_orig_mod.module."),
+        lambda state: prefixed(state, "module._orig_mod."),
+        lambda state: {"state_dict": prefixed(state, "module."), "epoch": 3},
+        lambda state: {"model": state, "args": {"lr": 0.1}},
+        lambda state: {"model": {"state_dict": state}},
+        lambda state: {"state_dict": {k: v + 1 for k, v in state.items()}, "state_dict_ema": state},
+        lambda state: {"model": {k: v + 1 for k, v in state.items()}, "model_ema": prefixed(state, "module.")},
+        lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
+    ],
+)
+def test_nestings_and_prefixes(nested: Any, tmp_path: Path) -> None:
+    source, target = network(), network()
+    torch.save(nested(source.state_dict()), tmp_path / "weights.pt")
+    assert load_checkpoint(target, tmp_path / "weights.pt") is target
+    assert equal(source.state_dict(), target.state_dict())
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    source, target = network(), network()
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    load_checkpoint(target, tmp_path / "weights.safetensors")
+    assert equal(source.state_dict(), target.state_dict())
+
+
+def test_a_network_whose_own_names_begin_with_module(tmp_path: Path) -> None:
+    """Only a prefix that all keys share is taken for one."""
+    source, target = (nn.ModuleDict({"module": nn.Linear(2, 2), "head": nn.Linear(2, 2)}) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    load_checkpoint(target, tmp_path / "weights.pt")
+    assert equal(source.state_dict(), target.state_dict())
+
+
+def test_another_network_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
+    state = network(8).state_dict()
+    state["extra.weight"] = torch.zeros(1)
+    del state["1.running_mean"]
+    torch.save(state, tmp_path / "weights.pt")
+    target = network()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(StorageError) as caught:
+        load_checkpoint(target, tmp_path / "weights.pt")
+    message = str(caught.value)
+    assert "1 missing from the file: 1.running_mean" in message
+    assert "1 not in the network: extra.weight" in message
+    assert "0.weight is (8, 3, 3, 3), the network has (4, 3, 3, 3)" in message
+    assert equal(before, target.state_dict())
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
+
+
+def test_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"state_dict": Bomb()}, tmp_path / "nested.pt")
+    torch.save(network(), tmp_path / "module.pt")
+    for name in ("plain.pt", "nested.pt", "module.pt"):
+        with pytest.raises(StorageError, match=r"contains more than tensors.*state_dict\(\)"):
+            load_checkpoint(network(), tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_files(kind: str, length: float, tmp_path: Path) -> None:
+    path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
+    if kind == "safetensors":
+        save_file(network().state_dict(), path)
+    else:
+        torch.save(network().state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(length * len(data)) if 0 < length < 1 else int(length)])
+    with pytest.raises(StorageError, match=r"damaged.*fetch it again"):
+        load_checkpoint(network(), path)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One checkpoint of each kind of file."""
+    path = tmp_path_factory.mktemp("valid") / "weights"
+    state, out = network().state_dict(), {}
+    save_file(state, path)
+    out["safetensors"] = path.read_bytes()
+    for kind in ("zip", "legacy"):
+        torch.save({"state_dict": prefixed(state, "module."), "epoch": 3}, path, _use_new_zipfile_serialization=kind == "zip")
+        out[kind] = path.read_bytes()
+    return out
+
+
+@given(st.sampled_from(["zip", "legacy", "safetensors"]), st.data())
+def test_damaged_bytes_are_an_error_or_load_with_the_right_shapes(
+    valid: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / ("damaged.safetensors" if kind == "safetensors" else "damaged.pt")
+    path.write_bytes(damaged_bytes(valid[kind], data))
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        load_checkpoint(model, path)
+    except StorageError as error:
+        assert str(path) in str(error)
+        assert equal(model.state_dict(), before)  # all or nothing
+    assert {k: (t.shape, t.dtype) for k, t in model.state_dict().items()} == {k: (t.shape, t.dtype) for k, t in before.items()}
+
+
+def test_missing_folder_and_empty(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="does not exist"):
+        load_checkpoint(network(), tmp_path / "nowhere.pt")
+    with pytest.raises(StorageError, match="is a folder"):
+        load_checkpoint(network(), tmp_path)
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    with pytest.raises(StorageError, match=r"holds no state dict.*found: epoch"):
+        load_checkpoint(network(), tmp_path / "empty.pt")
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="the shared checkpoints are not here")
+@pytest.mark.parametrize("depth", [20, 32, 44, 56])
+def test_published_resnets(depth: int) -> None:
+    for path in (SHARED / "weights").glob(f"resnet{depth}-*.*t*"):
+        load_checkpoint(make_model(f"cifar_resnet{depth}", 10), path)

@@ -1,0 +1,564 @@
+"""ResRep on networks: it starts as the identity, follows the paper's rule, and what it returns is what was trained."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, reject
+from hypothesis import strategies as st
+from support import networks, random_networks, resrep_training
+from support.networks import PATTERNS, TRAPS
+from support.random_networks import Block, Random
+from support.reference import doubled
+from support.resrep_training import difference, outputs, randomised, sgd
+from torch import Tensor, nn
+
+import narrower
+from narrower.errors import BudgetError, ConfigError, NarrowerError, PlanError, StorageError
+from narrower.models.resnet import CifarResNet
+from narrower.resrep.compactor import NAME
+
+SCOPES = ("inner", "all")
+
+
+def made(make: Callable[[], nn.Module], inputs: Any, budget: float, steps: int = 24, scope: str = "all",
+         **options: Any) -> tuple[narrower.ResRep, list[Tensor]]:
+    torch.manual_seed(1)
+    model = randomised(make()).double()
+    graph = narrower.trace(model, inputs)
+    dense = outputs(model, inputs)
+    return narrower.ResRep(model, graph, macs=budget, steps=steps, scope=scope, **options), dense  # type: ignore[arg-type]
+
+
+class Diverged(Exception):
+    """The training has: products of products soon do."""
+
+
+def examined(make: Callable[[], nn.Module], inputs: Any, scope: str, budget: float = 0.8) -> narrower.ResRep | None:
+    """All that must hold of a short training with shrinking on the way; None where there is nothing to compact."""
+    inputs = doubled(inputs)
+    try:
+        resrep, dense = made(make, inputs, budget, scope=scope)
+    except (BudgetError, PlanError):
+        return None
+    assert difference(dense, outputs(resrep.model, inputs)) < 1e-12
+    optimizer = sgd(resrep)
+    for n, fold in ((14, True), (4, False), (6, True)):
+        resrep_training.train(resrep, optimizer, inputs, n, seed=n)
+        before = outputs(resrep.model, inputs)
+        if not all(bool(t.isfinite().all()) for t in before):
+            raise Diverged
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert difference(before, outputs(resrep.merge(), inputs)) < 1e-10
+        resrep.shrink(fold=fold)
+        assert difference(before, outputs(resrep.model, inputs)) < 1e-10
+    small = resrep.merge()
+    assert resrep.reached() <= budget
+    assert narrower.measure(small, inputs, seconds=0.0)["macs"] <= budget * resrep.dense["macs"] * (1 + 1e-9)
+    assert not any(hasattr(m, NAME) or m._forward_hooks for m in small.modules())
+    return resrep
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_merged_is_trained(name: str, scope: str) -> None:
+    examined(PATTERNS[name].make, PATTERNS[name].inputs, scope)
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_no_trap_is_merged_wrongly(name: str) -> None:
+    examined(TRAPS[name][0], networks.images(), "all", 0.9)
+
+
+COMPACTED = {"plain": 3, "residual": 4, "option_a": 2, "dense": 5, "inception": 6, "depthwise": 2, "grouped": 3,
+             "squeeze_excite": 4, "transposed": 3, "unet": 7}
+
+
+@pytest.mark.parametrize("name", COMPACTED)
+def test_patterns_that_must_have_compactors(name: str) -> None:
+    resrep, _ = made(PATTERNS[name].make, doubled(PATTERNS[name].inputs), 0.9)
+    assert len(resrep.rows) >= COMPACTED[name] - ("sigmoid" in str(resrep.reasons)), resrep.reasons
+
+
+@given(random_networks.recipes(), st.integers(0, 3))
+def test_random_networks(recipe: list[Block], head: int) -> None:
+    inputs = networks.images(size=12)[:, :, :8]
+    try:
+        examined(lambda: Random(recipe, head), inputs, "all", 0.85)
+    except Diverged:
+        reject()
+    except ConfigError as e:
+        assert "not finite" in str(e)
+        reject()
+
+
+# ------------------------------------------------------------------------------------------------ the rule
+
+
+class Two(nn.Module):
+    """Two convolutions with BatchNorm, of which the first can be narrowed, and a third behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn_a = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.b, self.bn_b = nn.Conv2d(8, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn_a(self.a(x)))
+        x = F.relu(self.bn_b(self.b(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_against_the_papers_procedure_written_out() -> None:
+    """200 steps beside a slow implementation in which compactors are plain tensors and channels are masked one at a time."""
+    settings = narrower.Forgetting(1e-2, 20, 10, 1.0, 0, 0.9, rest=False, ranking="norm")
+    x = networks.images(size=8).double()
+    torch.manual_seed(0)
+    model = randomised(Two()).double()
+    slow: Any = copy.deepcopy(model)
+    graph = narrower.trace(model, x)
+    resrep = narrower.ResRep(model, graph, macs=0.4, steps=200, settings=settings)
+    optimizer = torch.optim.SGD(resrep.param_groups(lr=0.05, momentum=0.9))
+    resrep.attach(optimizer)
+
+    q = {"a": torch.eye(8, dtype=torch.float64), "b": torch.eye(6, dtype=torch.float64)}
+    velocity = {n: torch.zeros_like(w) for n, w in (*slow.named_parameters(), *q.items())}
+    chosen = {n: torch.zeros(len(w), dtype=torch.bool) for n, w in q.items()}
+    gone = {n: torch.zeros(len(w), dtype=torch.bool) for n, w in q.items()}
+    area_a, area_b = 36, 16
+
+    def macs(a: int, b: int) -> int:
+        return area_a * 27 * a + area_b * 9 * a * b + 3 * b
+
+    for step in range(200):
+        y = torch.randint(0, 3, (len(x),), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+
+        if step >= 20 and (step - 20) % 10 == 0:
+            rows = sorted((float(w[r].norm()), n, r) for n, w in q.items() for r in range(len(w)))
+            chosen = {n: torch.zeros(len(w), dtype=torch.bool) for n, w in q.items()}
+            for _, n, r in rows[: (step - 20) // 10 + 1 + 99]:
+                left = {k: int((~c).sum()) for k, c in chosen.items()}
+                taken = sum(int(c.sum()) for c in chosen.values())
+                if macs(left["a"], left["b"]) <= 0.4 * macs(8, 6) or taken > (step - 20) // 10:
+                    break
+                if left[n] > 1:
+                    chosen[n][r] = True
+            chosen = {n: c | gone[n] for n, c in chosen.items()}
+        live = {n: w.clone().requires_grad_() for n, w in q.items()}
+        slow.train()
+        h = F.relu(torch.einsum("kc,nchw->nkhw", live["a"], slow.bn_a(slow.a(x))))
+        h = F.relu(torch.einsum("kc,nchw->nkhw", live["b"], slow.bn_b(slow.b(h))))
+        loss = F.cross_entropy(slow.fc(h.mean((2, 3))), y)
+        parameters = dict(slow.named_parameters())
+        grads = torch.autograd.grad(loss, [*parameters.values(), *live.values()])
+        with torch.no_grad():
+            for (n, w), g in zip(parameters.items(), grads, strict=False):
+                velocity[n] = 0.9 * velocity[n] + g
+                w.sub_(0.05 * velocity[n])
+            for n, g in zip(q, grads[len(parameters):], strict=True):
+                new = q[n].clone()
+                for r in range(len(new)):
+                    norm = float(q[n][r].norm())
+                    row = (0 if chosen[n][r] else g[r]) + 1e-2 * (q[n][r] / norm if norm else 0)
+                    velocity[n][r] = 0.9 * velocity[n][r] + row
+                    new[r] -= 0.05 * velocity[n][r]
+                    if chosen[n][r] and (float(new[r] @ q[n][r]) <= 0 or float(new[r].norm()) < 1e-5):
+                        gone[n][r] = True
+                    if gone[n][r]:
+                        new[r], velocity[n][r] = 0, 0
+                q[n] = new
+        for n, module in (("a", "bn_a"), ("b", "bn_b")):
+            c = resrep.compactors()[module]
+            assert torch.equal(c.chosen, chosen[n]), step
+            torch.testing.assert_close(c.weight.detach(), q[n], rtol=0, atol=1e-5)
+    assert all(g.any() for g in (gone["a"] | gone["b"][:1].any(),))
+    assert resrep.progress()["zero"] > 3
+
+
+def small_resnet() -> nn.Module:
+    return CifarResNet(1, 5)
+
+
+IMAGES = networks.images(size=16).double()
+
+
+def test_kept_rows_do_not_collapse_and_chosen_ones_become_exactly_zero() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=100, scope="inner")
+    optimizer = sgd(resrep)
+    resrep_training.train(resrep, optimizer, IMAGES, 100)
+    at = resrep.progress()
+    assert at["reached"] <= 0.5
+    assert 0.9 < at["least_norm"] <= at["mean_norm"] < 1.2
+    for c in resrep.compactors().values():
+        norms = c.weight.detach().norm(dim=1)
+        assert torch.equal(norms == 0, c.gone)
+        assert torch.equal(c.gone, c.chosen)
+        assert c.weight.isfinite().all()
+    assert "norms of the rest" in str(resrep)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "nesterov", "adamw", "rmsprop"])
+def test_optimizers(kind: str) -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.6, steps=80, scope="inner")
+    groups = resrep.param_groups(lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=kind == "nesterov")
+    if kind in ("adamw", "rmsprop"):
+        groups = resrep.param_groups(lr=1e-3, weight_decay=1e-4)
+    makers: dict[str, Any] = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    optimizer: torch.optim.Optimizer = makers.get(kind, torch.optim.SGD)(groups)
+    resrep.attach(optimizer)
+    resrep_training.train(resrep, optimizer, IMAGES, 80)
+    assert resrep.progress()["reached"] <= 0.6
+    before = outputs(resrep.model, IMAGES)
+    assert difference(before, outputs(resrep.merge(), IMAGES)) < 1e-10
+
+
+def test_the_rule_acts_once_for_each_step_of_an_accumulated_gradient() -> None:
+    """Two half batches summed are one whole batch (without BatchNorm in the way of it)."""
+    results = []
+    for halves in (1, 2):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+        model = nn.Sequential(*layers).double()
+        resrep = narrower.ResRep(model, narrower.trace(model, networks.images().double()), macs=0.6, steps=30)
+        optimizer = sgd(resrep)
+        for step in range(30):
+            optimizer.zero_grad()
+            x = networks.images(seed=step).double()
+            for part in x.chunk(halves):
+                (model(part).square().sum() / len(x)).backward()
+            optimizer.step()
+        results.append((resrep.step, [c.weight.detach() for c in resrep.compactors().values()]))
+    assert results[0][0] == results[1][0] == 30
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_compactors_rest_once_the_budget_is_reached() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
+    optimizer = sgd(resrep)
+    resrep_training.train(resrep, optimizer, IMAGES, 50)
+    assert resrep.resting and resrep.reached() <= 0.5
+    before = {n: c.weight.detach().clone() for n, c in resrep.compactors().items()}
+    weight = resrep.model.get_parameter("layer1.0.conv1.weight").detach().clone()
+    resrep_training.train(resrep, optimizer, IMAGES, 5)
+    assert all(torch.equal(c.weight, before[n]) for n, c in resrep.compactors().items())
+    assert not torch.equal(weight, resrep.model.get_parameter("layer1.0.conv1.weight"))
+
+
+def test_compactors_are_idle_after_a_shrink_at_rest() -> None:
+    """Merged for good, the identity: the outputs stay, the network trains on, and a resumed run goes on the same way."""
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
+    optimizer = sgd(resrep)
+    resrep_training.train(resrep, optimizer, IMAGES, 50)
+    before = outputs(resrep.model, IMAGES)
+    assert resrep.waiting() == 1
+    resrep.shrink()
+    assert resrep.idle and resrep.waiting() == 0
+    assert difference(before, outputs(resrep.model, IMAGES)) < 1e-10
+    saved = copy.deepcopy((resrep.state_dict(), resrep.model.state_dict(), optimizer.state_dict()))
+    other, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
+    other_optimizer = sgd(other)
+    other.load_state_dict(saved[0])
+    other.model.load_state_dict(saved[1])
+    other_optimizer.load_state_dict(saved[2])
+    for r, o in ((resrep, optimizer), (other, other_optimizer)):
+        resrep_training.train(r, o, IMAGES, 5)
+    trained = outputs(resrep.model, IMAGES)
+    assert difference(before, trained) > 1e-6
+    assert difference(trained, outputs(resrep.merge(), IMAGES)) < 1e-10
+    assert difference(trained, outputs(other.model, IMAGES)) == 0
+
+
+def test_published_settings_are_those_of_the_paper() -> None:
+    s = narrower.Forgetting.published(391).over(391 * 180, 1000)
+    assert (s.strength, s.warmup_steps, s.mask_interval, s.rows_per_update, s.momentum) == (1e-4, 1955, 200, 4, 0.99)
+    assert (s.forget_steps, s.threshold) == (0, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ shrink, merge, resume
+
+
+def test_dropping_rows_changes_nothing_that_follows() -> None:
+    """In float64: the outputs to 1e-10 at the moment, to 1e-6 after 20 further steps."""
+    resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60)
+    optimizer = sgd(resrep)
+    resrep_training.train(resrep, optimizer, IMAGES, 32)
+    twin_model, twin_state = copy.deepcopy(resrep.model), copy.deepcopy(optimizer.state_dict())
+    other, _ = made(small_resnet, IMAGES, 0.4, steps=60)
+    other_optimizer = sgd(other)
+    other.load_state_dict(resrep.state_dict())
+    other.model.load_state_dict(twin_model.state_dict())
+    other_optimizer.load_state_dict(twin_state)
+    before = outputs(resrep.model, IMAGES)
+    assert resrep.shrink(fold=False) < 1
+    assert sum(p.numel() for p in resrep.model.parameters()) < sum(p.numel() for p in other.model.parameters())
+    assert difference(before, outputs(resrep.model, IMAGES)) < 1e-10
+    resrep_training.train(resrep, optimizer, IMAGES, 20, seed=9)
+    resrep_training.train(other, other_optimizer, IMAGES, 20, seed=9)
+    assert difference(outputs(resrep.model, IMAGES), outputs(other.model, IMAGES)) < 1e-6
+
+
+def test_folding_keeps_the_ranking_and_narrows_producers() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60, settings=narrower.Forgetting(rest=False))
+    optimizer = sgd(resrep)
+    resrep_training.train(resrep, optimizer, IMAGES, 40)
+    keep = resrep.remaining()
+    norms = {n: v[keep[n]] for n, v in resrep.norms().items()}
+    before = outputs(resrep.model, IMAGES)
+    resrep.shrink()
+    assert difference(before, outputs(resrep.model, IMAGES)) < 1e-10
+    for n, v in resrep.norms().items():
+        torch.testing.assert_close(torch.tensor(v[keep[n]]), torch.tensor(norms[n]))
+    for name, c in resrep.compactors().items():
+        conv: Any = resrep.model.get_submodule(name.replace("bn", "conv"))
+        assert c.weight.shape[0] == c.weight.shape[1] == conv.weight.shape[0]
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    assert {id(p) for p in parameters} == {id(p) for p in resrep.model.parameters()}
+    assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in parameters)
+    resrep_training.train(resrep, optimizer, IMAGES, 20)
+    assert resrep.progress()["reached"] <= 0.4
+
+
+def test_averages_and_schedulers_follow_a_shrink() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60)
+    optimizer = sgd(resrep)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    average = copy.deepcopy(resrep.model)
+    resrep_training.train(resrep, optimizer, IMAGES, 40)
+    schedule.step()
+    resrep.shrink(ema=[average])
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (average, resrep.model)]
+    assert shapes[0] == shapes[1]
+    rate = optimizer.param_groups[0]["lr"]
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] < rate
+    merged = resrep.merge(average)
+    assert [t.shape for t in outputs(merged, IMAGES)] == [(4, 5)]
+
+
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("residual", {"full"}), ("grouped", {"full", "block"}), ("depthwise", {"full", "diagonal"}), ("transposed", {"full"})])
+def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink(name: str, kinds: set[str]) -> None:
+    make = small_resnet if name == "residual" else PATTERNS[name].make
+    inputs = IMAGES if name == "residual" else doubled(PATTERNS[name].inputs)
+
+    def fresh() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
+        resrep, _ = made(make, inputs, 0.5, steps=70)
+        assert kinds <= {s.kind for s in resrep.sites.values()}
+        return resrep, sgd(resrep)
+
+    def until(resrep: narrower.ResRep, optimizer: torch.optim.Optimizer, steps: list[int]) -> None:
+        for step in steps:
+            resrep_training.train(resrep, optimizer, inputs, 1, seed=step)
+            if step in (30, 45):
+                resrep.shrink(fold=step == 30)
+
+    whole, optimizer = fresh()
+    until(whole, optimizer, list(range(50)))
+    assert whole.layout.ends, "nothing has been taken out before the interruption"
+    saved = copy.deepcopy((whole.state_dict(), whole.model.state_dict(), optimizer.state_dict()))
+    until(whole, optimizer, list(range(50, 70)))
+    resumed, optimizer = fresh()
+    resumed.load_state_dict(saved[0])
+    resumed.model.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    until(resumed, optimizer, list(range(50, 70)))
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert list(a) == list(b)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert whole.state_dict()["step"] == resumed.state_dict()["step"] == 70
+    assert difference(outputs(whole.merge(), inputs), outputs(resumed.merge(), inputs)) == 0
+
+
+def test_merged_saves_loads_and_trains_on(tmp_path: Any) -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=100)
+    optimizer = sgd(resrep, lr=0.02)
+    resrep_training.train(resrep, optimizer, IMAGES, 100)
+    small = resrep.merge()
+    narrower.save(small, tmp_path)
+    loaded = narrower.load(tmp_path, lambda: small_resnet().double())
+    assert difference(outputs(small, IMAGES), outputs(loaded, IMAGES)) == 0
+
+    def loss(model: nn.Module) -> float:
+        return float(copy.deepcopy(model).train()(IMAGES).square().mean().detach())
+
+    assert loss(small) == pytest.approx(loss(resrep.model), rel=0.1)  # no jump in train mode either
+    start = loss(small)
+    own = torch.optim.SGD(small.parameters(), lr=0.01)
+    for _ in range(5):
+        own.zero_grad()
+        small.train()(IMAGES).square().mean().backward()
+        own.step()
+    assert loss(small) < start
+    assert narrower.trace(loaded, IMAGES).free
+
+
+def test_half_precision_autocast_and_compiled() -> None:
+    torch.manual_seed(0)
+    model = randomised(small_resnet())
+    x = IMAGES.float()
+    resrep = narrower.ResRep(model, narrower.trace(model, x), macs=0.5, steps=40)
+    optimizer = sgd(resrep)
+    compiled = torch.compile(model, backend="eager")
+    for step in range(40):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = compiled(x).float().square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step == 25:
+            resrep.shrink()
+    assert resrep.progress()["reached"] <= 0.5
+    assert difference(outputs(model, x), outputs(resrep.merge(), x)) < 1e-5
+
+
+def test_a_scaled_loss_is_the_same_training() -> None:
+    """The rule sees gradients after GradScaler has unscaled them; a step that it skips, as gradients overflow, is no step."""
+    results = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = randomised(small_resnet())
+        resrep = narrower.ResRep(model, narrower.trace(model, IMAGES.float()), macs=0.5, steps=40)
+        optimizer = sgd(resrep)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=10**6, enabled=scaled)
+        for step in range(40):
+            for factor in ((float("inf"), 1.0) if scaled and step == 30 else (1.0,)):  # the first of them overflows
+                model.train(factor == 1.0)  # so that BatchNorm does not see more
+                optimizer.zero_grad()
+                loss = model(IMAGES.float()).square().mean() * factor
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        results.append((resrep.step, resrep.reached(), outputs(resrep.merge(), IMAGES.float())))
+    assert results[0][:2] == results[1][:2]
+    assert results[0][0] == 40
+    assert results[0][1] <= 0.5
+    assert difference(results[0][2], results[1][2]) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_requests_that_cannot_be_met() -> None:
+    torch.manual_seed(0)
+    model = small_resnet()
+    graph = narrower.trace(model, IMAGES.float())
+    for error, words, options in (
+        (PlanError, "budget", {"steps": 10}),
+        (ConfigError, "steps", {"macs": 0.5, "steps": 0}),
+        (ConfigError, "scope", {"macs": 0.5, "steps": 9, "scope": "outer"}),
+        (BudgetError, "the least is", {"macs": 0.05, "steps": 9}),
+        (PlanError, "between 0 and 1", {"macs": -1, "steps": 9}),
+        (PlanError, "no group matches", {"macs": 0.5, "steps": 9, "exclude": ["nothing"]}),
+    ):
+        with pytest.raises(error, match=words):
+            narrower.ResRep(model, graph, **options)
+    assert not any(hasattr(m, NAME) for m in model.modules())
+    with pytest.raises(PlanError, match="not the one that was traced"):
+        narrower.ResRep(CifarResNet(2, 5), graph, macs=0.5, steps=9)
+    narrower.ResRep(model, graph, macs=0.5, steps=9)
+    with pytest.raises(NarrowerError, match="compactors already|not the one that was traced"):
+        narrower.ResRep(model, graph, macs=0.5, steps=9)
+
+
+def test_optimizers_that_do_not_fit() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.5)
+    own = [p for n, p in resrep.model.named_parameters() if NAME not in n]
+    with pytest.raises(ConfigError, match="lacks the compactor of"):
+        resrep.attach(torch.optim.SGD(own, lr=0.1))
+    with pytest.raises(ConfigError, match="decays the compactor of"):
+        resrep.attach(torch.optim.SGD(resrep.model.parameters(), lr=0.1, weight_decay=1e-4))
+    optimizer = sgd(resrep)
+    with pytest.raises(ConfigError, match="attach was called before"):
+        resrep.attach(optimizer)
+    with pytest.raises(ConfigError, match="no gradient has reached"):
+        optimizer.step()
+    optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="fused"):
+        optimizer.step()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.5)
+    optimizer = sgd(resrep)
+    resrep_training.train(resrep, optimizer, IMAGES, 3)
+    good = copy.deepcopy(dict(resrep.model.named_parameters()))
+    optimizer.zero_grad()
+    (resrep.model.train()(IMAGES).sum() * float("nan")).backward()
+    with pytest.raises(ConfigError, match="not finite at step 3"):
+        optimizer.step()
+    assert all(torch.equal(p, good[n]) for n, p in resrep.model.named_parameters())
+
+
+def test_a_state_of_another_run_is_refused() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.5)
+    state = resrep.state_dict()
+    other: list[dict[str, Any]] = [
+        {"budget": {"macs": 0.6, "params": None}}, {"steps": 9}, {"format": 99}, {"groups": {}}, {"scope": "inner"}]
+    for changed in other:
+        with pytest.raises(StorageError, match="of another run"):
+            made(small_resnet, IMAGES, 0.5)[0].load_state_dict({**state, **changed})
+    resrep_training.train(resrep, sgd(resrep), IMAGES, 1)
+    with pytest.raises(StorageError, match="fresh"):
+        resrep.load_state_dict(state)
+
+
+def test_a_missed_budget_is_said_and_what_is_there_is_merged() -> None:
+    resrep, _ = made(small_resnet, IMAGES, 0.4, steps=100)
+    resrep_training.train(resrep, sgd(resrep), IMAGES, 15)
+    with pytest.warns(UserWarning, match="the budget was not reached"):
+        small = resrep.merge()
+    assert difference(outputs(resrep.model, IMAGES), outputs(small, IMAGES)) < 1e-10
+
+
+def test_inexact_groups_are_left_alone_with_a_reason() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(),
+                          nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(64, 2))
+    resrep = narrower.ResRep(model, narrower.trace(model, networks.images()), macs=0.9, steps=9)
+    assert "0" in resrep.reasons
+    assert "mixes" in resrep.reasons["0"]
+    assert "3" in resrep.rows
+
+
+class LayerScale(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.view(1, -1, 1, 1)
+
+
+def scaled() -> nn.Module:
+    parts = networks.unit(3, 8, act=nn.PReLU(8)), networks.unit(8, 6, act=nn.PReLU(6)), LayerScale(6), networks.unit(6, 7)
+    return networks.chain(*parts, networks.Head(7))
+
+
+def test_numbers_by_channel_that_are_viewed_as_images_hide_no_channels() -> None:
+    """A PReLU and a layer scale: the forward moves a parameter, which is no activation."""
+    resrep = examined(scaled, networks.images(), "inner")
+    assert resrep is not None and len(resrep.rows) == 3 and not resrep.reasons
+
+
+def test_compactors_behind_instance_norms() -> None:
+    """Their scales reach the operator repeated for each image."""
+    def make() -> nn.Module:
+        widths = ((3, 8), (8, 6), (6, 7))
+        parts = (nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.InstanceNorm2d(o, affine=True), nn.ReLU()) for i, o in widths)
+        return networks.chain(*parts, nn.Flatten(), nn.Linear(7 * 64, 5))
+
+    resrep = examined(make, networks.images(), "inner")
+    assert resrep is not None and len(resrep.rows) == 3 and not resrep.reasons

@@ -1,0 +1,65 @@
+"""Shared by the tests of ResRep: networks made interesting, a short training, and a slow rule written from the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import narrower
+from narrower.inputs import flatten_tensors
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """BatchNorms with statistics, scales and shifts of their own, so that nothing is the identity by accident."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                ranges = ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 2.0), (m.weight, 0.5, 1.5), (m.bias, -0.3, 0.3))
+                for t, low, high in ranges:
+                    if t is not None:
+                        t.copy_(torch.rand(t.shape, generator=g) * (high - low) + low)
+    return model
+
+
+def called(model: nn.Module, inputs: Any) -> list[Tensor]:
+    if isinstance(inputs, dict):
+        return flatten_tensors(model(**inputs))
+    return flatten_tensors(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    out = [t.clone() for t in called(model, inputs)]
+    for m, mode in modes:
+        m.training = mode
+    return out
+
+
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference, relative to the largest output."""
+    assert [t.shape for t in a] == [t.shape for t in b]
+    return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
+
+
+def train(resrep: narrower.ResRep, optimizer: torch.optim.Optimizer, inputs: Any, steps: int, seed: int = 0) -> None:
+    """So many steps towards random targets, which differ from step to step."""
+    g = torch.Generator().manual_seed(seed)
+    resrep.model.train()
+    for _ in range(steps):
+        out = [t for t in called(resrep.model, inputs) if t.is_floating_point()]
+        targets = [torch.randn(t.shape, generator=g).to(t.dtype) for t in out]
+        loss = sum(((t - y) ** 2).mean() for t, y in zip(out, targets, strict=True))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+
+def sgd(resrep: narrower.ResRep, lr: float = 0.01) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(resrep.param_groups(lr=lr, momentum=0.9, weight_decay=1e-4))
+    resrep.attach(optimizer)
+    return optimizer

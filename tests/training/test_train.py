@@ -1,0 +1,154 @@
+"""The loop: what it learns, and that interrupted and uninterrupted runs are the same run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("accelerate")
+from narrower.data.images import TensorImages
+from narrower.data.sources import ImageData
+from narrower.errors import ConfigError, StorageError
+from narrower.training.config import TrainConfig
+from narrower.training.train import evaluate, learning_rate, make_accelerator, train
+
+CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.05, warmup_epochs=0.5)
+
+
+def data(count: int = 90) -> ImageData:
+    """Two classes: bright above or bright below, with noise."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2
+    images = torch.randint(0, 120, (count, 1, 8, 8), generator=draw)
+    images[labels == 0, :, :4] += 100
+    images[labels == 1, :, 4:] += 100
+    both = TensorImages(images.to(torch.uint8), labels, (0.5,), (0.25,), pad=1, flip=0.5)
+    return ImageData("two classes", 2, (1, 8, 8), lambda split: both)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 2)
+    )
+
+
+def run(model: nn.Module, checkpoint: Path | None = None, config: TrainConfig = CONFIG, **kwargs: Any) -> nn.Module:
+    accelerator = make_accelerator("cpu")
+    return train(model, data(), config, seed=1, checkpoint=checkpoint, accelerator=accelerator, **kwargs)
+
+
+def test_learns_and_logs() -> None:
+    rows: list[dict[str, Any]] = []
+    model = run(network(), log=rows.append)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["top1"] > 90 > 60 > 100 * rows[-1]["loss"] - 40
+    assert rows[-1]["top1"] == evaluate(model, data().val, accelerator=make_accelerator("cpu"))["top1"]
+    assert all(row["images_per_second"] > 0 and row["seconds"] > 0 for row in rows)
+
+
+def test_evaluate_by_hand() -> None:
+    model = network()
+    model[4].eval()  # a frozen part keeps its mode
+    images = data().val
+    assert isinstance(images, TensorImages)
+    x, y = images.__getitems__(range(len(images)))
+    result = evaluate(model, images, replace(CONFIG, batch_size=7), make_accelerator("cpu"))
+    assert model.training and model[0].training and not model[4].training
+    logits = model.eval()(x)
+    assert result["top1"] == pytest.approx(100 * (logits.argmax(1) == y).float().mean().item())
+    assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = TrainConfig(epochs=10, lr=1.0, warmup_epochs=1, min_lr=0.1)
+    rates = [learning_rate(config, step, 10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(rates) == 1.0 and rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0.1 < rates[-1] < 0.101 and rates[55] == pytest.approx(0.55, abs=0.02)
+
+
+def interrupting(at: int, number: signal.Signals = signal.SIGINT) -> Any:
+    """A `watch` that presses Ctrl-C, or sends another signal, before the batch `at`, counted over all epochs."""
+    count = 0
+
+    def watch(batches: Any, description: str, total: int) -> Iterator[Any]:
+        nonlocal count
+        for batch in batches:
+            if "epoch" in description:
+                if count == at:
+                    os.kill(os.getpid(), number)
+                count += 1
+            yield batch
+
+    return watch
+
+
+@pytest.mark.parametrize("at", [0, 7, 11, 17])  # first step, middle of an epoch, last step of an epoch, very last step
+@pytest.mark.parametrize("options", [{}, {"amp": True, "channels_last": True, "smoothing": 0.1, "clip_grad": 1.0}])
+def test_resumed_is_uninterrupted(at: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Bit for bit, with dropout, augmentation and momentum; and each epoch is logged once."""
+    config = replace(CONFIG, **options)
+    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background of a shell
+    rows: list[dict[str, Any]] = []
+    whole = run(network(), config=config, log=rows.append).state_dict()
+
+    pieces: list[dict[str, Any]] = []
+    file = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(network(), file, config, log=pieces.append, watch=interrupting(at))
+    assert signal.getsignal(signal.SIGINT) is before
+    torch.manual_seed(99)
+    resumed = run(network(), file, config, log=pieces.append).state_dict()
+
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in part] for part in (rows, pieces)]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_cluster_that_stops_the_job(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(network(), tmp_path / "checkpoint.pt", watch=interrupting(2, signal.SIGTERM))
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    whole = run(network(), file).state_dict()
+    again = run(network(), file).state_dict()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_checkpoint_of_other_settings_or_a_damaged_one(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    run(network(), file, replace(CONFIG, epochs=1))
+    with pytest.raises(ConfigError, match="batch_size was 16, is 8"):
+        run(network(), file, replace(CONFIG, batch_size=8))
+    content = file.read_bytes()
+    with pytest.raises(StorageError, match="cannot go on"):
+        run(nn.Linear(3, 3), file)
+    assert file.read_bytes() == content
+    file.write_bytes(content[:1000])
+    with pytest.raises(StorageError, match="cannot go on"):
+        run(network(), file)
+
+
+def test_a_loss_that_explodes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no longer finite.*lower --lr"):
+        run(network(), tmp_path / "checkpoint.pt", replace(CONFIG, lr=1e30))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_no_such_device() -> None:
+    with pytest.raises(ConfigError, match="--device nonsense"):
+        make_accelerator("nonsense")
