@@ -1,43 +1,81 @@
-"""Which positions of every tensor stay when some channels go."""
+"""Which channels stay, and what stays of every axis and tensor then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from ..errors import PlanError
-from .types import Graph
+from .types import ChannelMap, Graph
 
-Keep = Mapping[str, np.ndarray]  # group name -> kept channels, ascending
+Keep = Mapping[str, np.ndarray]
+"""{group name: kept channels, ascending}."""
 
-
-class Selection(NamedTuple):
-    """Positions that stay along one dimension, shape (blocks, kept): one row, or one for each group of a convolution."""
-
-    dim: int
-    rows: np.ndarray
+Cut = Mapping[int, np.ndarray]
+"""{dimension of a tensor: positions that stay, shape (blocks, n)}: one row, or one for each group of a grouped convolution."""
 
 
-def selections(graph: Graph, keep: Keep) -> dict[str, list[Selection]]:
-    """What stays of every tensor that loses something: {tensor name: selections, one for each dimension}."""
-    gone: dict[tuple[str, int], tuple[int, list[np.ndarray]]] = {}
-    for name, kept in keep.items():
-        group = graph[name]
-        if len(kept) == group.size:
-            continue
-        removed = np.ones(group.size, dtype=bool)
-        removed[kept] = False
-        for s in group.slices:
-            blocks, parts = gone.setdefault((s.tensor, s.dim), (s.blocks, []))
-            parts.append(s.positions[removed[s.channels]])
-    out: dict[str, list[Selection]] = {}
-    for (tensor, dim), (blocks, parts) in gone.items():
-        stays = np.ones(graph.shapes[tensor][dim] * blocks, dtype=bool)
-        stays[np.concatenate(parts)] = False
-        rows = stays.reshape(blocks, -1)
-        if len(set(rows.sum(1).tolist())) > 1:
-            raise PlanError(f"{tensor}: each of its {blocks} groups must keep equally many channels")
-        out.setdefault(tensor, []).append(Selection(dim, np.nonzero(rows)[1].reshape(blocks, -1)))
-    return out
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The channels of a graph that stay. Groups that `keep` does not name stay whole."""
+
+    graph: Graph
+    keep: Keep
+
+    @staticmethod
+    def without(graph: Graph, removed: Iterable[tuple[str, np.ndarray]]) -> Kept:
+        """All channels of the free groups but the `removed`: pairs of a group's name and some of its channels."""
+        masks = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
+        for group, channels in removed:
+            masks[group][channels] = False
+        return Kept(graph, {group: np.nonzero(mask)[0] for group, mask in masks.items()})
+
+    @cached_property
+    def masks(self) -> dict[str, np.ndarray]:
+        masks = {}
+        for g in self.graph.groups:
+            mask = masks[g.name] = np.ones(g.size, dtype=bool)
+            if g.name in self.keep:
+                mask[:] = False
+                mask[self.keep[g.name]] = True
+        return masks
+
+    def mask(self, group: str) -> np.ndarray:
+        """For each channel of a group whether it stays. Bool, shape (size,)."""
+        return self.masks[group]
+
+    def mask_along(self, maps: Iterable[ChannelMap], size: int) -> np.ndarray:
+        """For each of `size` positions whether the channel there stays; positions without a channel do. Bool, shape (size,)."""
+        stays = np.ones(size, dtype=bool)
+        for m in maps:
+            stays[m.positions] = self.masks[m.group][m.channels]
+        return stays
+
+    def axis_mask(self, tensor: str, dim: int) -> np.ndarray:
+        """For each position along a dimension of a tensor whether it stays. Bool, shape (blocks, size)."""
+        slices = self.graph.by_axis.get((tensor, dim), ())
+        blocks = slices[0].blocks if slices else 1
+        return self.mask_along(slices, blocks * self.graph.shapes[tensor][dim]).reshape(blocks, -1)
+
+    def positions(self, tensor: str, dim: int) -> np.ndarray:
+        """The dense positions that stay along a dimension of a tensor, ascending. Shape (blocks, n).
+
+        Raises PlanError if the blocks would keep different numbers.
+        """
+        stays = self.axis_mask(tensor, dim)
+        if len(set(stays.sum(1).tolist())) > 1:
+            raise PlanError(f"{tensor}: each of its {len(stays)} groups must keep equally many channels")
+        return np.nonzero(stays)[1].reshape(len(stays), -1)
+
+    @cached_property
+    def cuts(self) -> dict[str, Cut]:
+        """What stays of every tensor that loses something, by its name."""
+        losing = [self.graph[name] for name, kept in self.keep.items() if len(kept) < self.graph[name].size]
+        axes = dict.fromkeys((s.tensor, s.dim) for g in losing for s in g.slices)
+        cuts: dict[str, dict[int, np.ndarray]] = {}
+        for tensor, dim in axes:
+            cuts.setdefault(tensor, {})[dim] = self.positions(tensor, dim)
+        return dict(cuts)

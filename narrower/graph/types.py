@@ -40,19 +40,30 @@ class PinReason(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Slice:
-    """One end of a channel group: where its channels live along one dimension of one parameter or buffer.
+class ChannelMap:
+    """Where the channels of one group are along an axis: `channels[n]` occupies `positions[n]`.
 
-    `channels[n]` of the group occupies `positions[n]` (a channel may occupy several). Where a grouped convolution reads
-    a different set in each of its `blocks`, positions count through all of them: block * size + position.
-    `role`: "out" makes the channels, "in" reads them, "along" rides with them (BatchNorm, bias, depthwise filters).
+    A channel may occupy several positions, or none. The axis is a dimension of an activation, of a tensor (`Slice`), the
+    rows of a compactor, or the numbers that a stored value counts.
+    """
+
+    group: str
+    channels: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(ChannelMap):
+    """Where the channels of a group are along dimension `dim` of a parameter or buffer.
+
+    `role`: "out" makes the channels, "in" reads them, "along" has one entry for each (BatchNorm, bias, depthwise filters).
+    `blocks`: the number of groups of a grouped convolution that reads other channels in each of them. Positions then count
+    through all of them: block * size + position.
     """
 
     tensor: str
     dim: int
     role: Role
-    channels: np.ndarray
-    positions: np.ndarray
     blocks: int = 1
 
 
@@ -79,15 +90,6 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class Members:
-    """Channels of one group at positions of an activation."""
-
-    group: str
-    channels: np.ndarray
-    positions: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
 class MapSource:
     """Where feature maps can be seen in a forward pass: at the input of the convolution with that weight (or of that number in
     the forward, if its weight is computed there), or of the pooling of that number. `consumers` counts the convolutions
@@ -96,7 +98,7 @@ class MapSource:
     weight: str | int | None
     pool: int
     consumers: int
-    members: tuple[Members, ...]
+    members: tuple[ChannelMap, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class Mixer:
     number: int
     dim: int
     size: int
-    members: tuple[Members, ...]
+    members: tuple[ChannelMap, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,7 @@ class Product:
 
     number: int
     shape: tuple[int, ...]
-    members: tuple[Members, ...]
+    members: tuple[ChannelMap, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ class Edit:
     attribute: str
     entry: int | None
     size: int
-    members: tuple[Members, ...]
+    members: tuple[ChannelMap, ...]
 
 
 class Step(NamedTuple):
@@ -184,6 +186,14 @@ class Graph:
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:
         return {g.name: g for g in self.groups}
+
+    @cached_property
+    def by_axis(self) -> dict[tuple[str, int], tuple[Slice, ...]]:
+        """The slices along each dimension of each tensor: {(tensor, dim): slices}."""
+        out: dict[tuple[str, int], tuple[Slice, ...]] = {}
+        for s in (s for g in self.groups for s in g.slices):
+            out[s.tensor, s.dim] = *out.get((s.tensor, s.dim), ()), s
+        return out
 
     @cached_property
     def free(self) -> tuple[ChannelGroup, ...]:

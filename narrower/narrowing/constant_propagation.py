@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..graph.types import Graph, Step
+from ..graph.types import ChannelMap, Graph, Step
 from ..tracing.operators.elementwise import elementwise
 from ..tracing.operators.table import KINDS, RULES
 from .constant_values import ZERO, Values, padded, pointwise, product, quotient, side_by_side, zero_only
@@ -72,15 +72,6 @@ class Site:
         return str(self.weight), int(self.transposed)
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """The rows of a site that make a group's channels: `channels[n]` of the group is row `positions[n]`."""
-
-    site: str
-    channels: np.ndarray
-    positions: np.ndarray
-
-
 class Reader(NamedTuple):
     """A convolution or linear layer that can take a constant channel into `into`: its bias, which may be `missing`, or the
     running `mean` of the BatchNorm behind it."""
@@ -131,8 +122,8 @@ CHANGE = {"sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "na
 
 PRODUCTS = {"mul", "bmm", "baddbmm"}
 
-Start = Callable[[Site, Layer | None, str, Row], Tensor]
-"""What a site makes of a group's channels, given the layer before it."""
+Start = Callable[[Site, Layer | None, ChannelMap], Tensor]
+"""What a site makes of a group's channels, which are some of its rows, given the layer before it."""
 
 
 class Walk:
@@ -140,12 +131,8 @@ class Walk:
     whether the layer with a weight can be given a bias."""
 
     def __init__(self, graph: Graph, takes_bias: Callable[[str], bool],
-                 start: Start = lambda site, layer, group, row: ZERO) -> None:
+                 start: Start = lambda site, layer, rows: ZERO) -> None:
         self.graph, self.takes_bias, self.start = graph, takes_bias, start
-        self.makes: dict[tuple[str, int], list[tuple[str, np.ndarray, np.ndarray]]] = {}
-        for g in graph.groups:
-            for part in g.slices:
-                self.makes.setdefault((part.tensor, part.dim), []).append((g.name, part.channels, part.positions))
         self.sites: dict[str, Site] = {}
         self.activations: dict[int, Activation] = {}
         self.labelled: set[int] = set()
@@ -242,11 +229,7 @@ class Walk:
         if self.sites.setdefault(module, new) != new:
             return Activation(frozenset([module]), f"{module} is used in two ways")
         return Activation(frozenset([module]), values={
-            g: self.start(new, layer, g, row) for g, row in self.rows(new).items()})
-
-    def rows(self, site: Site) -> dict[str, Row]:
-        """What a site makes of each group."""
-        return {group: Row(site.module, channels, positions) for group, channels, positions in self.makes.get(site.rows, ())}
+            s.group: self.start(new, layer, s) for s in self.graph.by_axis.get(new.rows, ())})
 
     @staticmethod
     def own_bias(weight: str) -> str:

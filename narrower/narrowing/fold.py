@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..graph.selection import Kept
+from ..graph.types import ChannelMap
 from ..planning.plan import Plan, costed_plan
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.resize import add_biases, takes_bias
 from ..surgery.walk import named_tensors
-from .constant_propagation import Layer, Reader, Row, Site, Walk, absorb_constants
+from .constant_propagation import Layer, Reader, Site, Walk, absorb_constants
 from .constant_values import NAN
 
 
@@ -44,24 +45,22 @@ def fold(model: nn.Module, plan: Plan) -> Folded:
 
     Raises PlanError if the model's tensors are not those that were traced.
     """
-    graph = plan.graph
+    graph, kept = plan.graph, Kept(plan.graph, plan.keep)
     same_tensors(model, graph)
     copy = duplicate(model, {id(t): fresh_copy(t) for t in named_tensors(model).values()})
     tensors = named_tensors(copy)
     eps = {n: float(getattr(m, "eps", 0.0)) for n, m in copy.named_modules()}
 
-    def start(site: Site, layer: Layer | None, group: str, row: Row) -> Tensor:
-        out = NAN.repeat(graph[group].size)
-        out[row.channels] = constant_rows(site, layer, tensors, eps)[row.positions]
+    def start(site: Site, layer: Layer | None, rows: ChannelMap) -> Tensor:
+        out = NAN.repeat(graph[rows.group].size)
+        out[rows.channels] = constant_rows(site, layer, tensors, eps)[rows.positions]
         return out
 
     found: dict[tuple[Reader, str], Tensor] = {}
     left: dict[str, str] = {}
     for activation, reader in Walk(graph, partial(takes_bias, copy), start).needs:
         for group, value in activation.values.items():
-            gone = np.ones(graph[group].size, dtype=bool)
-            gone[plan.keep.get(group, np.arange(len(gone)))] = False
-            value = torch.where(torch.as_tensor(gone), value, 0.0).nan_to_num()
+            value = torch.where(torch.as_tensor(kept.mask(group)), 0.0, value).nan_to_num()
             if not bool(value.any()) or reader == "":
                 continue
             if isinstance(reader, str):

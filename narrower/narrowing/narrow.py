@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..graph.selection import Keep, selections
-from ..graph.types import Graph
+from ..graph.selection import Kept
 from ..planning.plan import Plan
 from ..surgery.attributes import attribute_values, set_attributes
 from ..surgery.copying import duplicate, same_tensors
@@ -31,39 +30,40 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     graph = plan.graph
     dense = same_tensors(model, graph)
     shapes = graph.shapes
-    cuts = selections(graph, plan.keep)
+    kept = Kept(graph, plan.keep)
     memo: dict[int, Tensor] = {}
     swaps: list[Swap] = []
     for name, t in dense.items():
         if id(t) in memo:
             continue
-        cut = cuts.get(name, [])
+        cut = kept.cuts.get(name, {})
         new = slice_tensor(t.detach(), cut) if cut else t.detach().clone()
         new = new.contiguous(memory_format=format_of(t)) if cut else new
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=t.requires_grad)
         memo[id(t)] = new
-        swaps.append(Swap(t, new, partial(slice_tensor, chosen=cut)))
+        swaps.append(Swap(t, new, partial(slice_tensor, cut=cut)))
     small = duplicate(model, memo)
     # the new tensors are in place; fit sets the attributes that mirror their shapes
     fit(small, {name: t for name, t in named_tensors(small).items() if tuple(t.shape) != shapes[name]}, shapes)
-    set_attributes(small, attribute_values(graph, plan.keep))
+    set_attributes(small, attribute_values(kept))
     if optimizer is not None:
         carry_optimizer(optimizer, swaps)
-    record(small, graph, plan.keep)
+    record(small, kept)
     return small
 
 
-def record(small: nn.Module, graph: Graph, keep: Keep) -> None:
+def record(small: nn.Module, kept: Kept) -> None:
     """Note in the narrow network what `save` writes: shapes, kept channels, and the numbers that its modules store."""
+    graph = kept.graph
     before = getattr(small, RECORD, {"dense": {n: list(s) for n, s in graph.shapes.items()}, "plans": [], "numbers": [],
                                      "created": []})
     dense = {**{n: before["dense"][f"{n.removesuffix('bias')}weight"][:1] for n in graph.created}, **before["dense"]}
-    stored = {tuple(place): value for *place, value in before["numbers"]} | attribute_values(graph, keep)
+    stored = {tuple(place): value for *place, value in before["numbers"]} | attribute_values(kept)
     setattr(small, RECORD, {
         "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
         "dense": dense,
         "created": [*before["created"], *(n for n in graph.created if n not in before["created"])],
-        "plans": [*before["plans"], {n: [int(c) for c in kept] for n, kept in keep.items()}],
+        "plans": [*before["plans"], {n: [int(c) for c in stay] for n, stay in kept.keep.items()}],
         "numbers": [[*place, value] for place, value in stored.items()],
     })

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import VerifyError
-from ..graph.types import Graph, Members, Mixer, Product
+from ..graph.selection import Kept
+from ..graph.types import Mixer, Product
 from ..inputs import flatten_tensors, map_tensors
 from ..planning.plan import Plan
 from ..surgery.copying import duplicate, same_tensors
@@ -50,17 +51,17 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     Raises VerifyError if the outputs differ by more (or if rounding alone makes such a difference: nothing can be told then),
     have other shapes, or are not finite.
     """
-    graph = plan.graph
+    kept = Kept(plan.graph, plan.keep)
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance
     same_tensors(model, plan.graph)
     inputs = map_tensors(example_inputs, lambda t: t.detach().to(kind) if t.is_floating_point() else t.detach())
-    reference = mask_consumers(model, plan).to(kind).eval()
+    reference = mask_consumers(model, kept).to(kind).eval()
     memo = {id(t): t.detach().clone() for t in small.buffers()}
     candidate = duplicate(small, memo).to(kind).eval()
     outs = []
     modes: list[tuple[str, nn.Module, AbstractContextManager[Any]]] = [
-        ("dense", reference, Survivors(graph, plan, named_tensors(reference).values())), ("narrow", candidate, nullcontext())]
+        ("dense", reference, Survivors(kept, named_tensors(reference).values())), ("narrow", candidate, nullcontext())]
     for what, net, mode in modes:
         try:
             outs.append(flatten_tensors(run_forward(net, inputs, mode)))
@@ -76,7 +77,7 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
         return Verification(worst, limit, kind)
     eps = torch.finfo(kind).eps
     shaken = map_tensors(inputs, lambda t: t * (1 + eps * torch.randn_like(t)) if t.is_floating_point() else t)
-    again = run_forward(reference, shaken, Survivors(graph, plan, named_tensors(reference).values()))
+    again = run_forward(reference, shaken, Survivors(kept, named_tensors(reference).values()))
     noise = largest_difference(want, flatten_tensors(again))
     if noise > limit / 100:
         raise VerifyError(f"on these inputs it cannot be told: the networks differ by {worst:.1e} of the output, but the dense "
@@ -108,40 +109,29 @@ def largest_difference(want: Sequence[Tensor], have: Sequence[Tensor]) -> float:
     return worst
 
 
-def mask_consumers(model: nn.Module, plan: Plan) -> nn.Module:
+def mask_consumers(model: nn.Module, kept: Kept) -> nn.Module:
     """A copy of the dense model in which no weight reads a removed channel."""
     copy = duplicate(model, {})
     tensors = named_tensors(copy)
-    for name, kept in plan.keep.items():
-        group = plan.graph[name]
-        gone = np.ones(group.size, dtype=bool)
-        gone[kept] = False
-        for s in group.slices:
-            if s.role != "in" or not gone.any():
-                continue
-            t = tensors[s.tensor].data
-            positions = torch.as_tensor(s.positions[gone[s.channels]])
-            if s.blocks == 1:
-                t.index_fill_(s.dim, positions.to(t.device), 0)
-                continue
-            for block, part in enumerate(t.chunk(s.blocks, dim=0)):
-                width = t.shape[s.dim]
-                inside = positions[(positions >= block * width) & (positions < (block + 1) * width)] - block * width
-                part.index_fill_(s.dim, inside.to(t.device), 0)
+    for (tensor, dim), slices in kept.graph.by_axis.items():
+        stays = kept.axis_mask(tensor, dim)
+        if slices[0].role == "in" and not stays.all():
+            for part, mask in zip(tensors[tensor].data.chunk(len(stays), dim=0), stays, strict=True):
+                part.index_fill_(dim, torch.as_tensor(np.nonzero(~mask)[0], device=part.device), 0)
     return copy
 
 
 class Survivors(TorchDispatchMode):
     """Evaluates the calls that mix channels on the surviving channels only, and puts zeros elsewhere."""
 
-    def __init__(self, graph: Graph, plan: Plan, held: Iterable[Tensor]) -> None:
+    def __init__(self, kept: Kept, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self.plan = plan
+        self.kept, graph = kept, kept.graph
         self.calls: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
         self.products: dict[int | None, Product] = {p.number: p for p in graph.products}
         self.met = Products(held)
         self.counts: Counter[str] = Counter()
-        self.unread = {number: unread(graph, plan, tensor) for number, tensor in graph.computed.items()}
+        self.unread = {number: unread(kept, tensor) for number, tensor in graph.computed.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, _ = rule_for(func)
@@ -168,30 +158,20 @@ class Survivors(TorchDispatchMode):
 
     def left(self, product: Product, x: Tensor) -> Tensor:
         """One where a channel stays, zero where it goes, to be multiplied with the first factor `x`."""
-        stays = self.surviving(product.members, int(np.prod(product.shape))).reshape(product.shape)
+        stays = self.kept.mask_along(product.members, int(np.prod(product.shape))).reshape(product.shape)
         if len(stays) > 1:  # images times heads: there may be more images now
             stays = stays[np.arange(len(x)) % len(stays)]
         return torch.as_tensor(stays, dtype=x.dtype, device=x.device)
 
     def stays(self, mixer: Mixer, size: int) -> np.ndarray:
-        return np.nonzero(np.tile(self.surviving(mixer.members, mixer.size), size // mixer.size))[0]
-
-    def surviving(self, members: Iterable[Members], size: int) -> np.ndarray:
-        """For each of `size` positions whether the channel that lives there stays."""
-        stays = np.ones(size, dtype=bool)
-        for m in members:
-            stays[m.positions] = np.isin(m.channels, self.plan.keep[m.group]) if m.group in self.plan.keep else True
-        return stays
+        return np.nonzero(np.tile(self.kept.mask_along(mixer.members, mixer.size), size // mixer.size))[0]
 
 
-def unread(graph: Graph, plan: Plan, tensor: str) -> np.ndarray:
+def unread(kept: Kept, weight: str) -> np.ndarray:
     """The input channels that the narrow convolution with that weight does not have."""
-    gone = [np.zeros(0, dtype=np.int64)]
-    for name, kept in plan.keep.items():
-        for s in graph[name].slices:
-            if s.tensor == tensor and s.role == "in":
-                gone.append(s.positions[~np.isin(s.channels, kept)])
-    return np.concatenate(gone)
+    gone = [~kept.axis_mask(tensor, dim) for (tensor, dim), slices in kept.graph.by_axis.items()
+            if tensor == weight and slices[0].role == "in"]
+    return np.nonzero(np.concatenate(gone, axis=None))[0] if gone else np.zeros(0, dtype=np.int64)
 
 
 def on_survivors(name: str, rest: Sequence[Any], dim: int, ndim: int, stays: Tensor) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import PlanError
 from ..graph.cost import CostModel
 from ..graph.equal_counts import components
+from ..graph.selection import Kept
 from ..graph.types import Graph, table
 from .greedy import by_budget
 from .rates import by_rate
@@ -92,11 +93,9 @@ def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[s
     missing = [g.name for g in graph.free if g.name not in keep]
     if missing:
         raise PlanError(f"no kept channels given for group {missing[0]!r}")
-    gone = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
-    for name, mask in gone.items():
-        mask[keep[name]] = False
+    kept = Kept(graph, keep)
     for part in components(graph):
-        lost = np.array([gone[c.group][c.channels].sum() for c in part.cells])
+        lost = np.array([(~kept.mask(c.group)[c.channels]).sum() for c in part.cells])
         if len(part.equations) and (part.equations @ lost).any():
             names = sorted({c.group for c in part.cells})
             raise PlanError(f"group {', '.join(names[:3])}: the kept channels must be equally many in each of its parts "
@@ -139,9 +138,6 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         lost = by_rate(graph, parts, remove, round_to, min_channels)
     else:
         lost = by_budget(graph, parts, values, Budget(macs, params), round_to, min_channels)
-    keep = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
-    for part, counts in zip(parts, lost, strict=True):
-        for cell, n in zip(part.cells, counts, strict=True):
-            order = cell.channels[np.argsort(values[cell.group][cell.channels], kind="stable")]
-            keep[cell.group][order[: int(n)]] = False
-    return costed_plan(graph, {n: np.nonzero(k)[0] for n, k in keep.items()}, {k: v for k, v in request.items() if v})
+    removed = [(cell.group, cell.channels[np.argsort(values[cell.group][cell.channels], kind="stable")[: int(n)]])
+               for part, counts in zip(parts, lost, strict=True) for cell, n in zip(part.cells, counts, strict=True)]
+    return costed_plan(graph, Kept.without(graph, removed).keep, {k: v for k, v in request.items() if v})

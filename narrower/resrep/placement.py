@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from ..graph.types import Graph
-from ..narrowing.constant_propagation import Reader, Row, Site, Walk
+from ..graph.types import ChannelMap, Graph
+from ..narrowing.constant_propagation import Reader, Site, Walk
 from ..surgery.resize import add_biases, takes_bias
 
 Scope = Literal["inner", "all"]
@@ -19,11 +19,11 @@ Scope = Literal["inner", "all"]
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Sites by module, the rows that each group's channels need to be zero, why other groups cannot be compacted, and what
-    a group's channels are where `reader` reads them when their rows are zero."""
+    """Sites by module, the rows of sites that each group's channels need to be zero, why other groups cannot be compacted,
+    and what a group's channels are where `reader` reads them when their rows are zero."""
 
     sites: Mapping[str, Site]
-    rows: Mapping[str, tuple[Row, ...]]
+    rows: Mapping[str, Mapping[str, ChannelMap]]
     reasons: Mapping[str, str]
     constants: tuple[tuple[Reader, str, float], ...] = ()
 
@@ -31,15 +31,15 @@ class Places:
 def places(graph: Graph, scope: Scope = "inner", takes_bias: Callable[[str], bool] = lambda weight: False) -> Places:
     """Sites and rows for the free groups of a graph; `scope="inner"` leaves out the channels that several layers make."""
     walk = Walk(graph, takes_bias)
-    needed: dict[str, dict[str, Row]] = {}
+    needed: dict[str, dict[str, ChannelMap]] = {}
     reasons: dict[str, str] = {}
     constants: dict[tuple[Reader, str], float] = {}
     for activation, reader in walk.needs:
         for module in sorted(activation.sites):
-            for group, row in walk.rows(walk.sites[module]).items():
+            for s in graph.by_axis.get(walk.sites[module].rows, ()):
                 if activation.broken:
-                    reasons.setdefault(group, activation.broken)
-                needed.setdefault(group, {})[module] = row
+                    reasons.setdefault(s.group, activation.broken)
+                needed.setdefault(s.group, {})[module] = s
         for group, value in activation.values.items():
             number = float(value)
             if number == 0 or reader == "":
@@ -50,19 +50,19 @@ def places(graph: Graph, scope: Scope = "inner", takes_bias: Callable[[str], boo
             else:
                 constants[reader, group] = number
     gates = {walk.sites[m].weight for m in walk.gates}
-    rows: dict[str, tuple[Row, ...]] = {}
+    rows: dict[str, Mapping[str, ChannelMap]] = {}
     for g in graph.free:
-        mine = tuple(needed.get(g.name, {}).values())
+        mine = needed.get(g.name, {})
         makers = {s.tensor for s in g.slices if s.role == "out"} - gates - walk.depthwise
         if not g.exact:
             reasons[g.name] = "a layer mixes these channels: a zero among them is not as good as none"
-        elif not mine or len(np.unique(np.concatenate([r.channels for r in mine]))) < g.size:
+        elif not mine or len(np.unique(np.concatenate([r.channels for r in mine.values()]))) < g.size:
             reasons.setdefault(g.name, "no layer was found whose zeros would reach all that reads them")
         elif scope == "inner" and len(makers) > 1:
             reasons.setdefault(g.name, f"{len(makers)} layers make these channels (scope='inner')")
         if g.name not in reasons:
             rows[g.name] = mine
-    used = {r.site for mine in rows.values() for r in mine}
+    used = {module for mine in rows.values() for module in mine}
     return Places({m: s for m, s in walk.sites.items() if m in used}, rows,
                   {g.name: reasons[g.name] for g in graph.free if g.name in reasons},
                   tuple((reader, group, number) for (reader, group), number in constants.items() if group in rows))

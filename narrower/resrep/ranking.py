@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..graph.cost import CostKind, CostModel, RunningCost
 from ..graph.equal_counts import Component, components
-from ..graph.types import Graph
-from ..narrowing.constant_propagation import Row
+from ..graph.types import ChannelMap, Graph
 from ..planning.greedy import ComponentDescent, descend
 from ..planning.requests import checked_scores
 from .schedule import Ranking
+
+Rows = Mapping[str, Mapping[str, ChannelMap]]
+"""{group: {site: the rows of that site which must be zero for the group's channels to go}}."""
 
 
 def choose(graph: Graph, cost: CostModel, parts: Sequence[Component], norms: Mapping[str, np.ndarray],
@@ -43,8 +45,8 @@ def choose(graph: Graph, cost: CostModel, parts: Sequence[Component], norms: Map
     return chosen, dict(running.now)
 
 
-def candidates(graph: Graph, rows: Mapping[str, tuple[Row, ...]],
-               reasons: dict[str, str]) -> tuple[list[Component], dict[str, tuple[Row, ...]]]:
+def candidates(graph: Graph, rows: Rows,
+               reasons: dict[str, str]) -> tuple[list[Component], dict[str, Mapping[str, ChannelMap]]]:
     """The components of which every group has rows: tied groups go together or not at all."""
     parts, mine = [], {}
     for part in components(graph):
@@ -58,7 +60,7 @@ def candidates(graph: Graph, rows: Mapping[str, tuple[Row, ...]],
     return parts, mine
 
 
-def priors(graph: Graph, rows: Mapping[str, tuple[Row, ...]], scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+def priors(graph: Graph, rows: Rows, scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
     """Scores relative to their group's mean. Raises PlanError for scores of another graph."""
     if scores is None:
         return {n: np.ones(graph[n].size) for n in rows}
@@ -66,15 +68,15 @@ def priors(graph: Graph, rows: Mapping[str, tuple[Row, ...]], scores: Mapping[st
     return {n: v / v.mean() for n, v in values.items()}
 
 
-def by_channel(graph: Graph, rows: Mapping[str, tuple[Row, ...]], present: Mapping[str, np.ndarray],
+def by_channel(graph: Graph, rows: Rows, present: Mapping[str, np.ndarray],
                values: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
     """Values of the rows that are left (`present`, by site), per channel for each row of it; `fill` for rows that were dropped.
     Of several rows of one site the largest counts."""
     out: dict[str, list[np.ndarray]] = {}
     for group, mine in rows.items():
-        for row in mine:
-            dense = np.full(max(row.positions.max(), present[row.site].max(initial=0)) + 1, fill)
-            dense[present[row.site]] = values[row.site]
+        for site, row in mine.items():
+            dense = np.full(max(row.positions.max(), present[site].max(initial=0)) + 1, fill)
+            dense[present[site]] = values[site]
             value = np.full(graph[group].size, -np.inf)
             np.maximum.at(value, row.channels, dense[row.positions])
             out.setdefault(group, []).append(np.where(np.isinf(value), np.nan, value))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..graph.selection import Keep, Selection, selections
+from ..graph.selection import Keep, Kept
 from ..graph.types import Graph
 from ..narrowing.constant_propagation import Reader, Site, absorb_constants
 from ..narrowing.optimizer import Swap
@@ -82,8 +82,8 @@ def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layou
         gone = np.full(graph[group].size, number)
         gone[keep[group]] = 0
         absorb_constants(named_tensors(model), graph, reader, group, gone, layout.ends)
-    cuts = selections(graph, keep)
-    later = Layout({(t, s.dim): s.rows for t, chosen in cuts.items() for s in chosen})
+    kept = Kept(graph, keep)
+    later = Layout({(t, dim): positions for t, cut in kept.cuts.items() for dim, positions in cut.items()})
     values: dict[str, Tensor] = {}  # merged tensors
     from_rows: dict[End, np.ndarray] = {}  # dimensions of merged tensors that have the compactor's rows now
     compactors: dict[str, tuple[np.ndarray, np.ndarray, Tensor]] = {}
@@ -119,7 +119,7 @@ def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layou
             new = pick(q, within, columns)
         compactors[name] = within, columns, new
     swaps = replace_tensors(model, graph, layout, later, values, from_rows)
-    set_attributes(model, attribute_values(graph, keep))
+    set_attributes(model, attribute_values(kept))
     for name, (within, columns, new) in compactors.items():
         module = model.get_submodule(name)
         if merge:
@@ -143,7 +143,7 @@ def replace_tensors(model: nn.Module, graph: Graph, layout: Layout, later: Layou
         t = named[name]
         if id(t) in done:
             continue
-        value, part, of_state = values.get(name, t.detach()).to(t.dtype), [], []
+        value, part, of_state = values.get(name, t.detach()).to(t.dtype), {}, {}
         for dim in range(t.dim()):
             end = name, dim
             if end not in later.ends and end not in layout.ends and end not in from_rows:
@@ -152,13 +152,13 @@ def replace_tensors(model: nn.Module, graph: Graph, layout: Layout, later: Layou
             blocks = len(wanted) if wanted is not None else 1
             wanted = later.left(graph, end, blocks) if wanted is None else wanted
             before = layout.left(graph, end, blocks)
-            of_state.append(Selection(dim, relative(before, wanted)))
-            part.append(Selection(dim, relative(from_rows.get(end, before), wanted)))
+            of_state[dim] = relative(before, wanted)
+            part[dim] = relative(from_rows.get(end, before), wanted)
         new = slice_tensor(value, part).clone().contiguous(memory_format=format_of(t))
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=t.requires_grad)
         done[id(t)] = new
-        swaps.append(Swap(t, new, partial(slice_tensor, chosen=of_state)))
+        swaps.append(Swap(t, new, partial(slice_tensor, cut=of_state)))
     fit(model, {name: done[id(t)] for name, t in named.items() if id(t) in done})
     return swaps
 

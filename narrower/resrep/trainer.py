@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, ConfigError, PlanError, StorageError
 from ..graph.cost import CostKind, CostModel
+from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..narrowing.narrow import record
 from ..narrowing.optimizer import carry_optimizer
@@ -69,7 +70,7 @@ class ResRep:
         if not self.rows:
             raise PlanError("ResRep finds nothing to compact: "
                             + ("; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4]) or "nothing is free"))
-        used = {r.site for mine in self.rows.values() for r in mine}
+        used = {site for mine in self.rows.values() for site in mine}
         self.sites = {m: s for m, s in found.sites.items() if m in used}
         self.constants = [c for c in found.constants if c[1] in self.rows]
         self.cost = CostModel(graph)
@@ -91,8 +92,8 @@ class ResRep:
         self.penalised: dict[str, Tensor] = {}
         self.follow_every = min(8, max(1, steps // 100))
         self.ruled_rows = {name: np.zeros(s.size, dtype=bool) for name, s in self.sites.items()}
-        for row in (r for mine in self.rows.values() for r in mine):
-            self.ruled_rows[row.site][row.positions] = True
+        for site, row in (item for mine in self.rows.values() for item in mine.items()):
+            self.ruled_rows[site][row.positions] = True
         self.install()
 
     # ------------------------------------------------------------------------------------------------ the user's side
@@ -173,7 +174,7 @@ class ResRep:
                 warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {self.dense[kind]:,.0f} remain "
                               f"({have / self.dense[kind]:.1%}), {target / self.dense[kind]:.1%} was asked for; train longer "
                               f"(step {self.step} of {self.steps})", stacklevel=2)
-        record(small, self.graph, keep)
+        record(small, Kept(self.graph, keep))
         return small
 
     def progress(self) -> dict[str, float]:
@@ -320,8 +321,8 @@ class ResRep:
         ranking = {n: v * self.prior[n] for n, v in self.norms().items()}
         chosen, self.masked = choose(self.graph, self.cost, self.parts, ranking, self.targets, most, s.ranking)
         dense = {name: np.zeros(site.size, dtype=bool) for name, site in self.sites.items()}
-        for group, row in ((g, r) for g, mine in self.rows.items() for r in mine):
-            dense[row.site][row.positions] |= chosen[group][row.channels]
+        for site, row in (item for mine in self.rows.values() for item in mine.items()):
+            dense[site][row.positions] |= chosen[row.group][row.channels]
         for name, c in self.compactors().items():
             here = torch.as_tensor(dense[name][self.layout.rows[name]], device=c.weight.device)
             c.chosen.copy_(here | c.gone)
@@ -384,14 +385,14 @@ class ResRep:
         """The channels that stay: all but those whose every row is zero, as far as ties let them go (gone ones stay gone)."""
         found = {n: (~c.gone).cpu().numpy().astype(float) for n, c in self.compactors().items()}
         alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 0.0).items()}
-        keep = {g.name: np.ones(g.size, dtype=bool) for g in self.graph.free}
+        removed: list[tuple[str, np.ndarray]] = []
         for part in self.parts:
             zero = [c.channels[~alive[c.group][c.channels]] for c in part.cells]
             zero = [z[np.argsort(np.isin(z, self.keep[c.group]), kind="stable")] for z, c in zip(zero, part.cells, strict=True)]
             counts = np.array([len(z) for z in zero])
-            for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True):
-                keep[cell.group][channels[: int(n)]] = False
-        return {n: np.nonzero(k)[0] for n, k in keep.items()}
+            removed += [(cell.group, channels[: int(n)])
+                        for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True)]
+        return dict(Kept.without(self.graph, removed).keep)
 
     def is_reached(self) -> bool:
         """Whether the network without the channels that are zero meets the budget."""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import DataError
 from ..graph.selection import Keep
-from ..graph.types import Graph, MapSource, Members, Scores
+from ..graph.types import ChannelMap, Graph, MapSource, Scores
 from ..inputs import samples
 from ..planning.plan import plan
 from ..surgery.walk import in_eval_mode, named_tensors
@@ -69,7 +69,7 @@ class Averages:
         self.sums = {g.name: np.zeros(g.size) for g in graph.free}
         self.weights = {g.name: np.zeros(g.size) for g in graph.free}
 
-    def add(self, members: Iterable[Members], ranks: np.ndarray, weight: float) -> None:
+    def add(self, members: Iterable[ChannelMap], ranks: np.ndarray, weight: float) -> None:
         """`ranks`: mean rank at each position of the tensor; `weight`: images times consumers."""
         for m in members:
             if m.group in self.sums:

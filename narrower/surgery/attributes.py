@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import nn
 
-from ..graph.selection import Keep
-from ..graph.types import Graph
+from ..graph.selection import Kept
 from .resize import Change
 
 
@@ -29,13 +27,9 @@ def entries(value: Any) -> dict[int | None, int]:
     return {}
 
 
-def attribute_values(graph: Graph, keep: Keep) -> dict[Place, int]:
+def attribute_values(kept: Kept) -> dict[Place, int]:
     """The numbers that modules must store when these channels are kept."""
-    out = {}
-    for e in graph.edits:
-        gone = sum(int((~np.isin(m.channels, keep[m.group])).sum()) for m in e.members if m.group in keep)
-        out[Place(e.module, e.attribute, e.entry)] = e.size - gone
-    return out
+    return {Place(e.module, e.attribute, e.entry): int(kept.mask_along(e.members, e.size).sum()) for e in kept.graph.edits}
 
 
 def set_attributes(model: nn.Module, values: Mapping[Place, int]) -> list[Change]:

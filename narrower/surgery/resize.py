@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StorageError
-from ..graph.selection import Selection
-from ..graph.types import Graph, Slice
+from ..graph.selection import Cut
+from ..graph.types import Graph
 
 
 def format_of(t: Tensor) -> torch.memory_format:
@@ -21,14 +21,13 @@ def format_of(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def slice_tensor(t: Tensor, chosen: Sequence[Selection]) -> Tensor:
+def slice_tensor(t: Tensor, cut: Cut) -> Tensor:
     """The part of `t` that stays; same dtype, device and memory format."""
     if t.is_meta:  # only the shape matters
-        sizes = {dim: rows.shape[1] for dim, rows in chosen}
-        return torch.empty([sizes.get(d, n) for d, n in enumerate(t.shape)], dtype=t.dtype, device="meta")
-    # blocks refer to the dense dimension 0, so dimensions that are read in blocks go first
-    for dim, rows in sorted(chosen, key=lambda s: -len(s.rows)):
-        index = torch.as_tensor(rows, device=t.device)
+        return torch.empty([cut[d].shape[1] if d in cut else n for d, n in enumerate(t.shape)], dtype=t.dtype, device="meta")
+    # the blocks are parts of the dense dimension 0, so dimensions with several blocks go first
+    for dim, positions in sorted(cut.items(), key=lambda item: -len(item[1])):
+        index = torch.as_tensor(positions, device=t.device)
         if len(index) == 1:
             t = t.index_select(dim, index[0])
         else:
@@ -90,7 +89,7 @@ def add_biases(model: nn.Module, graph: Graph, weights: Iterable[str]) -> Graph:
     for name in names.values():
         give_bias(model, name)
     groups = tuple(replace(g, slices=(*g.slices, *(
-        Slice(names[s.tensor], 0, "along", s.channels, s.positions) for s in g.slices if s.tensor in names and s.dim == 0)))
+        replace(s, tensor=names[s.tensor], role="along") for s in g.slices if s.tensor in names and s.dim == 0)))
         for g in graph.groups)
     return replace(graph, groups=groups, shapes={**graph.shapes, **{n: graph.shapes[w][:1] for w, n in names.items()}},
                    parameters=graph.parameters | set(names.values()), created=(*graph.created, *names.values()))

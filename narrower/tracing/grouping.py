@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from ..graph.types import ChannelGroup, Edit, Graph, MapSource, Members, Mixer, Product, Role, Slice, Tie
+from ..graph.types import ChannelGroup, ChannelMap, Edit, Graph, MapSource, Mixer, Product, Role, Slice, Tie
 from .constraints import ConstraintCollector
 from .labels import Axes, Ids
 
@@ -119,7 +119,7 @@ def solve(traces: Sequence[ConstraintCollector], axes: Axes, unit: np.ndarray, s
             continue
         tensor, dim = key
         for g, m in members_of(unit[start:start + axes.size[key]], group_of, channel_of, names):
-            slices[g].append(Slice(tensor, dim, roles.get(key, "along"), m.channels, m.positions, axes.blocks[key]))
+            slices[g].append(Slice(m.group, m.channels, m.positions, tensor, dim, roles.get(key, "along"), axes.blocks[key]))
     rough = np.zeros(len(sizes), dtype=bool)
     for u in np.nonzero(inexact)[0]:
         if group_of[u] >= 0:
@@ -129,7 +129,7 @@ def solve(traces: Sequence[ConstraintCollector], axes: Axes, unit: np.ndarray, s
         for g in range(len(sizes))
     )
 
-    def members(ids: Ids) -> tuple[Members, ...]:
+    def members(ids: Ids) -> tuple[ChannelMap, ...]:
         return tuple(m for _, m in members_of(unit[ids], group_of, channel_of, names))
 
     main = traces[0]
@@ -149,19 +149,19 @@ def solve(traces: Sequence[ConstraintCollector], axes: Axes, unit: np.ndarray, s
 
 
 def members_of(unit: np.ndarray, group_of: np.ndarray, channel_of: np.ndarray,
-               names: Sequence[str]) -> list[tuple[int, Members]]:
+               names: Sequence[str]) -> list[tuple[int, ChannelMap]]:
     """The channels at the positions of an array of units, by group."""
     g, c = group_of[unit], channel_of[unit]
     if not len(g):
         return []
     if g[0] == g[-1] and (g == g[0]).all():
-        return [] if g[0] < 0 else [(int(g[0]), Members(names[g[0]], c, np.arange(len(c))))]
+        return [] if g[0] < 0 else [(int(g[0]), ChannelMap(names[g[0]], c, np.arange(len(c))))]
     order = np.argsort(g, kind="stable")
     out = []
     for part in np.split(order, np.nonzero(np.diff(g[order]))[0] + 1):
         k = int(g[part[0]])
         if k >= 0:
-            out.append((k, Members(names[k], c[part], part)))
+            out.append((k, ChannelMap(names[k], c[part], part)))
     return out
 
 

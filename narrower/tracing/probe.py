@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..graph.equal_counts import components
-from ..graph.selection import Keep, Selection
+from ..graph.selection import Cut, Kept
 from ..graph.types import Graph
 from ..surgery.resize import fit, slice_tensor
 from .constraints import ConstraintCollector
@@ -32,11 +32,10 @@ class Mismatch(Exception):
 class Probe(LabelInterpreter):
     """Carries the surviving units through a narrowed forward; any disagreement is a Mismatch."""
 
-    def __init__(self, model: nn.Module, dense: ConstraintCollector, solution: Solution, keep: Keep,
-                 cuts: Mapping[str, list[Selection]]) -> None:
+    def __init__(self, model: nn.Module, dense: ConstraintCollector, solution: Solution, kept: Kept) -> None:
         super().__init__(model, dense.axes, dense.answers)
-        self.dense, self.unit, self.cuts = dense, solution.unit, cuts
-        self.alive_units = alive(solution, keep)
+        self.dense, self.unit, self.cuts = dense, solution.unit, kept.cuts
+        self.alive_units = alive(solution, kept)
         self.views: Counter[int] = Counter()  # labels that a view has been asked about
         self.held: list[Ids] = []  # keeps the ids of arrays in `same` from being used again
         self.same: dict[tuple[int, int], tuple[Ids, Ids, bool]] = {}
@@ -48,10 +47,9 @@ class Probe(LabelInterpreter):
             raise Mismatch(np.zeros(0, int), f"{name} is used in another way when narrow")
         start = self.axes.start[key]
         ids = self.unit[start:start + self.axes.size[key]]
-        for s in self.cuts.get(name, ()):
-            if s.dim == dim:
-                width = len(ids) // len(s.rows)
-                ids = ids[(s.rows + width * np.arange(len(s.rows))[:, None]).reshape(-1)]
+        stay = self.cuts.get(name, {}).get(dim)
+        if stay is not None:
+            ids = np.take_along_axis(ids.reshape(len(stay), -1), stay, axis=1).reshape(-1)
         if len(ids) != size * blocks:
             # a depthwise weight: as many blocks as channels are left
             raise Mismatch(ids, f"{name} has another size when narrow")
@@ -158,24 +156,22 @@ class Probe(LabelInterpreter):
         return self.same[key][2]
 
 
-def alive(solution: Solution, keep: Keep) -> np.ndarray:
+def alive(solution: Solution, kept: Kept) -> np.ndarray:
     """For each unit whether it is left."""
     out = np.ones(len(solution.group_of) + 1, dtype=bool)
     for g, group in enumerate(solution.graph.groups):
-        if group.name in keep:
-            gone = np.ones(group.size, dtype=bool)
-            gone[keep[group.name]] = False
+        if group.name in kept.keep:
             of_group = np.nonzero(solution.group_of == g)[0]
-            out[of_group[gone[solution.channel_of[of_group]]]] = False
+            out[of_group] = kept.mask(group.name)[solution.channel_of[of_group]]
     return out
 
 
-def trial_keep(graph: Graph, spare_ends: bool = False) -> Keep:
+def trial_keep(graph: Graph, spare_ends: bool = False) -> Kept:
     """Kept channels for a probe: of each free group between a third and three quarters, in different numbers. The first and the
     last of a group go, or (`spare_ends`) stay, and those behind the first go: what takes channels by number, from either end,
     or a share of them, gets others in one of both trials."""
     rng = np.random.default_rng(0)
-    stays = {g.name: np.ones(g.size, dtype=bool) for g in graph.free}
+    removed: list[tuple[str, np.ndarray]] = []
     for k, part in enumerate(components(graph)):
         sizes = part.sizes
         # no two neighbours lose the same share; one channel more or less tells sizes apart that agree by accident
@@ -185,8 +181,8 @@ def trial_keep(graph: Graph, spare_ends: bool = False) -> Keep:
         for cell, n in zip(part.cells, lost, strict=True):
             first, inner, last = np.split(cell.channels, [1, max(1, len(cell.channels) - 1)])
             order = [inner, last, first] if spare_ends else [first, last, rng.permutation(inner)]
-            stays[cell.group][np.concatenate(order)[:n]] = False
-    return {name: np.nonzero(mask)[0] for name, mask in stays.items()}
+            removed.append((cell.group, np.concatenate(order)[:n]))
+    return Kept.without(graph, removed)
 
 
 def takes_by_number(dense: ConstraintCollector) -> bool:
@@ -196,7 +192,7 @@ def takes_by_number(dense: ConstraintCollector) -> bool:
                for a, b in zip(e.inputs[0].labels, e.carried[0].labels, strict=False))
 
 
-def narrow_in_place(model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[str, list[Selection]]) -> list[Any]:
+def narrow_in_place(model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> list[Any]:
     """Fit the tracing copy to the cut shapes; tied tensors stay one object."""
     done: dict[int, Tensor] = {}
     for name, cut in cuts.items():

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import TraceError
 from ..graph.equal_counts import components
-from ..graph.selection import selections
+from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..inputs import flatten_tensors, shapes_of
 from ..surgery.attributes import Place, set_attributes
@@ -214,18 +214,17 @@ class TraceSearch:
                 mode.pin(labels, "network output")
         return [tuple(t.shape) for t in out]
 
-    def probe(self, traces: dict[str, ConstraintCollector], solution: Solution, keep: Any = None) -> None:
+    def probe(self, traces: dict[str, ConstraintCollector], solution: Solution, kept: Kept | None = None) -> None:
         """Run the narrowed forward; Mismatch if anything differs, with the ids at fault."""
-        keep = trial_keep(solution.graph, self.spare_ends) if keep is None else keep
-        cuts = selections(solution.graph, keep)
-        changes = narrow_in_place(self.stage.model, self.stage.tensors, cuts)
-        left = alive(solution, keep)
+        kept = trial_keep(solution.graph, self.spare_ends) if kept is None else kept
+        changes = narrow_in_place(self.stage.model, self.stage.tensors, kept.cuts)
+        left = alive(solution, kept)
         changes += set_attributes(self.stage.model, {p: int(left[solution.unit[ids]].sum()) for p, ids in self.edits.items()})
         try:
             for mode, dense in traces.items():
                 if mode == "train":
                     self.stage.model.train()
-                probe = Probe(self.stage.model, dense, solution, keep, cuts)
+                probe = Probe(self.stage.model, dense, solution, kept)
                 try:
                     try:
                         shapes = self.outputs(probe)
@@ -275,7 +274,7 @@ class TraceSearch:
         suspects = [names[g] for g in found if graph[names[g]].free]
         if not suspects and not self.repeatable:
             try:
-                self.probe(traces, solution, {})
+                self.probe(traces, solution, Kept(graph, {}))
             except Mismatch as again:
                 raise unrepeatable(again) from e
             self.repeatable = True
@@ -294,9 +293,8 @@ class TraceSearch:
             while len(cut) > size:  # tied groups can only be cut together
                 size = len(cut)
                 cut.update(*(part for part in tied if part & cut))
-            keep = {n: k if n in cut else np.arange(solution.graph[n].size) for n, k in full.items()}
             try:
-                self.probe(traces, solution, keep)
+                self.probe(traces, solution, Kept(full.graph, {n: k for n, k in full.keep.items() if n in cut}))
             except Mismatch:
                 return True
             return False

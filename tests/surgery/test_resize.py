@@ -14,7 +14,7 @@ from support.networks import IMAGES, PATTERNS, Plain
 from torch import nn
 
 import narrower
-from narrower.graph.selection import Selection, selections
+from narrower.graph.selection import Kept
 from narrower.graph.types import ChannelGroup, Graph, Slice
 from narrower.surgery.copying import duplicate
 from narrower.surgery.resize import fit, mirrored_attributes, slice_tensor, undo
@@ -27,16 +27,16 @@ def rows(*of: list[int]) -> np.ndarray:
 
 def test_sliced_takes_positions_along_each_dimension() -> None:
     t = torch.arange(24.0).view(4, 6)
-    assert torch.equal(slice_tensor(t, [Selection(0, rows([1, 3])), Selection(1, rows([0, 5]))]), t[[1, 3]][:, [0, 5]])
-    assert torch.equal(slice_tensor(t, []), t)
+    assert torch.equal(slice_tensor(t, {0: rows([1, 3]), 1: rows([0, 5])}), t[[1, 3]][:, [0, 5]])
+    assert torch.equal(slice_tensor(t, {}), t)
 
 
 def test_sliced_in_blocks_reads_other_positions_in_each() -> None:
     """A grouped convolution: its first half reads channels 0 and 2 of its own, the second half 1 and 2."""
     t = torch.arange(24.0).view(8, 3)
-    cut = [Selection(0, rows([0, 3, 4, 7])), Selection(1, rows([0, 2], [1, 2]))]
+    cut = {0: rows([0, 3, 4, 7]), 1: rows([0, 2], [1, 2])}
     want = torch.cat([t[[0, 3]][:, [0, 2]], t[[4, 7]][:, [1, 2]]])
-    for order in (cut, cut[::-1]):
+    for order in (cut, dict(reversed(cut.items()))):
         assert torch.equal(slice_tensor(t, order), want), "blocks are those of the dense rows"
 
 
@@ -44,7 +44,7 @@ def test_sliced_in_blocks_reads_other_positions_in_each() -> None:
 def test_sliced_is_numpy_indexing(a: int, b: int, c: int, data: st.DataObject) -> None:
     t = torch.arange(a * b * c).view(a, b, c)
     keep = [sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1))) for n in (a, b, c)]
-    found = slice_tensor(t, [Selection(d, rows(k)) for d, k in enumerate(keep)])
+    found = slice_tensor(t, {d: rows(k) for d, k in enumerate(keep)})
     assert np.array_equal(found.numpy(), t.numpy()[np.ix_(*keep)])
     assert found.dtype == t.dtype
 
@@ -55,27 +55,27 @@ def graph_of(*slices: Slice, size: int, shapes: dict[str, tuple[int, ...]]) -> G
 
 def test_selections_are_what_is_left() -> None:
     channels = np.arange(3)
-    out = Slice("conv.weight", 0, "out", channels, np.array([0, 2, 4]))  # positions 1, 3 belong to nobody
-    twice = Slice("next.weight", 1, "in", np.array([0, 1, 2, 0, 1, 2]), np.arange(6))
+    out = Slice("g", channels, np.array([0, 2, 4]), "conv.weight", 0, "out")  # positions 1, 3 belong to nobody
+    twice = Slice("g", np.array([0, 1, 2, 0, 1, 2]), np.arange(6), "next.weight", 1, "in")
     graph = graph_of(out, twice, size=3, shapes={"conv.weight": (5, 1), "next.weight": (2, 6)})
-    found = selections(graph, {"g": np.array([0, 2])})
-    assert found["conv.weight"][0].rows.tolist() == [[0, 1, 3, 4]] and found["conv.weight"][0].dim == 0
-    assert found["next.weight"][0].rows.tolist() == [[0, 2, 3, 5]] and found["next.weight"][0].dim == 1
-    assert selections(graph, {"g": channels}) == {}
+    cuts = Kept(graph, {"g": np.array([0, 2])}).cuts
+    assert {t: {d: p.tolist() for d, p in cut.items()} for t, cut in cuts.items()} == {
+        "conv.weight": {0: [[0, 1, 3, 4]]}, "next.weight": {1: [[0, 2, 3, 5]]}}
+    assert Kept(graph, {"g": channels}).cuts == {}
 
 
 def test_selections_of_blocks() -> None:
-    reader = Slice("w", 1, "in", np.arange(6), np.arange(6), blocks=2)
+    reader = Slice("g", np.arange(6), np.arange(6), "w", 1, "in", blocks=2)
     graph = graph_of(reader, size=6, shapes={"w": (4, 3)})
-    assert selections(graph, {"g": np.array([0, 2, 4, 5])})["w"][0].rows.tolist() == [[0, 2], [1, 2]]
+    assert Kept(graph, {"g": np.array([0, 2, 4, 5])}).positions("w", 1).tolist() == [[0, 2], [1, 2]]
 
 
 def test_selections_that_would_tear_blocks_apart_are_refused() -> None:
     """Three channels of one block and one of the other: never a silent mixture."""
-    reader = Slice("w", 1, "in", np.arange(6), np.arange(6), blocks=2)
+    reader = Slice("g", np.arange(6), np.arange(6), "w", 1, "in", blocks=2)
     graph = graph_of(reader, size=6, shapes={"w": (4, 3)})
     with pytest.raises((narrower.NarrowerError, ValueError, AssertionError)):
-        selections(graph, {"g": np.array([0, 1, 2, 4])})
+        Kept(graph, {"g": np.array([0, 1, 2, 4])}).positions("w", 1)
 
 
 LAYERS: dict[str, tuple[nn.Module, dict[str, tuple[int, ...]], dict[str, object]]] = {
@@ -178,5 +178,5 @@ def test_a_duplicate_keeps_what_refers_to_its_own_parts() -> None:
 def test_slicing_twice_is_slicing_once() -> None:
     t = torch.randn(9, 7)
     a, b = np.array([0, 2, 3, 7, 8]), np.array([1, 2, 4])
-    once = slice_tensor(t, [Selection(0, rows(a[b].tolist()))])
-    assert torch.equal(slice_tensor(slice_tensor(t, [Selection(0, rows(a.tolist()))]), [Selection(0, rows(b.tolist()))]), once)
+    once = slice_tensor(t, {0: rows(a[b].tolist())})
+    assert torch.equal(slice_tensor(slice_tensor(t, {0: rows(a.tolist())}), {0: rows(b.tolist())}), once)
