@@ -2,8 +2,8 @@
 
 The operator calls of a traced forward are walked once. Every activation knows the sites whose zeros make its channel a
 constant: a convolution or a BatchNorm is a site of its own, `relu` hands its input's on, an addition needs both
-operands', a product one of them, and `sigmoid` makes a half of a zero. What reads a channel then says which sites that channel needs, and whether
-it can take the constant into its bias or its BatchNorm.
+operands', a product one of them, and `sigmoid` makes a half of a zero. What reads a channel then says which sites that
+channel needs, and whether it can take the constant into its bias or its BatchNorm.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..graph.types import ChannelMap, Graph, Step
-from ..tracing.operators.elementwise import elementwise
-from ..tracing.operators.table import KINDS, RULES
+from ..tracing.operators.table import row_of
 from .constant_values import ZERO, Values, padded, pointwise, product, quotient, side_by_side, zero_only
 
 
@@ -107,20 +106,7 @@ class Activation(NamedTuple):
         return not self.broken and all(bool((v == 0).all()) for v in set(self.values.values()))
 
 
-# operators that make zeros of zeros, whatever else they do
-MOVES = {name for rule, names in KINDS.items() if rule.__name__ in (
-    "view", "permute", "expand", "same", "cut", "select", "split", "unbind", "stack", "cat", "reorder", "repeat",
-    "pixel_shuffle", "channel_shuffle", "reduce", "spatial", "unpool") for name in names.split()}
-
-MOVES -= {"logsumexp", "prod", "any", "all"}
-
-# those that make something else of other constants
-CHANGE = {"sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "native_dropout", "dropout", "feature_dropout",
-          "alpha_dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d", "grid_sampler_2d", "grid_sampler_3d", "roi_align",
-          "roi_pool", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "argmax", "argmin", "as_strided_",
-          "max_unpool2d", "max_unpool3d"}
-
-PRODUCTS = {"mul", "bmm", "baddbmm"}
+MOVES = ("kept", "zero", "zero if padded")  # what `Operator.constants` says of operators that make zeros of zeros
 
 Start = Callable[[Site, Layer | None, ChannelMap], Tensor]
 """What a site makes of a group's channels, which are some of its rows, given the layer before it."""
@@ -170,7 +156,7 @@ class Walk:
         """What the channels of a step's output are."""
         name, inputs = step.name, step.inputs
         moved = next((i for i in inputs if i is not None), None)
-        if name in MOVES and (isinstance(moved, str) or moved in self.origin):
+        if row_of(name).constants in MOVES and (isinstance(moved, str) or moved in self.origin):
             self.origin.update(dict.fromkeys(step.outputs, moved if isinstance(moved, str) else self.origin[moved]))
         if name == "repeat" and isinstance(moved, str):
             self.repeated[step.outputs[0]] = moved
@@ -186,32 +172,32 @@ class Walk:
         operands = [self.of(i) for i in live]
         out = self.made_of(step, operands, others=[i for i in inputs if i is not None and i not in live])
         if not step.labelled:
-            self.needs += [(x, f"{name} reads them") for x in ([out] if name in PRODUCTS else operands)]
+            self.needs += [(x, f"{name} reads them") for x in ([out] if row_of(name).constants == "product" else operands)]
         return out
 
     def made_of(self, step: Step, operands: list[Activation], others: list[int | str]) -> Activation:
         """The output of an operator without weights."""
-        name, values = step.name, [x.values for x in operands]
+        name, values, known = step.name, [x.values for x in operands], row_of(step.name).constants
         out = Activation(frozenset().union(*(x.sites for x in operands)), next((x.broken for x in operands if x.broken), ""),
                          name=next((x.name for x in operands if x.name), ""))
-        if name in PRODUCTS and (others or len(operands) > 1):
+        if known == "product" and (others or len(operands) > 1):
             zeros = [x for x in operands if x.zero]
             if zeros:
                 out = zeros[0]
                 self.gates |= {m for x in operands if not x.zero for m in x.sites}
             found = product([*values, *({} for _ in others)])
-        elif name == "div" and (others or len(operands) > 1):
+        elif known == "quotient" and (others or len(operands) > 1):
             out = self.of(step.inputs[0])
             found = quotient(out.values, self.of(step.inputs[1]).values)
-        elif name in MOVES:
+        elif known in MOVES:
             found = side_by_side(values)
-            if name in CHANGE and ("avg_pool" not in name or (len(step.rest) > 2 and any(step.rest[2]))):
+            if known == "zero" or (known == "zero if padded" and len(step.rest) > 2 and any(step.rest[2])):
                 found = zero_only(found)
-        elif name == "constant_pad_nd":
+        elif known == "padding":
             found = padded(values[0], float(step.rest[1]) if len(step.rest) > 1 else 0.0)
-        elif name in ("prelu", "_prelu_kernel"):
+        elif known == "slope":
             found = zero_only(values[0])
-        elif RULES.get(name, elementwise) is elementwise and not others and None not in step.inputs[: len(operands)]:
+        elif known in ("pointwise", "product", "quotient") and not others and None not in step.inputs[: len(operands)]:
             found = pointwise(name, values, step.rest, dict(step.options))
         else:
             return out._replace(broken=out.broken or f"{name} of zero may not be zero", values={})

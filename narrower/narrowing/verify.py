@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -21,8 +20,8 @@ from ..planning.plan import Plan
 from ..surgery.copying import duplicate, same_tensors
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
-from ..tracing.operators.matmuls import FIRST_FACTOR, Products
-from ..tracing.operators.table import rule_for
+from ..tracing.operators.call_counter import CallCounter
+from ..tracing.operators.interface import tensors_in
 
 
 class Verification(NamedTuple):
@@ -127,23 +126,21 @@ class Survivors(TorchDispatchMode):
     def __init__(self, kept: Kept, held: Iterable[Tensor]) -> None:
         super().__init__()
         self.kept, graph = kept, kept.graph
-        self.calls: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
-        self.products: dict[int | None, Product] = {p.number: p for p in graph.products}
-        self.met = Products(held)
-        self.counts: Counter[str] = Counter()
+        self.mixers: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
+        self.products: dict[int, Product] = {p.number: p for p in graph.products}
+        self.counter = CallCounter(held)
         self.unread = {number: unread(kept, tensor) for number, tensor in graph.computed.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, _ = rule_for(func)
-        mixer = self.calls.get((name, self.counts[name]))
-        self.counts[name] += 1
-        if name == "convolution" and self.counts[name] - 1 in self.unread:
+        call = self.counter.count(func, args, kwargs)
+        mixer = self.mixers.get((call.name, call.number))
+        if call.name == "convolution" and call.number in self.unread:
             # its weight is computed from one with zeros: the zeros may be gone, so what it reads becomes zero
-            gone = torch.as_tensor(self.unread[self.counts[name] - 1], device=args[0].device)
+            gone = torch.as_tensor(self.unread[call.number], device=args[0].device)
             args = (args[0].index_fill(1, gone, 0), *args[1:])
-        product = self.products.get(self.met.number(name, args))
+        product = self.products.get(call.product)
         if product is not None:
-            first = FIRST_FACTOR[name]
+            first = len(tensors_in(args)) - 2  # a summand may come before the factors
             args = (*args[:first], args[first] * self.left(product, args[first]), *args[first + 1:])
         if mixer is None:
             return func(*args, **(kwargs or {}))
@@ -151,7 +148,9 @@ class Survivors(TorchDispatchMode):
         stays = torch.as_tensor(self.stays(mixer, x.shape[mixer.dim]), device=x.device)
         if len(stays) == x.shape[mixer.dim]:
             return func(*args, **(kwargs or {}))
-        out = func(x.index_select(mixer.dim, stays), *on_survivors(name, args[1:], mixer.dim, x.ndim, stays), **(kwargs or {}))
+        restrict = call.operator.restrict_args
+        args = restrict(args, mixer.dim, stays) if restrict else [x.index_select(mixer.dim, stays), *args[1:]]
+        out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             return scatter(out, x, mixer.dim, stays)
         return (scatter(out[0], x, mixer.dim, stays), *out[1:])
@@ -172,23 +171,6 @@ def unread(kept: Kept, weight: str) -> np.ndarray:
     gone = [~kept.axis_mask(tensor, dim) for (tensor, dim), slices in kept.graph.by_axis.items()
             if tensor == weight and slices[0].role == "in"]
     return np.nonzero(np.concatenate(gone, axis=None))[0] if gone else np.zeros(0, dtype=np.int64)
-
-
-def on_survivors(name: str, rest: Sequence[Any], dim: int, ndim: int, stays: Tensor) -> list[Any]:
-    """The further arguments of a norm, cut to the surviving channels."""
-    out = list(rest)
-    if name == "native_layer_norm":
-        shape = list(out[0])
-        inner = dim - (ndim - len(shape))
-        shape[inner] = len(stays)
-        out[0] = shape
-        for k in (1, 2):
-            out[k] = None if out[k] is None else out[k].index_select(inner, stays)
-    elif name == "native_group_norm":
-        for k in (0, 1):
-            out[k] = None if out[k] is None else out[k].index_select(0, stays)
-        out[3] = len(stays)
-    return out
 
 
 def scatter(out: Tensor, x: Tensor, dim: int, stays: Tensor) -> Tensor:

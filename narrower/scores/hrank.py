@@ -17,7 +17,7 @@ from ..inputs import samples
 from ..planning.plan import plan
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
-from ..tracing.operators.table import pooling, rule_for
+from ..tracing.operators.call_counter import CallCounter
 from .matrix_rank import rank
 from .weights import magnitude
 
@@ -86,17 +86,13 @@ class Maps(TorchDispatchMode):
         self.by_weight: dict[str | int, MapSource] = {s.weight: s for s in graph.sources if s.weight is not None}
         self.by_pool: dict[int, MapSource] = {s.pool: s for s in graph.sources if s.weight is None}
         self.names = {id(t): n for n, t in reversed(named_tensors(model).items()) if n in self.by_weight}
-        self.convolutions = self.pools = 0
+        self.counter = CallCounter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, _ = rule_for(func)
-        source = None
-        if name == "convolution":
-            source = self.by_weight.get(self.names.get(id(args[1]), self.convolutions))
-            self.convolutions += 1
-        elif pooling(name, args):
-            source = self.by_pool.get(self.pools)
-            self.pools += 1
+        call = self.counter.count(func, args, kwargs)
+        source = self.by_pool.get(call.pool)
+        if call.name == "convolution":
+            source = self.by_weight.get(self.names.get(id(args[1]), call.number))
         if source is not None:
             self.see(source, args[0])
         return func(*args, **(kwargs or {}))

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..graph.types import Step
+from ..graph.types import PinCode, PinReason, Step
 from .interpreter import CARRIED, Event, LabelInterpreter
 from .labels import Axes, Carried, Ids, Label, fibres
 from .operators.data_dependent import Answer
 from .operators.interface import Call, at_channels, free_at, plain, tensors_in
-from .operators.matmuls import Products
 
 NUMBER = "_narrower_number"
 
@@ -29,10 +28,9 @@ class ConstraintCollector(LabelInterpreter):
         self.choices = choices  # where a view splits channels -> the dimension that stays free
         self.pairs: list[tuple[Ids, Ids]] = []
         self.ties: list[Ids] = []
-        self.pins: list[tuple[Ids, str]] = []
+        self.pins: list[tuple[Ids, PinReason]] = []
         self.mixers: list[tuple[str, int, int, Ids]] = []
         self.products: list[tuple[int, tuple[int, ...], Ids]] = []
-        self.met = Products(self.alive.values())
         self.roles: dict[tuple[str, int], str] = {}
         self.macs: Counter[str] = Counter()  # by weight
         self.depthwise_calls: set[int] = set()
@@ -40,7 +38,7 @@ class ConstraintCollector(LabelInterpreter):
         self.maps: dict[int, tuple[str | int | None, int, Ids]] = {}
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
-        self.pool_inputs: list[Ids | None] = []
+        self.pool_inputs: dict[int, Ids] = {}
         self.spreads: dict[int, list[tuple[int, ...]]] = {}  # for each label of a view
         self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
         self.log: list[Event] = []
@@ -81,11 +79,10 @@ class ConstraintCollector(LabelInterpreter):
     def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
         read, made = super().weight(w, blocks, transposed)
         if read is not None and read.axis is not None and hasattr(w, CARRIED):
-            self.computed[self.counts["convolution"] - 1] = read.axis[0]
+            self.computed[self.counter.by_name["convolution"] - 1] = read.axis[0]
         return read, made
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
-        self.met.number(call.name, call.args)
         shapes = [tuple(t.shape) for t in outs]
         running = self.running[-1] if self.running else ""
         self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
@@ -110,28 +107,28 @@ class ConstraintCollector(LabelInterpreter):
     def tie(self, label: Label) -> None:
         rows = fibres(label)
         if rows.size > MANY:
-            self.pin([label], f"a weight of {rows.size} numbers in one dimension")
+            self.pin([label], "position", f"a weight of {rows.size} numbers in one dimension")
         elif len(rows) > 1:
             self.ties.append(rows)
 
-    def pin(self, labels: Sequence[Label], reason: str) -> None:
-        where = self.where()
-        for label in labels:
-            self.pins.append((label.ids.reshape(-1), f"{reason} ({where})"))
+    def pin(self, labels: Sequence[Label], code: PinCode, text: str) -> None:
+        reason = PinReason(code, text, self.where())
+        self.pins += [(label.ids.reshape(-1), reason) for label in labels]
 
     def mix(self, call: Call, label: Label) -> None:
         if any(m[:2] == (call.name, call.number) for m in self.mixers[-2:]):
-            self.pin([label], f"{call.name} mixes channels along two dimensions")
+            self.pin([label], "mixing", f"{call.name} mixes channels along two dimensions")
             return
         self.mixers.append((call.name, call.number, label.free, at_channels(self, label)))
 
     def product(self, call: Call, label: Label) -> None:
-        self.products.append((self.met.count, label.ids.shape, label.ids.reshape(-1)))
+        if call.product >= 0:
+            self.products.append((call.product, label.ids.shape, label.ids.reshape(-1)))
 
     def constant(self, call: Call, size: int, key: int) -> Ids:
         ids = self.axes.ids(("constant", call.name, call.number, key), size)
         if size:
-            self.pins.append((ids, f"zero-padded channels ({self.where()})"))
+            self.pins.append((ids, PinReason("padding", "zero-padded channels", self.where())))
         return ids
 
     def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
@@ -163,14 +160,13 @@ class ConstraintCollector(LabelInterpreter):
         self.map_readers[key] += 1
         if key not in self.maps:
             if pool >= 0:
-                ids = self.pool_inputs[pool]
-                if ids is not None:
-                    self.maps[key] = (None, pool, ids)
+                if pool in self.pool_inputs:
+                    self.maps[key] = (None, pool, self.pool_inputs[pool])
             else:
-                weight = self.tensors.get(id(self.touched[1]), self.counts["convolution"] - 1)
+                weight = self.tensors.get(id(self.touched[1]), self.counter.by_name["convolution"] - 1)
                 self.maps[key] = (weight, -1, label.ids)
                 self.map_alive.append(source)
 
-    def pooled(self, source: Tensor) -> None:
-        labels = free_at(self.of(source), 1)
-        self.pool_inputs.append(at_channels(self, labels[0]) if labels else None)
+    def pooled(self, call: Call) -> None:
+        for label in free_at(self.of(call.args[0]), 1)[:1]:
+            self.pool_inputs[call.pool] = at_channels(self, label)

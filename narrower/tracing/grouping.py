@@ -56,7 +56,7 @@ def solve(traces: Sequence[ConstraintCollector], axes: Axes, unit: np.ndarray, s
     count = int(unit.max()) + 1 if len(unit) else 0
     reason = np.full(count, -1)
     reasons: list[str] = []
-    for ids, why in (p for t in traces for p in t.pins):
+    for ids, why in ((ids, str(why)) for t in traces for ids, why in t.pins):
         if why not in reasons:
             reasons.append(why)
         new = unit[ids]

@@ -7,7 +7,6 @@ collects what the rules say of the dense forward; `probe.Probe` checks it on a n
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -18,18 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import TraceError
 from ..inputs import call_model
 from ..surgery.walk import modules_of, named_tensors
 from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed
-from .operators.data_dependent import Answer, asks, copy_answer
-from .operators.interface import Call, RuleContext, plain, tensors_in
-from .operators.reductions import reduce
+from .operators.call_counter import CallCounter
+from .operators.data_dependent import Answer, copy_answer
+from .operators.interface import Call, RuleContext, UnknownForm, plain, tensors_in
 from .operators.shapes import infer_output
-from .operators.table import FILLED, MADE, RULES, SIZED, SIZED_UNTIL, pooling, rule_for
 
 
 class Unseen(Exception):
     """Meta tensors hide what the forward does."""
+
+
+class RuleError(TraceError):
+    """A rule of narrower is at fault."""
+
+
+FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
 class Event(NamedTuple):
@@ -62,8 +68,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         for name, t in self.alive.items():
             self.tensors.setdefault(id(t), name)
         self.conv_groups = {f"{n}.weight": m.groups for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)}
-        self.counts: Counter[str] = Counter()
-        self.pools = self.place = 0
+        self.counter = CallCounter(self.alive.values())
+        self.place = 0  # the number of the call that runs, or, between calls, of the next
         self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address
         self.seen: set[str] = set()
         self.touched: tuple[Tensor, ...] = ()
@@ -72,60 +78,66 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         self.failed = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name, rule = rule_for(func)
-        inputs = tensors_in(args)
-        self.touched = tuple(inputs)
-        self.given = tuple([getattr(t, CARRIED, None) or self.tensors.get(id(t)) or NOTHING for t in inputs])
-        for t in inputs:
-            if id(t) in self.tensors:
-                self.seen.add(self.tensors[id(t)])
-        before = self.of(args[0]) if args and isinstance(args[0], Tensor) else NOTHING
+        call = self.counter.count(func, args, kwargs)
+        self.place = call.place
+        self.note_inputs(args)
+        in_place = func._schema.name[-1] == "_"
+        before = self.of(args[0]) if in_place else NOTHING
         try:
-            hollow = self.answers is not None
-            out = None if kwargs else infer_output(name, func._schema.name[-1] == "_", args, hollow)
-            if hollow and asks(name, args):
-                out = self.answer()
-            if out is None:
-                out = func(*args, **kwargs)
+            call = call._replace(out=self.output(func, call, in_place))
         except Exception:
             self.failed = self.where()
-            self.refused(name, args)
+            self.refused(call)
             raise
-        call = Call(name, args, kwargs, out, self.counts[name], self.place)
-        self.counts[name] += 1
         self.place += 1
-        outs = tensors_in((out,))
-        if rule is None:
-            labels = [x for t in inputs for x in self.of(t).labels]
-            if labels:
-                self.pin(labels, f"operator aten.{name} is not known")
-            self.happened(call, outs, [NOTHING] * len(outs))
-            return out
-        try:
-            carried = rule(self, call)
-        except (ValueError, IndexError, TypeError, AttributeError) as e:  # a form of the operator that its rule does not know
-            self.pin([x for t in inputs for x in self.of(t).labels], f"aten.{name} in a form that is not known ({e})")
-            carried = [NOTHING] * len(outs)
-        if pooling(name, args):
-            carried = [c._replace(pool=self.pools) for c in carried]
-            self.pooled(inputs[0])
-            self.pools += 1
-        if func._schema.name[-1] == "_" and out is args[0] and before.view:
-            self.written[out.untyped_storage()._cdata] = out
+        outs = tensors_in((call.out,))
+        carried = self.apply_rule(call, len(outs))
+        if in_place and call.out is args[0] and before.view:
+            self.written[call.out.untyped_storage()._cdata] = call.out
             if not before.labels and carried[0].labels:
-                self.pin(carried[0].labels, "written in place into a part of a tensor")
+                self.pin(carried[0].labels, "position", "written in place into a part of a tensor")
         for t, c in zip(outs, carried, strict=False):
             setattr(t, CARRIED, c)
         self.happened(call, outs, carried)
-        return out
+        return call.out
 
-    def answer(self) -> Any:
-        """What the forward on real values gave here."""
-        self.asked += 1
-        if self.asked > len(self.answers or ()):
-            raise Unseen("a question that was not asked before")
-        return copy_answer(self.answers[self.asked - 1])  # type: ignore[index]
+    def note_inputs(self, args: Any) -> None:
+        """What the tensors among the arguments carry, and which parameters the forward has used."""
+        self.touched = tuple(tensors_in(args))
+        self.given = tuple([getattr(t, CARRIED, None) or self.tensors.get(id(t)) or NOTHING for t in self.touched])
+        for t in self.touched:
+            if id(t) in self.tensors:
+                self.seen.add(self.tensors[id(t)])
+
+    def output(self, func: Any, call: Call, in_place: bool) -> Any:
+        """The output of a call: what a forward on real values gave, or the shape alone, or what PyTorch computes."""
+        if self.answers is not None and call.operator.depends_on_data(call.args):
+            self.asked += 1
+            if self.asked > len(self.answers):
+                raise Unseen("a question that was not asked before")
+            return copy_answer(self.answers[self.asked - 1])
+        out = infer_output(call, in_place, hollow=self.answers is not None)
+        return func(*call.args, **call.kwargs) if out is None else out
+
+    def apply_rule(self, call: Call, outputs: int) -> Sequence[Carried]:
+        """What the outputs of a call carry; nothing where no rule knows, and then the channels that it reads are pinned."""
+        rule, name = call.operator.rule, call.name
+        try:
+            if rule is None:
+                raise UnknownForm(f"operator aten.{name} is not known")
+            carried = rule(self, call)
+        except UnknownForm as unknown:
+            labels = [x for t in self.touched for x in self.of(t).labels]
+            if labels:
+                self.pin(labels, "operator", str(unknown))
+            carried = [NOTHING] * outputs
+        except FAULTS as e:
+            raise RuleError(f"narrower's rule for the operator aten.{name} fails ({self.where()}): {type(e).__name__}: {e}. "
+                            "Please report it.") from e
+        if call.pool >= 0:
+            self.pooled(call)
+            carried = [c._replace(pool=call.pool) for c in carried]
+        return carried
 
     # -------------------------------------------------------------------------------- what a tensor carries
 
@@ -172,7 +184,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
             one = next((x for x in labels if x.free == 1), None)
             others = [x for x in labels if x.free > 1]
             if others:
-                self.pin(others, "kernel positions")
+                self.pin(others, "position", "kernel positions")
             if zero is None:
                 return None, None
             zero = collapsed(zero, range(1, w.ndim), self.unite)
@@ -199,22 +211,17 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         return bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1])
 
     def numbers(self, call: Call) -> tuple[Any, ...]:
-        """The arguments of a call that must not depend on widths, and what else would tell one that does."""
-        args, first = call.args, call.args[0] if call.args else None
-        if call.name in FILLED:
-            return tuple(args[FILLED[call.name]:][:1])
-        if call.name in SIZED:
-            return ()
+        """All of a call that must not depend on widths, but for the shapes that come out: arguments that are not tensors, and
+        the shape or the values of a first input without channels."""
         extra: tuple[Any, ...] = ()
-        if isinstance(first, Tensor) and not self.of(first).labels:
-            if RULES.get(call.name) is reduce:  # a sum over something as long as the channels
-                extra = tuple(first.shape)
-            elif call.name in MADE:  # a number made into a tensor
-                if first.is_meta:
-                    raise Unseen("a tensor made from numbers")
-                extra = tuple(first.flatten()[:16].tolist())
-        args = args[3:8] if call.name == "convolution" else args[SIZED_UNTIL.get(call.name, 0):]
-        return *extra, *plain(args)
+        if call.operator.compared != "nothing" and isinstance(x := call.args[0], Tensor) and not self.of(x).labels:
+            if call.operator.compared == "shape":
+                extra = tuple(x.shape)
+            elif x.is_meta:
+                raise Unseen("a tensor made from numbers")
+            else:
+                extra = tuple(x.flatten()[:16].tolist())
+        return *extra, *plain(call.args[slice(*call.operator.fixed_args)])
 
     def where(self) -> str:
         """The innermost module that is running, and its source line."""

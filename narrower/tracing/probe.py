@@ -18,6 +18,7 @@ from .grouping import Solution
 from .interpreter import LabelInterpreter
 from .labels import Carried, Ids, Label
 from .operators.interface import Call
+from .operators.table import row_of
 
 
 class Mismatch(Exception):
@@ -96,11 +97,11 @@ class Probe(LabelInterpreter):
             raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (where, changed[0]))
         return free
 
-    def refused(self, name: str, args: Sequence[Any]) -> None:
+    def refused(self, call: Call) -> None:
         """A call failed: if it is a view that splits channels, its sizes may tell that another dimension shrinks."""
-        dims, _, where = self.dense.splits.get(self.place, ((), None, ""))
-        if dims and name in ("view", "_unsafe_view", "reshape") and len(args) > 1:
-            dense, now = self.dense.log[self.place].shapes[0], args[1]
+        dims, _, where = self.dense.splits.get(call.place, ((), None, ""))
+        if dims and len(call.args) > 1 and isinstance(call.args[1], (list, tuple)):
+            dense, now = self.dense.log[call.place].shapes[0], call.args[1]
             changed = [d for d in dims if d < len(now) and now[d] != dense[d]]
             if len(now) == len(dense) and len(changed) == 1:
                 raise Mismatch(np.zeros(0, int), "another dimension of a view shrinks", (where, changed[0]))
@@ -188,7 +189,7 @@ def trial_keep(graph: Graph, spare_ends: bool = False) -> Kept:
 def takes_by_number(dense: ConstraintCollector) -> bool:
     """Whether the forward slices or crops channels."""
     return any(a.ids.shape[a.free] != b.ids.shape[b.free]
-               for e in dense.log if e.name in ("slice", "constant_pad_nd") and isinstance(e.inputs[0], Carried)
+               for e in dense.log if row_of(e.name).takes_by_number and isinstance(e.inputs[0], Carried)
                for a, b in zip(e.inputs[0].labels, e.carried[0].labels, strict=False))
 
 

@@ -211,7 +211,7 @@ class TraceSearch:
         for t in out:
             labels = mode.of(t).labels
             if labels:
-                mode.pin(labels, "network output")
+                mode.pin(labels, "output", "network output")
         return [tuple(t.shape) for t in out]
 
     def probe(self, traces: dict[str, ConstraintCollector], solution: Solution, kept: Kept | None = None) -> None:

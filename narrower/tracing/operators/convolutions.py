@@ -25,20 +25,20 @@ def convolution(r: RuleContext, call: Call) -> Sequence[Carried]:
     if depthwise:
         if into is not None:
             if ids_out is None:
-                r.pin(inputs, "depthwise convolution whose weight cannot shrink")
+                r.pin(inputs, "operand", "depthwise convolution whose weight cannot shrink")
             else:
                 r.unite(into.reshape(-1, 1), ids_out.reshape(groups, -1))
             r.reads(Label(into, 0), x, c.pool)
         elif w_out is not None:
-            r.pin([w_out], "depthwise convolution of a tensor without channels (an input or a constant)")
+            r.pin([w_out], "operand", "depthwise convolution of a tensor without channels (an input or a constant)")
     else:
         if into is not None and w_in is not None:
             r.unite(into, w_in.ids.reshape(-1))
             r.reads(Label(into, 0), x, c.pool)
         elif into is not None:
-            r.pin(inputs, "convolution whose weight cannot shrink")
+            r.pin(inputs, "operand", "convolution whose weight cannot shrink")
         elif w_in is not None:
-            r.pin([w_in], "reads a tensor without channels (an input or a constant)")
+            r.pin([w_in], "operand", "reads a tensor without channels (an input or a constant)")
         r.role(w_in, "in")
         if groups > 1:
             if into is not None:
@@ -59,5 +59,5 @@ def convolution(r: RuleContext, call: Call) -> Sequence[Carried]:
             r.mix(call, label)
             labels.append(Label(label.ids, label.free))
         else:
-            r.pin([label], "convolution along the channels")
+            r.pin([label], "position", "convolution along the channels")
     return [Carried(tuple(labels))]

@@ -9,8 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..labels import Carried, Label, aligned, along, collapsed, faster_dims, joined, permuted, reshaped
-from .data_dependent import masks
-from .interface import Call, RuleContext, dims_of, free_at, meet, normal, piece
+from .interface import Call, RuleContext, UnknownForm, dims_of, free_at, is_mask, meet, normal, piece
 
 
 def view(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -69,7 +68,7 @@ def cut(r: RuleContext, call: Call) -> Sequence[Carried]:
     if end - start == x.shape[dim] and step == 1:
         return [c._replace(view=True)]
     if step > 1:
-        r.pin(free_at(c, dim), f"one channel in {step} taken")
+        r.pin(free_at(c, dim), "index", f"one channel in {step} taken")
     return [c._replace(labels=tuple(piece(label, dim, start, end, step) for label in c.labels), view=True)]
 
 
@@ -80,7 +79,7 @@ def select(r: RuleContext, call: Call) -> Sequence[Carried]:
     c = r.of(x)
     for label in c.labels:
         if label.free == dim:
-            r.pin([label], "one channel taken by its number")
+            r.pin([label], "index", "one channel taken by its number")
             continue
         ids = piece(label, dim, index, index + 1).ids
         out.append(Label(ids.squeeze(dim), label.free - (label.free > dim)))
@@ -130,7 +129,7 @@ def cat(r: RuleContext, call: Call) -> Sequence[Carried]:
     for free in {label.free for c in carried for label in c.labels} - {dim}:
         have = [free_at(c, free) for c in carried]
         if not all(have):
-            r.pin([label for labels in have for label in labels], "concatenated with a tensor that cannot shrink")
+            r.pin([label for labels in have for label in labels], "operand", "concatenated with a tensor that cannot shrink")
             continue
         # side by side in another dimension: equally many channels, and each part keeps its own
         label = Label(joined([h[0].ids for h in have], dim, [t.shape[dim] for t in pieces]), free)
@@ -146,7 +145,7 @@ def stack(r: RuleContext, call: Call) -> Sequence[Carried]:
     for free in {label.free for c in carried for label in c.labels}:
         have = [free_at(c, free) for c in carried]
         if not all(have):
-            r.pin([label for labels in have for label in labels], "stacked with a tensor that cannot shrink")
+            r.pin([label for labels in have for label in labels], "operand", "stacked with a tensor that cannot shrink")
             continue
         ids = joined([np.expand_dims(h[0].ids, dim) for h in have], dim, [1] * len(have))
         label = Label(ids, free + (free >= dim))
@@ -177,13 +176,12 @@ def pad(r: RuleContext, call: Call) -> Sequence[Carried]:
 def reorder(r: RuleContext, call: Call) -> Sequence[Carried]:
     """flip and roll, run on the ids themselves."""
     c = r.of(call.args[0])
-    if call.name == "roll" and len(call.args) < 3:
-        r.pin(c.labels, "roll over all dimensions at once")
-        return [c._replace(labels=())]
     ndim = call.args[0].ndim
     labels = []
     for label in c.labels:
         ids = label.ids
+        if call.name == "roll" and len(call.args) < 3:
+            raise UnknownForm("roll over all dimensions at once")
         if call.name == "flip":
             ids = np.flip(ids, tuple(d for d in dims_of(call.args[1], ndim) if ids.shape[d] > 1))
         else:
@@ -210,7 +208,7 @@ def pixel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:
     out = []
     for label in r.of(x).labels:
         if label.free != channel or label.ids.size != label.ids.shape[channel]:
-            r.pin([label], "pixel shuffle of a tensor whose channels lie elsewhere")
+            r.pin([label], "position", "pixel shuffle of a tensor whose channels lie elsewhere")
             continue
         flat = label.ids.reshape(-1)
         if call.name == "pixel_shuffle":
@@ -229,7 +227,7 @@ def channel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:
     out = []
     for label in r.of(x).labels:
         if label.free != 1 or label.ids.size != label.ids.shape[1]:
-            r.pin([label], "channel shuffle of a tensor whose channels lie elsewhere")
+            r.pin([label], "position", "channel shuffle of a tensor whose channels lie elsewhere")
             continue
         rows = label.ids.reshape(groups, -1)
         r.unite(rows[:1], rows)
@@ -241,12 +239,12 @@ def index_put(r: RuleContext, call: Call) -> Sequence[Carried]:
     """x[i, j] = values: what is written meets what is there, in the dimensions behind those of the indices."""
     x, where, values = call.args[:3]
     before, written = r.of(x), r.of(values)
-    used = sum(i.ndim if masks(i) else 1 for i in where if i is not None)
-    inner = 1 if any(masks(i) for i in where) else max(i.ndim for i in where if i is not None)
+    used = sum(i.ndim if is_mask(i) else 1 for i in where if i is not None)
+    inner = 1 if any(is_mask(i) for i in where) else max(i.ndim for i in where if i is not None)
     labels = [aligned(v, inner + x.ndim - used) for v in written.labels]
     if any(i is None for i in where) or any(v.free < inner for v in labels) or any(v.free < used for v in before.labels):
-        r.pin([*before.labels, *written.labels], "index_put along the channels")
-        return [before]
+        r.pin([*before.labels, *written.labels], "index", "index_put along the channels")
+        return [before._replace(uniform=False)]
     moved = []
     for v in labels:
         ids = collapsed(v, range(inner), r.unite).ids
@@ -266,19 +264,19 @@ def index(r: RuleContext, call: Call) -> Sequence[Carried]:
     else:
         where = []
         for i in call.args[1]:  # a mask stands for all dimensions that it covers
-            where += [i] * (i.ndim if masks(i) else 1)
+            where += [i] * (i.ndim if is_mask(i) else 1)
     used = [d for d, i in enumerate(where) if i is not None]
     inner = out.ndim - (x.ndim - len(used))  # dimensions that the indices leave behind
     labels = []
     for label in r.of(x).labels:
         if label.free in used:
             if label.axis is None or call.name == "index":
-                r.pin([label], f"{call.name} along the channels")
+                r.pin([label], "index", f"{call.name} along the channels")
             else:
-                r.pin([label], "rows of a table")
+                r.pin([label], "index", "rows of a table")
             continue
         if used != list(range(used[0], used[-1] + 1)):
-            r.pin([label], "scattered indices")
+            r.pin([label], "position", "scattered indices")
             continue
         label = collapsed(label, used, r.unite)
         ids = label.ids.squeeze(tuple(used))

@@ -37,7 +37,7 @@ def copied(r: RuleContext, call: Call) -> Sequence[Carried]:
     """dst.copy_(src): the labels of both meet; a write into a part of another tensor cannot be followed."""
     dst, src = r.of(call.args[0]), r.of(call.args[1])
     if src.labels and (dst.view or dst.labels):
-        r.pin([*src.labels, *dst.labels], "written in place into a part of a tensor")
+        r.pin([*src.labels, *dst.labels], "position", "written in place into a part of a tensor")
         return [dst]
     return [src._replace(view=False)]
 

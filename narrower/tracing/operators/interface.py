@@ -1,25 +1,91 @@
-"""What a rule for an operator is given and may say, and the few steps that many rules share."""
+"""What is said of an operator, what its rule is given and may say, and the few steps that many rules share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ...graph.types import PinCode
 from ..labels import Carried, Ids, Label, aligned, collapsed
+
+OfConstants = Literal[
+    "kept",  # values are moved or averaged: a constant channel keeps its constant
+    "zero",  # zeros stay zeros; another constant becomes something else
+    "zero if padded",  # kept, or only zeros where it pads with zeros
+    "slope",  # zeros stay zeros, whatever the weight is
+    "product",  # zero where one factor is zero
+    "quotient",  # zero where the numerator is zero
+    "padding",  # kept where it equals the padding
+    "pointwise",  # the operator itself says what a number becomes
+    "unknown",  # even zeros may become something else
+]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """All that is known of one ATen operator: a row of `table.ROWS`."""
+
+    name: str
+    # What happens to the channels. None: not known, so the channels that the operator reads are pinned.
+    rule: Rule | None = None
+    # The positional arguments that must not change with the widths (the first, and one past the last).
+    fixed_args: tuple[int, int | None] = (0, None)
+    # What else must not change: of a first input that has no channels.
+    compared: Literal["nothing", "shape", "values"] = "nothing"
+    # What becomes of a channel that is constant.
+    constants: OfConstants = "unknown"
+    # Whether a call pools over space ("over space": where it reduces exactly the spatial dimensions).
+    pools: Literal["never", "always", "over space"] = "never"
+    # Whether the output, or its shape, depends on values ("by mask": where a mask is among the indices).
+    data_dependent: Literal["never", "always", "by mask"] = "never"
+    # A matrix product: the last two tensors among its arguments are the factors.
+    matrix_product: bool = False
+    # Reads a range of channels by their numbers.
+    takes_by_number: bool = False
+    # The output on meta tensors.
+    shape_rule: ShapeRule | None = None
+    # The arguments of a normalisation, cut to the channels that survive. None: only the first argument has channels.
+    restrict_args: RestrictArgs | None = None
+
+    def is_pooling(self, args: Sequence[Any]) -> bool:
+        """Whether a call pools over space."""
+        if self.pools == "over space":
+            return len(args) > 1 and args[0].ndim > 2 and sorted(dims_of(args[1], args[0].ndim)) == [*range(2, args[0].ndim)]
+        return self.pools == "always"
+
+    def depends_on_data(self, args: Sequence[Any]) -> bool:
+        """Whether the output of a call, or its shape, depends on values."""
+        return self.data_dependent == "always" or (self.data_dependent == "by mask" and any(map(is_mask, args[1])))
 
 
 class Call(NamedTuple):
-    """One operator call: `name` without overload and in-place underscore, what came out, its number among the calls of that
-    name and its place among all calls of the forward."""
+    """One operator call of a forward, numbered by `CallCounter`.
 
-    name: str
+    `number` counts the calls of that operator, `place` all calls, `pool` the poolings over space, `product` the matrix products
+    without a parameter; the last two are -1 for other calls. `out` is None until the call is over.
+    """
+
+    operator: Operator
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    out: Any
     number: int
     place: int
+    pool: int = -1
+    product: int = -1
+    out: Any = None
+
+    @property
+    def name(self) -> str:
+        """The operator's name, without overload and in-place underscore."""
+        return self.operator.name
+
+
+class UnknownForm(Exception):
+    """A rule meets a form of its operator that it does not know: the channels are pinned."""
 
 
 class RuleContext:
@@ -35,14 +101,14 @@ class RuleContext:
     def tie(self, label: Label) -> None:
         """All fibres along the free dimension keep equally many."""
 
-    def pin(self, labels: Sequence[Label], reason: str) -> None:
-        """These cannot shrink."""
+    def pin(self, labels: Sequence[Label], code: PinCode, text: str) -> None:
+        """These channels cannot go; `text` tells people why."""
 
     def mix(self, call: Call, label: Label) -> None:
         """The call mixes channels: its result depends on which are there."""
 
     def product(self, call: Call, label: Label) -> None:
-        """The call sums over these channels of its first factor; the second is no parameter."""
+        """The call sums over these channels of its first factor; neither factor is a parameter."""
 
     def constant(self, call: Call, size: int, key: int) -> Ids:
         """Ids of channels that are there whatever is removed."""
@@ -78,10 +144,10 @@ class RuleContext:
     def reads(self, label: Label, source: Tensor, pool: int) -> None:
         """A convolution reads the maps of `source` (which comes from a pooling, if `pool` is its number)."""
 
-    def pooled(self, source: Tensor) -> None:
-        """A pooling reads `source`."""
+    def pooled(self, call: Call) -> None:
+        """The call is a pooling over space."""
 
-    def refused(self, name: str, args: Sequence[Any]) -> None:
+    def refused(self, call: Call) -> None:
         """The operator has failed."""
 
     def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
@@ -89,6 +155,13 @@ class RuleContext:
 
 
 Rule = Callable[[RuleContext, Call], Sequence[Carried]]
+"""From a call to what each of its outputs carries."""
+
+ShapeRule = Callable[[Sequence[Any], bool], Any]
+"""From the arguments, and whether the call is in place, to the output, or None where the rule does not apply."""
+
+RestrictArgs = Callable[[Sequence[Any], int, Tensor], list[Any]]
+"""From the arguments, a dimension of the input and the indices that survive there to the arguments cut to these."""
 
 
 def free_at(c: Carried, dim: int) -> list[Label]:
@@ -107,6 +180,10 @@ def dims_of(arg: Any, ndim: int) -> list[int]:
     if arg is None or (isinstance(arg, (list, tuple)) and not arg):
         return list(range(ndim))
     return [normal(d, ndim) for d in (arg if isinstance(arg, (list, tuple)) else [arg])]
+
+
+def is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def tensors_in(args: Any) -> list[Tensor]:
@@ -141,7 +218,7 @@ def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim
         for carried, shape in operands:
             d = dim - (ndim - len(shape))
             if d >= 0 and shape[d] > 1 and not carried.uniform and d not in carried.even and not free_at(carried, d):
-                r.pin(labels, f"{what} with a tensor whose {shape[d]} entries cannot shrink")
+                r.pin(labels, "operand", f"{what} with a tensor whose {shape[d]} entries cannot shrink")
                 break
         out.append(labels[0])
     return tuple(out)

@@ -1,9 +1,8 @@
-"""The rule for matrix products, and the count of products of activations."""
+"""The rule for matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -17,13 +16,12 @@ def contract(r: RuleContext, a: Sequence[Label], b: Sequence[Label], what: str) 
         for label in b:
             r.unite(a[0].ids, label.ids)
     elif a or b:
-        r.pin([*a, *b], f"{what} with a tensor that cannot shrink")
+        r.pin([*a, *b], "operand", f"{what} with a tensor that cannot shrink")
 
 
 def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
     """mm, bmm, mv, and with a summand addmm, baddbmm: out = a @ b over (batch, m, k) and (batch, k, n)."""
-    added = FIRST_FACTOR[call.name]
-    a, b = call.args[added:added + 2]
+    *summands, a, b = tensors_in(call.args)
     out: Tensor = call.out
     ca, cb = r.of(a), r.of(b)
     ka, kb = a.ndim - 1, max(0, b.ndim - 2)
@@ -60,27 +58,8 @@ def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
     if any(c.labels for c, _ in shared):
         pairs = [(c, tuple(n if d in batch else 1 for d, n in enumerate(shape))) for c, shape in shared]
         labels += meet(r, pairs, out.ndim, call.name)
-    if added:
-        summand = call.args[0]
+    for summand in summands:
         result = [(Carried(tuple(labels)), out.shape), (r.of(summand), summand.shape)]
         labels = list(meet(r, result, out.ndim, "bias"))
     return [Carried(tuple(labels))]
 
-
-FIRST_FACTOR = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
-
-
-class Products:
-    """Numbers the products none of whose factors is a parameter or buffer (`held` by the model), or a view of one."""
-
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        self.memory = {t.untyped_storage()._cdata for t in held}
-        self.count = 0
-
-    def number(self, name: str, args: Sequence[Any]) -> int | None:
-        """To be asked for every call of a forward, once."""
-        if name not in FIRST_FACTOR or any(
-                t.untyped_storage()._cdata in self.memory for t in tensors_in(args)[FIRST_FACTOR[name]:]):
-            return None
-        self.count += 1
-        return self.count - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -62,3 +63,19 @@ def group_norm(r: RuleContext, call: Call) -> Sequence[Carried]:
         r.tie(Label(flat.reshape(groups, -1), 1))
         r.mix(call, Label(along(flat, x.ndim, 1), 1))
     return [Carried(labels)]
+
+
+def restrict_layer_norm(args: Sequence[Any], dim: int, stays: Tensor) -> list[Any]:
+    """The arguments of native_layer_norm with only the channels `stays` of dimension `dim`."""
+    x, shape, weight, bias, *rest = args
+    inner = dim - (x.ndim - len(shape))
+    narrow_shape = [len(stays) if d == inner else n for d, n in enumerate(shape)]
+    affine = [None if t is None else t.index_select(inner, stays) for t in (weight, bias)]
+    return [x.index_select(dim, stays), narrow_shape, *affine, *rest]
+
+
+def restrict_group_norm(args: Sequence[Any], dim: int, stays: Tensor) -> list[Any]:
+    """The arguments of native_group_norm with only the channels `stays`."""
+    x, weight, bias, batch, _, *rest = args
+    affine = [None if t is None else t.index_select(0, stays) for t in (weight, bias)]
+    return [x.index_select(dim, stays), *affine, batch, len(stays), *rest]

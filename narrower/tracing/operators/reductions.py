@@ -68,14 +68,15 @@ def unpool(r: RuleContext, call: Call) -> Sequence[Carried]:
 def spatial(r: RuleContext, call: Call) -> Sequence[Carried]:
     """Pooling, resizing, padding by reflection, sampling: each channel for itself, over the last dimensions."""
     x = call.args[0]
-    r.pin([label for t in tensors_in(call.args[1:]) for label in r.of(t).labels], f"{call.name} at places that channels tell")
+    r.pin([label for t in tensors_in(call.args[1:]) for label in r.of(t).labels], "position",
+          f"{call.name} at places that channels tell")
     out = call.out if isinstance(call.out, Tensor) else call.out[0]
     c = r.of(x)
     last = list(range(2, x.ndim)) or [x.ndim - 1]
     labels = []
     for label in c.labels:
         if label.free in last and x.shape[label.free] != out.shape[label.free]:
-            r.pin([label], f"{call.name} along the channels")
+            r.pin([label], "position", f"{call.name} along the channels")
             continue
         if label.free in last:
             r.mix(call, label)

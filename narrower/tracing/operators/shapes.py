@@ -1,22 +1,28 @@
 """Output shapes of the commonest operators, worked out directly.
 
 On meta tensors PyTorch computes many of them in Python, at up to a millisecond a call; a trace needs nothing but the shape.
-Whatever is not covered here returns None and goes the ordinary way.
+Each rule takes the arguments of a call and whether it is in place. It returns the output, or None for a form that it does not
+cover: PyTorch computes that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-UNARY = {
-    "relu", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "mish", "clone",
-}
+from .interface import Call
 
-BINARY = {"add", "sub", "mul", "div"}
+
+def infer_output(call: Call, in_place: bool, hollow: bool) -> Any:
+    """The output of a call on meta tensors, or, if `hollow`, zeros of its shape on others; None where there is no rule."""
+    rule, args = call.operator.shape_rule, call.args
+    if rule is None or call.kwargs or not isinstance(args[0], Tensor):
+        return None
+    x = args[0]
+    return rule(args, in_place) if (hollow or x.is_meta) and x.is_floating_point() else None
 
 
 def blank(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -24,34 +30,30 @@ def blank(like: Tensor, shape: Sequence[int]) -> Tensor:
     return make(shape, dtype=like.dtype, device=like.device)
 
 
-def infer_output(name: str, in_place: bool, args: Sequence[Any], hollow: bool = False) -> Any:
-    """The output of a call on meta tensors, or, if `hollow`, zeros of its shape on others; None where there is no rule."""
-    if not args or not isinstance(args[0], Tensor) or not (hollow or args[0].is_meta) or not args[0].is_floating_point():
-        return None
-    if name in UNARY:
-        return args[0] if in_place else blank(args[0], args[0].shape)
-    if name in BINARY:
-        return binary(in_place, *args[:2])
-    if name == "index_put" and hollow:  # a mask made of zeros covers another number of places
-        return args[0] if in_place else blank(args[0], args[0].shape)
-    special = SPECIAL.get(name)
-    return special(*args) if special else None
+def unary(args: Sequence[Any], in_place: bool) -> Tensor:
+    x: Tensor = args[0]
+    return x if in_place else blank(x, x.shape)
 
 
-def binary(in_place: bool, a: Tensor, b: Any) -> Tensor | None:
+def binary(args: Sequence[Any], in_place: bool) -> Tensor | None:
+    a, b = args[:2]
+    shape = a.shape
     if isinstance(b, Tensor):
         if a.dtype != b.dtype or b.device != a.device:
             return None
         shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
-    else:
-        shape = a.shape
     if in_place:
         return a if shape == a.shape else None
     return blank(a, shape)
 
 
-def convolution(x: Tensor, w: Tensor, bias: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                transposed: bool, output_padding: Sequence[int], groups: int) -> Tensor | None:
+def index_put(args: Sequence[Any], in_place: bool) -> Tensor | None:
+    """Only of real tensors: a mask made of zeros covers another number of places."""
+    return None if args[0].is_meta else unary(args, in_place)
+
+
+def convolution(args: Sequence[Any], in_place: bool) -> Tensor | None:
+    x, w, _, stride, padding, dilation, transposed, _, groups = args
     if transposed or x.shape[1] != w.shape[1] * groups or w.shape[0] % groups or x.ndim != w.ndim:
         return None
     n = x.ndim - 2
@@ -60,38 +62,37 @@ def convolution(x: Tensor, w: Tensor, bias: Any, stride: Sequence[int], padding:
     return None if min(space, default=1) < 1 else blank(x, [x.shape[0], w.shape[0], *space])
 
 
-def batch_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    vectors = [t for t in rest[:4] if t is not None]
-    if any(t.shape != x.shape[1:2] for t in vectors):
+def batch_norm(args: Sequence[Any], in_place: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    x, *vectors = args[:5]
+    if any(t is not None and t.shape != x.shape[1:2] for t in vectors):
         return None
     return blank(x, x.shape), blank(x, [0]), blank(x, [0])
 
 
-def mean(x: Tensor, dims: Any = None, keepdim: bool = False) -> Tensor | None:
-    if not isinstance(dims, (list, tuple)) or not dims:
+def layer_norm(args: Sequence[Any], in_place: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    x, shape, *affine = args[:4]
+    outer, inner = x.shape[:x.ndim - len(shape)], tuple(x.shape[x.ndim - len(shape):])
+    if inner != tuple(shape) or any(t is not None and tuple(t.shape) != inner for t in affine):
         return None
-    over = {d % x.ndim for d in dims}
-    kept = [1 if d in over else n for d, n in enumerate(x.shape) if keepdim or d not in over]
-    return blank(x, kept)
-
-
-def layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    inner = tuple(x.shape[x.ndim - len(shape):])
-    if inner != tuple(shape) or any(t is not None and tuple(t.shape) != inner for t in (weight, bias)):
-        return None
-    stats = [*x.shape[: x.ndim - len(shape)], *[1] * len(shape)]
+    stats = [*outer, *[1] * len(shape)]
     return blank(x, x.shape), blank(x, stats), blank(x, stats)
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor | None:
-    return blank(a, [a.shape[0], b.shape[1]]) if a.shape[1] == b.shape[0] and a.dtype == b.dtype else None
+def mean(args: Sequence[Any], in_place: bool) -> Tensor | None:
+    x, dims, keepdim = (*args, None, False)[:3]
+    if not isinstance(dims, (list, tuple)) or not dims:
+        return None
+    over = {d % x.ndim for d in dims}
+    return blank(x, [1 if d in over else n for d, n in enumerate(x.shape) if keepdim or d not in over])
 
 
-def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
-    return mm(a, b) if c.ndim == 1 and c.shape[0] in (1, b.shape[1]) and c.dtype == a.dtype else None
+def mm(args: Sequence[Any], in_place: bool) -> Tensor | None:
+    a, b, *out_dtype = args
+    fits = a.shape[1] == b.shape[0] and a.dtype == b.dtype and not out_dtype
+    return blank(a, [a.shape[0], b.shape[1]]) if fits else None
 
 
-SPECIAL: dict[str, Callable[..., Any]] = {
-    "convolution": convolution, "native_batch_norm": batch_norm, "mean": mean, "native_layer_norm": layer_norm,
-    "mm": mm, "addmm": addmm,
-}
+def addmm(args: Sequence[Any], in_place: bool) -> Tensor | None:
+    bias, *factors = args
+    fits = bias.ndim == 1 and bias.shape[0] in (1, factors[1].shape[1]) and bias.dtype == factors[0].dtype
+    return mm(factors, False) if fits else None

@@ -1,92 +1,129 @@
-"""One row for each operator."""
+"""One row for each operator: all that narrower knows of it. Every other table follows from this one.
+
+To add an operator, add its name to the line of the operators that behave alike, or a line with a rule of its own.
+Operators that torch tags as pointwise need no row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 
-from . import convolutions, data_movement, matmuls, normalisation, reductions
+from . import convolutions, data_movement, matmuls, normalisation, reductions, shapes
 from .elementwise import copied, elementwise, fresh, like, same
-from .interface import Rule, dims_of
+from .interface import Operator, Rule
 
-# sizes among the arguments of these follow from the widths; the shapes that come out are compared instead
-SIZED = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "slice", "split", "split_with_sizes", "empty", "zeros",
-    "ones", "rand", "randn", "arange", "new_empty", "new_zeros", "new_ones", "empty_strided",
-    "new_empty_strided", "as_strided_", "repeat",
-}
-
-SIZED_UNTIL = {"native_group_norm": 6, "native_layer_norm": 4}
-
-MADE = {"lift_fresh", "lift_fresh_copy"}
-
-FILLED = {"full": 1, "new_full": 2, "full_like": 1}
-
-KINDS: dict[Rule, str] = {
-    data_movement.view: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze flatten unflatten view_copy",
-    data_movement.permute: "permute transpose t swapaxes",
-    data_movement.expand: "expand",
-    same: "clone alias detach contiguous _to_copy native_dropout dropout feature_dropout alpha_dropout lift_fresh "
-          "fake_quantize_per_tensor_affine as_strided_",
-    copied: "copy",
-    data_movement.cut: "slice",
-    data_movement.select: "select",
-    data_movement.split: "split split_with_sizes split_with_sizes_copy",
-    data_movement.unbind: "unbind",
-    data_movement.cat: "cat concat",
-    data_movement.stack: "stack",
-    data_movement.pad: "constant_pad_nd",
-    data_movement.reorder: "flip roll",
-    data_movement.repeat: "repeat",
-    data_movement.pixel_shuffle: "pixel_shuffle pixel_unshuffle",
-    data_movement.channel_shuffle: "channel_shuffle native_channel_shuffle",
-    convolutions.convolution: "convolution _convolution",
-    matmuls.matmul: "mm addmm bmm baddbmm mv addmv",
-    normalisation.batch_norm: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
-                       "_native_batch_norm_legit_no_training _batch_norm_with_update batch_norm",
-    normalisation.layer_norm: "native_layer_norm",
-    normalisation.group_norm: "native_group_norm",
-    normalisation.weight_norm: "_weight_norm_interface",
-    reductions.glu: "glu",
-    reductions.reduce: "mean sum var std var_mean std_mean amax amin max min prod linalg_vector_norm logsumexp any all "
-                   "argmax argmin",
-    reductions.softmax: "_softmax _log_softmax _safe_softmax cumsum cumprod",
-    reductions.spatial: "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices max_pool2d "
-                    "adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d fractional_max_pool2d "
-                    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d "
-                    "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
-                    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
-                    "grid_sampler_2d grid_sampler_3d roi_align roi_pool",
-    reductions.unpool: "max_unpool2d max_unpool3d",
-    data_movement.index_put: "index_put",
-    data_movement.index: "index index_select embedding",
-    like: "zeros_like ones_like full_like empty_like rand_like randn_like new_empty new_zeros new_ones new_full empty "
-          "zeros ones full rand randn bernoulli uniform normal fill zero empty_strided new_empty_strided",
-    fresh: "arange eye linspace scalar_tensor",
-    elementwise: "add sub mul div where maximum minimum addcmul addcdiv lerp prelu _prelu_kernel hardswish relu6 "
-                 "hardtanh leaky_relu elu glu_backward threshold clamp pow rsub",
-}
-
-RULES: dict[str, Rule] = {name: rule for rule, names in KINDS.items() for name in names.split()}
+NONE = (0, 0)  # sizes among the arguments follow from the widths; the shapes that come out are compared instead
 
 
-def pooling(name: str, args: Sequence[Any]) -> bool:
-    """Whether a call pools over space: a pooling operator, or a mean or maximum over all but the first two dimensions."""
-    if name in ("mean", "amax") and len(args) > 1 and args[0].ndim > 2:
-        return sorted(dims_of(args[1], args[0].ndim)) == list(range(2, args[0].ndim))
-    return "pool" in name and "unpool" not in name
+def each(names: str, rule: Rule | None, **known: Any) -> Iterator[Operator]:
+    """A row for each of the names."""
+    return (Operator(name, rule, **known) for name in names.split())
+
+
+ROWS: tuple[Operator, ...] = (
+    # views and other movements of data
+    *each("view _unsafe_view reshape _reshape_alias", data_movement.view, fixed_args=NONE, constants="kept"),
+    *each("unsqueeze squeeze flatten unflatten view_copy", data_movement.view, constants="kept"),
+    *each("permute transpose t swapaxes", data_movement.permute, constants="kept"),
+    *each("expand", data_movement.expand, fixed_args=NONE, constants="kept"),
+    *each("slice", data_movement.cut, fixed_args=NONE, constants="kept", takes_by_number=True),
+    *each("select", data_movement.select, constants="kept"),
+    *each("split split_with_sizes", data_movement.split, fixed_args=NONE, constants="kept"),
+    *each("split_with_sizes_copy", data_movement.split, constants="kept"),
+    *each("unbind", data_movement.unbind, constants="kept"),
+    *each("cat concat", data_movement.cat, constants="kept"),
+    *each("stack", data_movement.stack, constants="kept"),
+    *each("constant_pad_nd", data_movement.pad, constants="padding", takes_by_number=True),
+    *each("flip roll", data_movement.reorder, constants="kept"),
+    *each("repeat", data_movement.repeat, fixed_args=NONE, constants="kept"),
+    *each("pixel_shuffle pixel_unshuffle", data_movement.pixel_shuffle, constants="kept"),
+    *each("channel_shuffle native_channel_shuffle", data_movement.channel_shuffle, constants="kept"),
+    *each("index_put", data_movement.index_put, shape_rule=shapes.index_put),
+    *each("index", data_movement.index, data_dependent="by mask"),
+    *each("index_select embedding", data_movement.index),
+
+    # layers
+    *each("convolution", convolutions.convolution, fixed_args=(3, 8), shape_rule=shapes.convolution),
+    *each("mm", matmuls.matmul, matrix_product=True, shape_rule=shapes.mm),
+    *each("addmm", matmuls.matmul, matrix_product=True, shape_rule=shapes.addmm),
+    *each("bmm baddbmm", matmuls.matmul, matrix_product=True, constants="product"),
+    *each("mv addmv", matmuls.matmul, matrix_product=True),
+    *each("native_batch_norm", normalisation.batch_norm, shape_rule=shapes.batch_norm),
+    *each("cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+          "_batch_norm_with_update batch_norm", normalisation.batch_norm),
+    *each("native_layer_norm", normalisation.layer_norm, fixed_args=(4, None), shape_rule=shapes.layer_norm,
+          restrict_args=normalisation.restrict_layer_norm),
+    *each("native_group_norm", normalisation.group_norm, fixed_args=(6, None),
+          restrict_args=normalisation.restrict_group_norm),
+    *each("_weight_norm_interface", normalisation.weight_norm),
+
+    # reductions, pooling, resizing
+    *each("mean", reductions.reduce, compared="shape", constants="kept", pools="over space", shape_rule=shapes.mean),
+    *each("amax", reductions.reduce, compared="shape", constants="kept", pools="over space"),
+    *each("amin max min", reductions.reduce, compared="shape", constants="kept"),
+    *each("sum var std var_mean std_mean linalg_vector_norm argmax argmin", reductions.reduce, compared="shape",
+          constants="zero"),
+    *each("prod logsumexp any all", reductions.reduce, compared="shape"),
+    *each("glu", reductions.glu),
+    *each("_softmax _log_softmax _safe_softmax cumsum cumprod", reductions.softmax),
+    *each("avg_pool1d avg_pool2d avg_pool3d", reductions.spatial, constants="zero if padded", pools="always"),
+    *each("max_pool2d_with_indices max_pool3d_with_indices max_pool2d adaptive_max_pool2d adaptive_max_pool3d "
+          "_adaptive_avg_pool2d _adaptive_avg_pool3d fractional_max_pool2d", reductions.spatial, constants="kept",
+          pools="always"),
+    *each("roi_pool", reductions.spatial, constants="zero", pools="always"),  # torchvision's, as are roi_align and nms
+    *each("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d "
+          "_upsample_nearest_exact2d reflection_pad1d reflection_pad2d reflection_pad3d "
+          "replication_pad1d replication_pad2d replication_pad3d", reductions.spatial, constants="kept"),
+    *each("upsample_bicubic2d _upsample_bilinear2d_aa grid_sampler_2d grid_sampler_3d roi_align", reductions.spatial,
+          constants="zero"),
+    *each("max_unpool2d max_unpool3d", reductions.unpool, constants="zero"),
+
+    # one element at a time
+    *each("relu silu gelu sigmoid tanh hardsigmoid hardswish hardtanh leaky_relu elu mish", elementwise, constants="pointwise",
+          shape_rule=shapes.unary),
+    *each("add sub", elementwise, constants="pointwise", shape_rule=shapes.binary),
+    *each("mul", elementwise, constants="product", shape_rule=shapes.binary),
+    *each("div", elementwise, constants="quotient", shape_rule=shapes.binary),
+    *each("prelu _prelu_kernel", elementwise, constants="slope"),
+    *each("where maximum minimum addcmul addcdiv lerp relu6 glu_backward threshold clamp pow rsub", elementwise,
+          constants="pointwise"),
+
+    # copies and new tensors
+    *each("clone", same, constants="kept", shape_rule=shapes.unary),
+    *each("alias detach contiguous _to_copy", same, constants="kept"),
+    *each("native_dropout dropout feature_dropout alpha_dropout fake_quantize_per_tensor_affine", same, constants="zero"),
+    *each("as_strided_", same, fixed_args=NONE, constants="zero"),
+    *each("lift_fresh", same, compared="values", constants="kept"),
+    *each("lift_fresh_copy", None, compared="values"),
+    *each("copy", copied),
+    *each("zeros_like ones_like empty_like rand_like randn_like bernoulli uniform normal fill zero", like),
+    *each("empty zeros ones rand randn new_empty new_zeros new_ones empty_strided new_empty_strided", like, fixed_args=NONE),
+    *each("full full_like", like, fixed_args=(1, 2)),
+    *each("new_full", like, fixed_args=(2, 3)),
+    *each("arange", fresh, fixed_args=NONE),
+    *each("eye linspace scalar_tensor", fresh),
+
+    # whose output depends on values: what they make of channels is not known
+    *each("_local_scalar_dense nonzero nonzero_static argwhere masked_select nms _unique2 unique_dim unique_consecutive equal "
+          "is_nonzero bincount repeat_interleave", None, data_dependent="always"),
+)
+
+TABLE = {row.name: row for row in ROWS}
+
+
+def row_of(name: str, pointwise: bool = True) -> Operator:
+    """The row of a name; an operator without one is taken as pointwise, or as unknown."""
+    return TABLE.get(name) or (Operator(name, elementwise, constants="pointwise") if pointwise else Operator(name))
 
 
 @cache
-def rule_for(func: Any) -> tuple[str, Rule | None]:
-    """Name without the in-place underscore, and the rule; any operator that torch tags as pointwise has one."""
+def operator_of(func: Any) -> Operator:
+    """The row of an overload as a dispatch mode sees it (`torch.ops.aten.add_.Tensor`)."""
     name = func._schema.name.split("::")[-1]
-    if name not in RULES and name.endswith("_"):
+    if name not in TABLE and name.endswith("_"):
         name = name[:-1]
-    rule = RULES.get(name)
-    if rule is None and torch.Tag.pointwise in func.tags:
-        rule = elementwise
-    return name, rule
+    return row_of(name, torch.Tag.pointwise in func.tags)

@@ -1,0 +1,38 @@
+"""The numbers by which a graph names the calls of a forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .interface import Call, tensors_in
+from .table import operator_of
+
+
+class CallCounter:
+    """Numbers the calls of one forward: the same call has the same numbers under every dispatch mode.
+
+    `held` are the model's parameters and buffers: a matrix product with one of them, or with a view of one, is a layer.
+    All other products are numbered.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        self.memory = {t.untyped_storage()._cdata for t in held}
+        self.by_name: Counter[str] = Counter()
+        self.calls = self.pools = self.products = 0
+
+    def count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Call:
+        """The next call of the forward, with its numbers; to be asked for every call, once."""
+        operator = operator_of(func)
+        pool = product = -1
+        if operator.is_pooling(args):
+            pool, self.pools = self.pools, self.pools + 1
+        if operator.matrix_product and not any(t.untyped_storage()._cdata in self.memory for t in tensors_in(args)[-2:]):
+            product, self.products = self.products, self.products + 1
+        call = Call(operator, args, kwargs or {}, self.by_name[operator.name], self.calls, pool, product)
+        self.by_name[operator.name] += 1
+        self.calls += 1
+        return call
