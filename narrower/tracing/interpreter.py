@@ -7,7 +7,7 @@ collects what the rules say of the dense forward; `probe.Probe` checks it on a n
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
-from ..inputs import call_model
+from ..inputs import call_model, flatten_tensors
+from ..surgery.copying import loose_tensors
 from ..surgery.walk import modules_of, named_tensors
 from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed
 from .operators.call_counter import CallCounter
@@ -67,6 +68,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         self.tensors: dict[int, str] = {}
         for name, t in self.alive.items():
             self.tensors.setdefault(id(t), name)
+        mark_as_given(loose_tensors(model))
         self.conv_groups = {f"{n}.weight": m.groups for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)}
         self.counter = CallCounter(self.alive.values())
         self.place = 0  # the number of the call that runs, or, between calls, of the next
@@ -108,6 +110,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         for t in self.touched:
             if id(t) in self.tensors:
                 self.seen.add(self.tensors[id(t)])
+            elif t.is_meta and not hasattr(t, CARRIED):
+                raise Unseen("a tensor made without a call")  # PyTorch 2.14: new_tensor on meta tensors
 
     def output(self, func: Any, call: Call, in_place: bool) -> Any:
         """The output of a call: what a forward on real values gave, or the shape alone, or what PyTorch computes."""
@@ -245,8 +249,16 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         return f"{self.here or type(owner).__name__}, {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
 
 
+def mark_as_given(tensors: Iterable[Tensor]) -> None:
+    """Meta tensors that exist before the forward carry no channels."""
+    for t in tensors:
+        if t.is_meta and not hasattr(t, CARRIED):
+            setattr(t, CARRIED, NOTHING)
+
+
 @torch.no_grad()
 def run_forward(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any]) -> Any:
     """One forward under `mode`; attention as plain matrix products, so that the same operators run on every device."""
+    mark_as_given(flatten_tensors(inputs))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
         return call_model(model, inputs)

@@ -399,7 +399,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_the_extras() -> None:
     """What is missing is named, with the command that installs it."""
     for missing in ("jsonargparse", "rich"):
-        program = f"import sys; sys.modules[{missing!r}] = None; import narrower.cli"
+        program = f"import sys; sys.modules[{missing!r}] = None; import narrower.app.cli"
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert "pip install 'narrower[cli]'" in done.stderr and "Traceback" not in done.stderr

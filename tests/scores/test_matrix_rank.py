@@ -285,8 +285,7 @@ def test_maps_of_a_trained_network() -> None:
         from rank import collect_maps, load_images
     finally:
         sys.path.pop(0)
-    from narrower.checkpoints import load_checkpoint
-
+    from narrower.models.checkpoints import load_checkpoint
     from narrower.models.resnet import cifar_resnet56
 
     model = load_checkpoint(cifar_resnet56(), checkpoint).eval()
