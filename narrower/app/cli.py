@@ -24,8 +24,8 @@ except ImportError as error:
 
 import narrower
 
+from ..training.accelerator import make_accelerator
 from ..training.config import TrainConfig
-from ..training.train import make_accelerator
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .job import Job, Reporter, Settings, open_job
 from .networks import Figures, figures, from_run, inspect_network, load_dense

@@ -17,8 +17,9 @@ import narrower
 from ..data.sources import ImageData, Reading, open_data
 from ..errors import ConfigError
 from ..models import expected_images
+from ..training.accelerator import shard_of
 from ..training.config import TrainConfig
-from ..training.train import evaluate, train
+from ..training.train import TrainContext, evaluate, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .run_folder import Run
 
@@ -75,8 +76,8 @@ class Job:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """This process's number, and how many there are."""
-        return self.accelerator.process_index, self.accelerator.num_processes
+        """The number of this process, and how many there are."""
+        return shard_of(self.accelerator)
 
     def tell(self, row: dict[str, Any]) -> None:
         self.run.log({key: value for key, value in row.items() if key != "text"})
@@ -105,10 +106,8 @@ class Job:
             self.tell(row)
 
         with self.stage(stage) as facts:
-            train(
-                model, self.data, config, seed=self.settings.run.seed, stage=stage, accelerator=self.accelerator,
-                checkpoint=self.run.folder / file, resrep=resrep, log=log, watch=self.report.watch,
-            )  # fmt: skip
+            context = TrainContext(self.accelerator, stage, self.run.folder / file, log, self.report.watch)
+            train(model, self.data, config, context, seed=self.settings.run.seed, resrep=resrep)
             facts["top1"] = last["top1"] if last else self.evaluate(model)  # no epochs were asked for
         return facts["top1"]
 

@@ -15,7 +15,7 @@ from ..errors import ConfigError, TraceError
 from ..models import CIFAR_MODELS, expected_images, make_model
 from ..models.checkpoints import load_checkpoint
 from ..surgery.walk import in_eval_mode
-from ..training.train import make_accelerator
+from ..training.accelerator import make_accelerator
 from . import run_folder
 from .config import ModelConfig
 from .job import Job, Settings

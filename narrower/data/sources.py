@@ -31,6 +31,11 @@ Watch = Callable[..., Any]
 """Wraps an iterable to show progress: `watch(iterable, description, total)`."""
 
 
+def silent(iterable: Any, description: str = "", total: int = 0) -> Any:
+    """The `Watch` that shows nothing."""
+    return iterable
+
+
 @dataclass(frozen=True)
 class Reading:
     """How images become tensors.
@@ -80,7 +85,7 @@ class ImageData:
 
 def open_data(
     dataset: str = "", root: str | Path | None = None, reading: Reading | None = None, *, download: bool = False,
-    num_classes: int | None = None, watch: Watch = lambda iterable, *_: iterable,
+    num_classes: int | None = None, watch: Watch = silent,
 ) -> ImageData:  # fmt: skip
     """Find a data set: "digits", a folder (no name) or a name that timm's `create_dataset` takes.
 
@@ -139,7 +144,7 @@ def digits(
     return ImageData("digits", 10, (channels, size, size), read)
 
 
-def folder(root: Path, reading: Reading, watch: Watch = lambda iterable, *_: iterable) -> ImageData:
+def folder(root: Path, reading: Reading, watch: Watch = silent) -> ImageData:
     """Images under `root/train/<class>/` and `root/val/<class>/` (or validation, valid, test, eval)."""
     if not root.is_dir():
         raise DataError(f"data folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
@@ -175,7 +180,7 @@ def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
 
 def from_timm(
     name: str, root: str | Path | None, reading: Reading, *, download: bool = False, num_classes: int | None = None,
-    watch: Watch = lambda iterable, *_: iterable,
+    watch: Watch = silent,
 ) -> ImageData:  # fmt: skip
     """A data set that timm's `create_dataset` knows by `name`; its splits are called "train" and "validation" there."""
     try:

@@ -17,8 +17,9 @@ pytest.importorskip("accelerate")
 from narrower.data.images import TensorImages
 from narrower.data.sources import ImageData
 from narrower.errors import ConfigError, StorageError
+from narrower.training.accelerator import make_accelerator
 from narrower.training.config import TrainConfig
-from narrower.training.train import evaluate, learning_rate, make_accelerator, train
+from narrower.training.train import TrainContext, evaluate, learning_rate, train
 
 CONFIG = TrainConfig(epochs=3, batch_size=16, lr=0.05, warmup_epochs=0.5)
 
@@ -42,8 +43,8 @@ def network() -> nn.Sequential:
 
 
 def run(model: nn.Module, checkpoint: Path | None = None, config: TrainConfig = CONFIG, **kwargs: Any) -> nn.Module:
-    accelerator = make_accelerator("cpu")
-    return train(model, data(), config, seed=1, checkpoint=checkpoint, accelerator=accelerator, **kwargs)
+    context = TrainContext(make_accelerator("cpu"), checkpoint=checkpoint, **kwargs)
+    return train(model, data(), config, context, seed=1)
 
 
 def test_learns_and_logs() -> None:

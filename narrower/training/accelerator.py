@@ -1,0 +1,79 @@
+"""What a training needs of the machine: the device, the other processes, mixed precision, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def make_accelerator(device: str = "auto") -> Accelerator:
+    """accelerate's view of this process: its device, and the other processes if there are any.
+
+    Raises:
+        ConfigError: accelerate is missing, or this machine has no such device.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ConfigError("training needs accelerate: pip install 'narrower[cli]'") from error
+
+    if device == "cpu":
+        return Accelerator(cpu=True)
+    if device != "auto":
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"--device {device} cannot be used here ({reason}); auto takes what there is") from error
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    return Accelerator()
+
+
+def shard_of(accelerator: Accelerator) -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return accelerator.process_index, accelerator.num_processes
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 where `config.amp` asks for it. It has the range of float32, so gradients need no scaling."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp)
+
+
+def to_device(x: Tensor, y: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch on the device, in the memory format of the settings."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True)
+
+
+@contextmanager
+def collect_interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that a step is never cut in half. The second signal raises KeyboardInterrupt."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield received
+        return
+
+    def note(number: int, _: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
