@@ -40,7 +40,7 @@ def test_merged_is_trained(name: str, budget: float, scope: str, size: int, kind
     graph = narrower.trace(model, x)
     dense = outputs(model, x)
     resrep = narrower.ResRep(model, graph, macs=budget, steps=16, scope=scope)  # type: ignore[arg-type]
-    assert kinds <= {s.kind for s in resrep.sites.values()}
+    assert kinds <= {s.kind for s in resrep.placement.sites.values()}
     assert difference(dense, outputs(model, x)) < limit
     optimizer = sgd(resrep, lr=1e-4)
     resrep_training.train(resrep, optimizer, x, 8)

@@ -1,43 +1,54 @@
-"""Compactors and the rule for their gradient (ResRep, section 3.2 and 3.3)."""
+"""Compactors: 1x1 convolutions behind layers, and the rule for their gradient (ResRep, sections 3.2 and 3.3)."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..narrowing.constant_propagation import Site
+from ..narrowing.optimizer import Swap
 
-NAME = "compactor"  # the attribute of a site's module
+NAME = "compactor"  # the attribute of a site's module that holds its compactor
 TINY = 1e-12
 
 
 class Compactor(nn.Module):
     """A 1x1 convolution that starts as the identity.
 
-    `weight` is `(K, C)` for a full one, `(blocks, K / blocks, C / blocks)` for a block-diagonal and `(K,)` for a diagonal
-    one, with K = C until rows are dropped. Of its rows, `chosen` are to go and `gone` are zero for good. `variance` `(K,)`
-    follows the output's over batch and space, from a quarter of a training batch (16 samples at least) now and then; empty
-    where nothing needs it.
+    `weight` is `(K, C)` for a full compactor, `(blocks, K / blocks, C / blocks)` for a block-diagonal and `(K,)` for a
+    diagonal one. K = C at first. `rows` `(K,)` and `columns` `(C,)` are the rows and input channels of the dense network
+    that are left, ascending.
+
+    Buffers, `(K,)` each: `chosen` rows are shrunk to zero, `gone` rows are zero for good, `penalised` is 1 for a row that the
+    penalty acts on and 0 for others. `variance` follows the variance of the output over batch and space. It is measured on
+    a quarter of a training batch, at least 16 samples, and empty where no BatchNorm needs it.
     """
 
     chosen: Tensor
     gone: Tensor
+    penalised: Tensor
     variance: Tensor
 
     def __init__(self, site: Site, like: Tensor, variance: Tensor | None) -> None:
         super().__init__()
         self.dim = site.dim
-        self.following = True  # whether the next forward in train mode counts for `variance`
-        self.idle = False  # merged already, the identity from now on
+        self.rows = self.columns = np.arange(site.size)
+        self.following = True  # whether the next forward in train mode updates `variance`
+        self.shrinking = False  # whether there are chosen rows, known without asking the device
+        self.frozen = False  # merged already: the identity, which no longer trains
         ones = torch.ones(site.size, dtype=like.dtype, device=like.device)
         self.weight = nn.Parameter(diagonal(ones, site))
         self.register_buffer("chosen", torch.zeros(site.size, dtype=torch.bool, device=like.device))
         self.register_buffer("gone", self.chosen.clone())
+        self.register_buffer("penalised", torch.zeros_like(ones), persistent=False)
         self.register_buffer("variance", ones[:0] if variance is None else variance.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.idle:
+        if self.frozen:
             return x
         w = self.weight
         if w.dim() == 1:
@@ -55,15 +66,66 @@ class Compactor(nn.Module):
 
     @torch.no_grad()
     def follow(self, y: Tensor) -> None:
+        """Update the running variance from an output."""
         part = y.detach()[: max(16, len(y) // 4)].float()
         if part.numel() > part.shape[1]:
             found = part.var([0, *range(2, y.dim())], unbiased=True)
             self.variance.lerp_(found.to(self.variance.dtype), 0.25)
 
+    def choose(self, rows: Tensor) -> None:
+        """Choose these rows (bool, `(K,)`), and keep those chosen that are zero already."""
+        self.chosen.copy_(rows.to(self.chosen.device) | self.gone)
+        self.shrinking |= bool(self.chosen.any())
 
-def behind(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    def restrict(self, rows: np.ndarray, columns: np.ndarray, weight: Tensor | None = None) -> Swap:
+        """Keep only some of the dense `rows` and `columns`. `weight` replaces the weight; by default its part is kept."""
+        old = self.weight
+        part = partial(submatrix, rows=np.searchsorted(self.rows, rows), columns=np.searchsorted(self.columns, columns))
+        new = part(old.detach()) if weight is None else weight.to(old.dtype)
+        self.weight = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+        index = torch.as_tensor(np.searchsorted(self.rows, rows), device=old.device)
+        for name in ("chosen", "gone", "penalised", "variance"):
+            buffer = getattr(self, name)
+            setattr(self, name, buffer[index] if buffer.numel() else buffer)
+        self.rows, self.columns = rows, columns
+        return Swap(old, self.weight, part)
+
+    def freeze(self) -> None:
+        """Be the identity from now on."""
+        self.frozen = True
+        self.weight.requires_grad_(False)
+
+
+def run_compactor(module: nn.Module, args: object, output: Tensor) -> Tensor:
     """The forward hook of a site's module."""
     return getattr(module, NAME)(output)
+
+
+def insert_compactor(module: nn.Module, compactor: Compactor) -> None:
+    """Put a compactor behind a module."""
+    module.add_module(NAME, compactor.train(module.training))
+    module.register_forward_hook(run_compactor)
+
+
+def remove_compactor(module: nn.Module) -> None:
+    """Take a compactor and its hook away."""
+    for key in [k for k, hook in module._forward_hooks.items() if hook is run_compactor]:
+        del module._forward_hooks[key]
+    del module._modules[NAME]
+
+
+def submatrix(weight: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
+    """Some rows and columns of a compactor's weight; of a block-diagonal one equally many of each block."""
+    def at(index: np.ndarray) -> Tensor:
+        return torch.as_tensor(index, device=weight.device)
+
+    if weight.dim() == 1:
+        return weight[at(rows)]
+    if weight.dim() == 2:
+        return weight[at(rows)][:, at(columns)]
+    blocks, k, c = weight.shape
+    return torch.stack([weight[b][at(r % k)][:, at(o % c)] for b, (r, o) in enumerate(
+        zip(rows.reshape(blocks, -1), columns.reshape(blocks, -1), strict=True))])
 
 
 def diagonal(values: Tensor, site: Site) -> Tensor:
@@ -98,7 +160,8 @@ def resrep_gradient(grad: Tensor, weight: Tensor, chosen: Tensor, strength: Tens
     return grad.masked_fill(rows_like(chosen, weight), 0) + rows_like(strength, weight) * unit_rows(weight)
 
 
-def turned_around(new: Tensor, old: Tensor, chosen: Tensor, threshold: float) -> Tensor:
-    """The chosen rows `(K,)` that have arrived: a step has turned them around, or they are shorter than `threshold`."""
+def rows_at_zero(new: Tensor, old: Tensor, chosen: Tensor, threshold: float) -> Tensor:
+    """The chosen rows (bool, `(K,)`) that have reached zero: the step from `old` to `new` has turned them around, or they are
+    shorter than `threshold`."""
     along = new * old if new.dim() == 1 else (new * old).flatten(0, -2).sum(1)
     return chosen & ((along <= 0) | (row_norms(new) < threshold))

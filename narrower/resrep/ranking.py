@@ -1,83 +1,165 @@
-"""Which channels ResRep sends away: the lowest rows of all compactors, until the masked network meets the budget."""
+"""Which channels ResRep removes: the lowest rows of all compactors, until the masked network meets the budget."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
+from ..errors import BudgetError
 from ..graph.cost import CostKind, CostModel, RunningCost
 from ..graph.equal_counts import Component, components
-from ..graph.types import ChannelMap, Graph
-from ..planning.greedy import ComponentDescent, descend
+from ..graph.selection import Kept
+from ..graph.types import Graph
+from ..planning.greedy import ComponentDescent, descend, fits
+from ..planning.plan import widths
 from ..planning.requests import checked_scores
+from .placement import Places
 from .schedule import Ranking
 
-Rows = Mapping[str, Mapping[str, ChannelMap]]
-"""{group: {site: the rows of that site which must be zero for the group's channels to go}}."""
+Costs = Mapping[CostKind, float]
+Masks = dict[str, np.ndarray]
+"""{group: bool array, shape (size,)}."""
 
 
-def choose(graph: Graph, cost: CostModel, parts: Sequence[Component], norms: Mapping[str, np.ndarray],
-           targets: Mapping[CostKind, float], most: float,
-           ranking: Ranking) -> tuple[dict[str, np.ndarray], dict[CostKind, float]]:
-    """The channels that go, lowest first, until the network without them meets `targets` or `most` are chosen.
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The channels that compactors can remove, and the budget: what may remain of each cost (`targets`).
 
-    `norms` has an array per group. Ranking "norm": the lowest of all go first (section 3.3 of the paper), where ties let
-    channels go only together by their mean; "share": as in `plan`, what loses the smallest share of its group for the cost it
-    saves. One channel of every cell of a group stays. Returns {group: bool array} and the costs without them.
+    `placement` has the compactors and, for each group, the rows that must be zero. `parts` are the components of these groups.
     """
-    running = RunningCost(cost, tuple(targets))
-    weight = {k: 1 / cost.cost(k, cost.dense) for k in targets}
-    steps = [ComponentDescent(graph, p, norms, cost, 1, 1) for p in parts]
 
-    def best(s: ComponentDescent) -> tuple[float, np.ndarray] | None:
-        if ranking == "share":
-            return s.next(running, weight)
-        moves = [m for m in s.moves if (s.lost + m <= s.most).all()]
-        return min(((s.mean(m), m) for m in moves), key=lambda found: found[0], default=None)
+    cost: CostModel
+    placement: Places
+    parts: Sequence[Component]
+    targets: Costs
+    ranking: Ranking
 
-    descend(steps, running, targets, best, most)
-    chosen = {c.group: np.zeros(len(norms[c.group]), dtype=bool) for p in parts for c in p.cells}
-    for part, step in zip(parts, steps, strict=True):
-        for cell, n in zip(part.cells, step.lost, strict=True):
-            chosen[cell.group][cell.channels[np.argsort(norms[cell.group][cell.channels], kind="stable")][: int(n)]] = True
-    return chosen, dict(running.now)
+    @property
+    def graph(self) -> Graph:
+        return self.cost.graph
+
+    @property
+    def kind(self) -> CostKind:
+        """The first cost that the budget limits."""
+        return next(iter(self.targets))
+
+    def share(self, kept: Kept) -> float:
+        """The share of the dense cost that remains with the channels that are kept."""
+        return self.costs(kept)[self.kind] / self.cost.cost(self.kind, self.cost.dense)
+
+    def costs(self, kept: Kept) -> dict[CostKind, float]:
+        """The costs that the budget limits, with the channels that are kept."""
+        return {kind: self.cost.cost(kind, widths(self.cost, kept.keep)) for kind in self.targets}
+
+    def meets_budget(self, kept: Kept) -> bool:
+        return fits(self.costs(kept), self.targets)
+
+    def choose(self, norms: Mapping[str, np.ndarray], most: float = math.inf) -> tuple[Masks, dict[CostKind, float]]:
+        """Choose channels, lowest first, until the network without them meets the budget or `most` are chosen.
+
+        `norms` has an array per group. Ranking "norm": the lowest of all go first (section 3.3 of the paper); where ties let
+        channels go only together, their mean counts. "share": as in `plan`, the smallest share of its group's sum for the
+        cost saved. One channel of every cell of a group stays. Returns the chosen channels, and the costs without them.
+        """
+        return self.choose_until(self.targets, norms, most, self.ranking)
+
+    def choose_until(self, targets: Costs, norms: Mapping[str, np.ndarray], most: float,
+                     ranking: Ranking) -> tuple[Masks, dict[CostKind, float]]:
+        """`choose` for any targets and ranking."""
+        running = RunningCost(self.cost, tuple(targets))
+        weight = {k: 1 / self.cost.cost(k, self.cost.dense) for k in targets}
+        steps = [ComponentDescent(self.graph, p, norms, self.cost, 1, 1) for p in self.parts]
+
+        def best(s: ComponentDescent) -> tuple[float, np.ndarray] | None:
+            if ranking == "share":
+                return s.next(running, weight)
+            moves = [m for m in s.moves if (s.lost + m <= s.most).all()]
+            return min(((s.mean(m), m) for m in moves), key=lambda found: found[0], default=None)
+
+        descend(steps, running, targets, best, most)
+        chosen = {name: np.zeros(self.graph[name].size, dtype=bool) for name in self.placement.rows}
+        for part, step in zip(self.parts, steps, strict=True):
+            for cell, n in zip(part.cells, step.lost, strict=True):
+                lowest = np.argsort(norms[cell.group][cell.channels], kind="stable")[: int(n)]
+                chosen[cell.group][cell.channels[lowest]] = True
+        return chosen, dict(running.now)
+
+    def count(self) -> int:
+        """About how many channels the budget asks for: those chosen by random numbers."""
+        rng = np.random.default_rng(0)
+        chosen, _ = self.choose({n: rng.random(self.graph[n].size) for n in self.placement.rows})
+        return sum(int(c.sum()) for c in chosen.values())
+
+    def check_reachable(self) -> None:
+        """Raise BudgetError if the network with one channel of everything costs too much."""
+        equal = {n: np.ones(self.graph[n].size) for n in self.placement.rows}
+        least = self.choose_until(dict.fromkeys(self.targets, 0.0), equal, math.inf, "norm")[1]
+        for kind, target in self.targets.items():
+            if least[kind] > target:
+                dense = self.cost.cost(kind, self.cost.dense)
+                others = "; ".join(f"{n}: {w}" for n, w in list(self.placement.reasons.items())[:4])
+                raise BudgetError(
+                    f"{kind}={target:,.0f} ({target / dense:.1%} of the dense network) cannot be reached with "
+                    f"compactors on {len(self.placement.rows)} groups: the least is {least[kind]:,.0f} "
+                    f"({least[kind] / dense:.1%})" + (f". Left alone: {others}" if others else ""))
+
+    def remaining(self, alive: Masks, before: Kept) -> Kept:
+        """The channels that stay when all but the `alive` go, as far as ties let them. What is gone `before` goes first."""
+        removed: list[tuple[str, np.ndarray]] = []
+        for part in self.parts:
+            zero = [c.channels[~alive[c.group][c.channels]] for c in part.cells]
+            zero = [z[np.argsort(before.mask(c.group)[z], kind="stable")] for z, c in zip(zero, part.cells, strict=True)]
+            counts = np.array([len(z) for z in zero])
+            removed += [(cell.group, channels[: int(n)])
+                        for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True)]
+        return Kept.without(self.graph, removed)
+
+    def by_channel(self, values: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray],
+                   fill: float) -> dict[str, list[np.ndarray]]:
+        """Values of compactor rows as values of channels: {group: an array (size,) for each of its sites}.
+
+        `values` and `rows` (the dense rows that are left) by site. `fill` is the value of rows that are not left. Of several
+        rows of one site that belong to one channel the largest counts; nan where a site has no row of the channel.
+        """
+        out: dict[str, list[np.ndarray]] = {}
+        for group, maps in self.placement.rows.items():
+            for site, m in maps.items():
+                dense = np.full(self.placement.sites[site].size, fill)
+                dense[rows[site]] = values[site]
+                value = np.full(self.graph[group].size, -np.inf)
+                np.maximum.at(value, m.channels, dense[m.positions])
+                out.setdefault(group, []).append(np.where(np.isinf(value), np.nan, value))
+        return out
 
 
-def candidates(graph: Graph, rows: Rows,
-               reasons: dict[str, str]) -> tuple[list[Component], dict[str, Mapping[str, ChannelMap]]]:
-    """The components of which every group has rows: tied groups go together or not at all."""
-    parts, mine = [], {}
+def without_groups(places: Places, reasons: Mapping[str, str]) -> Places:
+    """The places without these groups, and without the sites that only they need."""
+    rows = {g: maps for g, maps in places.rows.items() if g not in reasons}
+    used = {site for maps in rows.values() for site in maps}
+    return replace(places, sites={m: s for m, s in places.sites.items() if m in used}, rows=rows,
+                   reasons={**places.reasons, **reasons}, constants=tuple(c for c in places.constants if c[1] in rows))
+
+
+def tied_parts(graph: Graph, places: Places) -> tuple[list[Component], Places]:
+    """The components of which every group has compactors, and their places: tied groups go together or not at all."""
+    parts, reasons = [], {}
     for part in components(graph):
         groups = {c.group for c in part.cells}
-        if groups <= rows.keys():
-            parts.append(part)
-            mine.update({g: rows[g] for g in groups})
+        lacking = sorted(groups - places.rows.keys())
+        if lacking:
+            reasons.update(dict.fromkeys(groups & places.rows.keys(), f"tied to {lacking[0]}, which has no compactor"))
         else:
-            for g in groups & rows.keys():
-                reasons[g] = f"tied to {next(iter(groups - rows.keys()))}, which has no compactor"
-    return parts, mine
+            parts.append(part)
+    return parts, without_groups(places, reasons)
 
 
-def priors(graph: Graph, rows: Rows, scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
-    """Scores relative to their group's mean. Raises PlanError for scores of another graph."""
+def priors(graph: Graph, places: Places, scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+    """Scores relative to the mean of their group; ones if there are none. Raises PlanError for scores of another graph."""
     if scores is None:
-        return {n: np.ones(graph[n].size) for n in rows}
-    values = checked_scores(graph, scores, {g.name for g in graph.free} - rows.keys())
+        return {n: np.ones(graph[n].size) for n in places.rows}
+    values = checked_scores(graph, scores, {g.name for g in graph.free} - places.rows.keys())
     return {n: v / v.mean() for n, v in values.items()}
-
-
-def by_channel(graph: Graph, rows: Rows, present: Mapping[str, np.ndarray],
-               values: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
-    """Values of the rows that are left (`present`, by site), per channel for each row of it; `fill` for rows that were dropped.
-    Of several rows of one site the largest counts."""
-    out: dict[str, list[np.ndarray]] = {}
-    for group, mine in rows.items():
-        for site, row in mine.items():
-            dense = np.full(max(row.positions.max(), present[site].max(initial=0)) + 1, fill)
-            dense[present[site]] = values[site]
-            value = np.full(graph[group].size, -np.inf)
-            np.maximum.at(value, row.channels, dense[row.positions])
-            out.setdefault(group, []).append(np.where(np.isinf(value), np.nan, value))
-    return out

@@ -1,207 +1,163 @@
-"""Take channels out of a network with compactors in place, and merge the compactors into it.
-
-A `Layout` knows which of the dense positions every tensor dimension still has, so that removal can go on from any state.
-"""
+"""Remove channels from a network with compactors in place, and merge the compactors into it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..graph.selection import Keep, Kept
-from ..graph.types import Graph
-from ..narrowing.constant_propagation import Reader, Site, absorb_constants
+from ..graph.selection import Cut, Kept
+from ..narrowing.constant_propagation import Site, absorb_constants
 from ..narrowing.optimizer import Swap
 from ..surgery.attributes import attribute_values, set_attributes
 from ..surgery.resize import fit, format_of, slice_tensor
 from ..surgery.walk import named_tensors
-from .compactor import NAME, Compactor, behind, diagonal, row_norms
+from .compactor import NAME, Compactor, diagonal, remove_compactor, row_norms
 from .merging import merge_tensors
+from .placement import Places
 
-End = tuple[str, int]  # a tensor and one of its dimensions
+Mode = Literal["cut", "fold", "freeze", "merge"]
+"""What `restructure` does with compactors.
 
-PARTS = {"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var"}
+`cut`: only drop their rows; the layers before full and block-diagonal compactors keep their channels.
+`fold`: merge full and block-diagonal compactors, and begin anew with diagonals of their row norms; so these layers narrow too.
+`freeze`: merge all compactors and keep them as identities that no longer train.
+`merge`: merge all compactors and remove them.
+"""
 
-
-@dataclass
-class Layout:
-    """Dense positions that are left: of the dimensions that were cut `(blocks, n)`, and of each compactor's rows."""
-
-    ends: dict[End, np.ndarray] = field(default_factory=dict)
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def left(self, graph: Graph, end: End, blocks: int = 1) -> np.ndarray:
-        size = graph.shapes[end[0]][end[1]]
-        return self.ends.get(end, np.broadcast_to(np.arange(size), (blocks, size)))
+SHORTEST = 1e-4  # the least that a diagonal compactor starts with
 
 
-def made_by(site: Site) -> dict[str, End]:
-    """The tensors that a full or block-diagonal compactor is merged into, with the dimension of its channels."""
-    out: dict[str, End] = {}
-    if site.weight is not None:
-        out["weight"] = site.weight, int(site.transposed)
-    if site.bias is not None:
-        out["bias"] = site.bias, 0
-    if site.norm is not None:
-        out |= {part: (f"{site.norm}.{leaf}", 0) for part, leaf in PARTS.items()}
-    return out
+class Merged(NamedTuple):
+    """A tensor with a compactor merged into it, and the dense positions that this gives one of its dimensions."""
 
-
-def relative(now: np.ndarray, later: np.ndarray) -> np.ndarray:
-    """Where the positions `later` stand among those of `now`, row by row."""
-    return np.stack([np.searchsorted(a, b) for a, b in zip(now, later, strict=True)])
-
-
-def tensors_of(model: nn.Module, site: Site) -> dict[str, Tensor]:
-    """What a site's compactor is merged into, in float64; a diagonal one behind a BatchNorm needs its scale and shift alone."""
-    named = named_tensors(model)
-    ends = made_by(site)
-    if site.norm is not None and site.kind == "diagonal":
-        ends = {k: ends[k] for k in ("gamma", "beta")}
-    return {part: named[end[0]].detach().double() for part, end in ends.items()}
+    value: Tensor
+    rows: Cut
 
 
 @torch.no_grad()
-def restructure(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: Layout, keep: Keep,
-                constants: Sequence[tuple[Reader, str, float]], *, fold: bool, idle: bool = False,
-                merge: bool = False) -> tuple[Layout, list[Swap]]:
-    """Cut `model` (with compactors, in place) down to the channels `keep` of the dense network.
+def restructure(model: nn.Module, placement: Places, before: Kept, after: Kept, mode: Mode) -> list[Swap]:
+    """Reduce `model` (with compactors, in place) from the channels `before` to the channels `after`.
 
-    `fold`: full and block-diagonal compactors are merged into their layer and stand anew as diagonals of their row norms, so
-    that the layer gets narrower too; else only their rows go. `idle`: all are merged, and stand on as the identity; `merge`:
-    and are taken away. `constants`: what channels are, when they are zero, where a layer reads them: what goes of it moves into
-    that layer. Returns the new layout and what was replaced, for an optimizer.
+    Constants that removed channels leave are added to the layers that read them. Returns what was replaced, for an optimizer.
     """
-    for reader, group, number in constants:
-        gone = np.full(graph[group].size, number)
-        gone[keep[group]] = 0
-        absorb_constants(named_tensors(model), graph, reader, group, gone, layout.ends)
-    kept = Kept(graph, keep)
-    later = Layout({(t, dim): positions for t, cut in kept.cuts.items() for dim, positions in cut.items()})
-    values: dict[str, Tensor] = {}  # merged tensors
-    from_rows: dict[End, np.ndarray] = {}  # dimensions of merged tensors that have the compactor's rows now
-    compactors: dict[str, tuple[np.ndarray, np.ndarray, Tensor]] = {}
-    for name, site in sites.items():
-        compactor: Compactor = getattr(model.get_submodule(name), NAME)
-        rows = layout.rows[name]
-        stay = later.left(graph, site.rows, site.blocks if site.transposed else 1)
-        stay = (stay + (np.arange(len(stay)) * graph.shapes[site.rows[0]][site.rows[1]])[:, None]).reshape(-1)
-        later.rows[name] = stay
-        within = columns = np.searchsorted(rows, stay)
-        q = compactor.weight.detach().double()
-        whole = site.kind != "diagonal"
-        if compactor.idle:
-            new = diagonal(torch.ones(len(within), dtype=q.dtype, device=q.device), site)
-        elif merge or idle or (fold and whole):
-            norms = row_norms(q).clamp_min(1e-4)
-            norms = torch.ones_like(norms) if merge or idle else norms
-            eps = getattr(model.get_submodule(site.norm), "eps", 0.0) if site.norm is not None else 0.0
-            parts = merge_tensors(q, site, tensors_of(model, site), float(eps), compactor.variance.double(), norms)
-            for part, value in parts.items():
-                end = made_by(site)[part]
-                values[end[0]] = value
-                if whole:
-                    from_rows[end] = rows[None]
-            new = diagonal(norms[torch.as_tensor(within, device=q.device)], site)
-        else:
-            if whole:
-                for end in made_by(site).values():
-                    later.ends.pop(end, None)
-                    if end in layout.ends:
-                        later.ends[end] = layout.ends[end]
-                columns = np.arange(q.shape[-1] * (q.shape[0] if q.dim() == 3 else 1))
-            new = pick(q, within, columns)
-        compactors[name] = within, columns, new
-    swaps = replace_tensors(model, graph, layout, later, values, from_rows)
-    set_attributes(model, attribute_values(kept))
-    for name, (within, columns, new) in compactors.items():
-        module = model.get_submodule(name)
-        if merge:
-            unhook(module)
-        else:
-            compactor = getattr(module, NAME)
-            swaps.append(renew(compactor, new, within, columns))
-            if idle:
-                compactor.idle = True
-                compactor.weight.requires_grad_(False)
-    return later, swaps
-
-
-def replace_tensors(model: nn.Module, graph: Graph, layout: Layout, later: Layout, values: Mapping[str, Tensor],
-             from_rows: Mapping[End, np.ndarray]) -> list[Swap]:
-    """Put the cut tensors into the model; tied ones stay one object."""
-    named = named_tensors(model)
-    done: dict[int, Tensor] = {}
+    cuts = present_cuts(model, placement.sites, before)
+    for reader, group, value in placement.constants:
+        absorb_constants(named_tensors(model), before.graph, reader, group, np.where(after.mask(group), 0.0, value),
+                         {(tensor, dim): positions for tensor, cut in cuts.items() for dim, positions in cut.items()})
     swaps: list[Swap] = []
-    for name in {t: None for t, _ in (*later.ends, *layout.ends)} | dict.fromkeys(values):
+    merged: dict[str, Merged] = {}
+    for site in placement.sites.values():
+        swap, tensors = reduce_compactor(model, site, np.nonzero(after.axis_mask(*site.rows).reshape(-1))[0], mode)
+        swaps.append(swap)
+        merged |= tensors
+    swaps += replace_tensors(model, cuts, present_cuts(model, placement.sites, after), merged)
+    set_attributes(model, attribute_values(after))
+    for name in placement.sites:
+        if mode == "merge":
+            remove_compactor(model.get_submodule(name))
+        elif mode == "freeze":
+            compactor_at(model, name).freeze()
+    return swaps
+
+
+def compactor_at(model: nn.Module, name: str) -> Compactor:
+    """The compactor behind the module of that name."""
+    return getattr(model.get_submodule(name), NAME)
+
+
+def reduce_compactor(model: nn.Module, site: Site, rows: np.ndarray, mode: Mode) -> tuple[Swap, dict[str, Merged]]:
+    """Reduce a compactor to these dense rows, and merge it if the mode says so. Returns the tensors that it was merged into."""
+    compactor, whole = compactor_at(model, site.module), site.kind != "diagonal"
+    if compactor.frozen or (mode in ("cut", "fold") and not whole):
+        return compactor.restrict(rows, rows), {}
+    if mode == "cut":
+        return compactor.restrict(rows, compactor.columns), {}
+    norms = row_norms(compactor.weight.detach().double())
+    diagonal_left = norms.clamp_min(SHORTEST) if mode == "fold" else torch.ones_like(norms)
+    merged = merged_tensors(model, site, compactor, diagonal_left)
+    left = torch.as_tensor(np.searchsorted(compactor.rows, rows), device=norms.device)
+    return compactor.restrict(rows, rows, diagonal(diagonal_left[left], site)), merged
+
+
+def merge_targets(site: Site) -> dict[str, tuple[str, int]]:
+    """The tensors that a compactor is merged into, and the dimension of its channels in each."""
+    norm = {part: (f"{site.norm}.{leaf}", 0) for part, leaf in (
+        ("gamma", "weight"), ("beta", "bias"), ("mean", "running_mean"), ("var", "running_var"))}
+    if site.norm is not None and site.kind == "diagonal":
+        return {part: norm[part] for part in ("gamma", "beta")}
+    targets = {} if site.norm is None else norm
+    if site.weight is not None:
+        targets["weight"] = site.weight, int(site.transposed)
+    if site.bias is not None:
+        targets["bias"] = site.bias, 0
+    return targets
+
+
+def merged_tensors(model: nn.Module, site: Site, compactor: Compactor, diagonal_left: Tensor) -> dict[str, Merged]:
+    """The tensors with a compactor merged, by name. `diagonal_left` `(K,)`: the diagonal of the compactor that will follow."""
+    named, targets = named_tensors(model), merge_targets(site)
+    eps = getattr(model.get_submodule(site.norm), "eps", 0.0) if site.norm is not None else 0.0
+    values = merge_tensors(compactor.weight.detach().double(), site,
+                           {part: named[tensor].detach().double() for part, (tensor, _) in targets.items()},
+                           float(eps), compactor.variance.double(), diagonal_left)
+    merged = {}
+    for part, value in values.items():
+        tensor, dim = targets[part]
+        merged[tensor] = Merged(value, {} if site.kind == "diagonal" else {dim: compactor.rows[None]})
+    return merged
+
+
+def present_cuts(model: nn.Module, sites: Mapping[str, Site], kept: Kept) -> dict[str, Cut]:
+    """What the tensors have of the dense ones: `kept`, but in front of a full or block-diagonal compactor what it reads."""
+    cuts = {tensor: dict(cut) for tensor, cut in kept.cuts.items()}
+    for name, site in sites.items():
+        if site.kind != "diagonal":
+            for tensor, dim in merge_targets(site).values():
+                cuts.setdefault(tensor, {})[dim] = compactor_at(model, name).columns[None]
+    shapes = kept.graph.shapes
+    smaller = {t: {d: p for d, p in cut.items() if p.shape[1] < shapes[t][d]} for t, cut in cuts.items()}
+    return {tensor: cut for tensor, cut in smaller.items() if cut}
+
+
+def relative(cut: Cut, now: Cut) -> Cut:
+    """A cut of the dense tensor as a cut of the tensor that has only the positions `now`."""
+    out = dict(cut)
+    for dim in cut.keys() & now.keys():
+        out[dim] = np.stack([np.searchsorted(a, b) for a, b in zip(now[dim], cut[dim], strict=True)])
+    return out
+
+
+def replace_tensors(model: nn.Module, before: Mapping[str, Cut], after: Mapping[str, Cut],
+                    merged: Mapping[str, Merged]) -> list[Swap]:
+    """Put the cut and merged tensors into the model. Tied tensors stay one object."""
+    named = named_tensors(model)
+    new_of: dict[int, Tensor] = {}
+    swaps: list[Swap] = []
+    for name in {**after, **merged}:
         t = named[name]
-        if id(t) in done:
+        if id(t) in new_of:
             continue
-        value, part, of_state = values.get(name, t.detach()).to(t.dtype), {}, {}
-        for dim in range(t.dim()):
-            end = name, dim
-            if end not in later.ends and end not in layout.ends and end not in from_rows:
-                continue
-            wanted = later.ends.get(end)
-            blocks = len(wanted) if wanted is not None else 1
-            wanted = later.left(graph, end, blocks) if wanted is None else wanted
-            before = layout.left(graph, end, blocks)
-            of_state[dim] = relative(before, wanted)
-            part[dim] = relative(from_rows.get(end, before), wanted)
-        new = slice_tensor(value, part).clone().contiguous(memory_format=format_of(t))
+        value, rows = merged.get(name, Merged(t.detach(), {}))
+        now, cut = before.get(name, {}), after.get(name, {})
+        new = slice_tensor(value.to(t.dtype), relative(cut, {**now, **rows})).clone().contiguous(memory_format=format_of(t))
         if isinstance(t, nn.Parameter):
             new = nn.Parameter(new, requires_grad=t.requires_grad)
-        done[id(t)] = new
-        swaps.append(Swap(t, new, partial(slice_tensor, cut=of_state)))
-    fit(model, {name: done[id(t)] for name, t in named.items() if id(t) in done})
+        new_of[id(t)] = new
+        swaps.append(Swap(t, new, partial(slice_tensor, cut=relative(cut, now))))
+    fit(model, {name: new_of[id(t)] for name, t in named.items() if id(t) in new_of})
     return swaps
 
 
-def pick(q: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """Some rows and columns of a compactor's weight; of a block-diagonal one equally many of each block."""
-    if q.dim() == 1:
-        return q[torch.as_tensor(rows, device=q.device)]
-    if q.dim() == 2:
-        return q[torch.as_tensor(rows, device=q.device)][:, torch.as_tensor(columns, device=q.device)]
-    blocks, k, c = q.shape
-    parts = [q[b][torch.as_tensor(r % k, device=q.device)][:, torch.as_tensor(o % c, device=q.device)]
-             for b, (r, o) in enumerate(zip(rows.reshape(blocks, -1), columns.reshape(blocks, -1), strict=True))]
-    return torch.stack(parts)
+def restore_shapes(model: nn.Module, placement: Places, kept: Kept, rows: Mapping[str, np.ndarray],
+                   columns: Mapping[str, np.ndarray]) -> list[Swap]:
+    """Give a dense model with compactors the shapes that it had with these channels and these rows and columns of compactors.
 
-
-def renew(compactor: Compactor, new: Tensor, rows: np.ndarray, columns: np.ndarray) -> Swap:
-    """Give a compactor its new weight, and its masks the rows that are left."""
-    old = compactor.weight
-    compactor.weight = nn.Parameter(new.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
-    index = torch.as_tensor(rows, device=old.device)
-    for name in ("chosen", "gone", "variance"):
-        buffer = getattr(compactor, name)
-        setattr(compactor, name, buffer[index] if buffer.numel() else buffer)
-    return Swap(old, compactor.weight, partial(pick, rows=rows, columns=columns))
-
-
-def unhook(module: nn.Module) -> None:
-    """Take a compactor and its hook away."""
-    for key in [k for k, hook in module._forward_hooks.items() if hook is behind]:
-        del module._forward_hooks[key]
-    del module._modules[NAME]
-
-
-def restore_shapes(model: nn.Module, graph: Graph, sites: Mapping[str, Site], layout: Layout) -> list[Any]:
-    """Give a dense model with compactors the shapes of a layout, to load a state into. Returns the swaps."""
-    swaps = replace_tensors(model, graph, Layout(), layout, {}, {})
-    for name, site in sites.items():
-        compactor: Compactor = getattr(model.get_submodule(name), NAME)
-        rows = layout.rows[name]
-        columns = rows
-        if site.kind != "diagonal":
-            end = (str(site.weight), int(site.transposed))
-            columns = layout.ends[end].reshape(-1) if end in layout.ends else np.arange(site.size)
-        swaps.append(renew(compactor, pick(compactor.weight.detach(), rows, columns), rows, columns))
-    return swaps
+    Values are those of the dense model: load a state afterwards. Returns what was replaced, for an optimizer.
+    """
+    swaps = [compactor_at(model, name).restrict(rows[name], columns[name]) for name in placement.sites]
+    return swaps + replace_tensors(model, {}, present_cuts(model, placement.sites, kept), {})

@@ -62,6 +62,7 @@ class Forgetting:
         return slow, max(slow, unit * (1 - momentum) / (lr * self.forget_steps)) if self.forget_steps else slow
 
 
-def decoupled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the penalty must stay out of the gradient: all but SGD scale gradients away."""
+def decouples_penalty(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the penalty is applied to the weights directly, as AdamW does with weight decay: adaptive optimizers rescale
+    gradients, which would undo it. SGD does not."""
     return not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)

@@ -7,47 +7,50 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import BudgetError, ConfigError, PlanError, StorageError
+from ..errors import ConfigError, PlanError, StorageError
 from ..graph.cost import CostKind, CostModel
+from ..graph.equal_counts import Component
 from ..graph.selection import Kept
-from ..graph.types import Graph
+from ..graph.types import ChannelMap, Graph
 from ..narrowing.narrow import record
 from ..narrowing.optimizer import carry_optimizer
-from ..planning.greedy import fits
-from ..planning.plan import widths
 from ..planning.requests import Budget, matching
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import named_tensors
-from .compactor import NAME, Compactor, behind, resrep_gradient, row_norms, rows_like, turned_around, unit_rows
+from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
 from .placement import Scope, prepare
-from .ranking import by_channel, candidates, choose, priors
-from .restructure import Layout, restore_shapes, restructure
-from .schedule import Forgetting, Ranking, decoupled
+from .ranking import Candidates, priors, tied_parts, without_groups
+from .restructure import Mode, compactor_at, restore_shapes, restructure
+from .schedule import Forgetting, decouples_penalty
 
-FORMAT = 1
+FORMAT = 2
+
+Phase = Literal["forgetting", "resting", "frozen"]
+"""`forgetting`: rows are chosen and shrink to zero. `resting`: the budget is reached, so the compactors stay as they are and
+the network alone trains on. `frozen`: `shrink` has merged all compactors for good."""
 
 
 class ResRep:
     """Compactors behind the layers of `model` (which is changed, in place), and their training to a budget.
 
-    The model computes what it did before. Train it as ever, with an optimizer over `param_groups` to which `attach` was
-    called; between steps `shrink` takes out what is zero already; `merge` gives the narrow network.
+    The model computes what it did before. Train it as usual, with an optimizer over `param_groups` to which `attach` was
+    called. Between steps `shrink` removes channels that are zero already. `merge` gives the narrow network.
 
     `macs`, `params`: what may remain, as for `plan`. `steps`: optimizer steps of the whole training; the schedule follows
     from it. `scope="inner"`: channels that one layer makes, as in the paper; "all": residual streams too. `exclude`: patterns
-    of groups to leave. `scores`: what is known of the channels beforehand; row norms count times a channel's score relative
-    to its group's mean. `settings`: see `Forgetting`.
+    of groups to leave out. `scores`: what is known of the channels beforehand; row norms are multiplied by a channel's score
+    relative to its group's mean. `settings`: see `Forgetting`.
 
     Raises PlanError if the model is not the one that was traced or nothing can be compacted, BudgetError for a budget below
-    the least that can be reached, ConfigError for odd settings.
+    the least that can be reached, ConfigError for settings out of range.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
@@ -62,39 +65,49 @@ class ResRep:
         same_tensors(model, graph)
         if any(isinstance(m, Compactor) for m in model.modules()):
             raise ConfigError("the model has compactors already: merge them first, or take a fresh model")
-        left_out = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
-        self.model, (self.graph, found) = model, prepare(model, graph, scope, left_out)
-        graph = self.graph
-        self.reasons = {**found.reasons, **dict.fromkeys(left_out, "excluded")}
-        self.parts, self.rows = candidates(graph, {n: r for n, r in found.rows.items() if n not in left_out}, self.reasons)
-        if not self.rows:
-            raise PlanError("ResRep finds nothing to compact: "
-                            + ("; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4]) or "nothing is free"))
-        used = {site for mine in self.rows.values() for site in mine}
-        self.sites = {m: s for m, s in found.sites.items() if m in used}
-        self.constants = [c for c in found.constants if c[1] in self.rows]
-        self.cost = CostModel(graph)
-        self.dense: dict[CostKind, float] = {k: self.cost.cost(k, self.cost.dense) for k in ("macs", "params")}
-        self.targets = Budget(macs, params).targets(self.dense)
-        self.check_reachable()
-        self.budget = {"macs": macs, "params": params}
-        self.scope, self.steps, self.step = scope, steps, 0
+        self.model = model
+        cost, parts = self.find_places(graph, scope, exclude)
+        self.dense: dict[CostKind, float] = {k: cost.cost(k, cost.dense) for k in ("macs", "params")}
+        self.budget, self.scope = {"macs": macs, "params": params}, scope
         settings = settings or Forgetting()
-        self.settings = settings.over(steps, self.channels_to_go(settings.ranking))
-        self.prior = priors(graph, self.rows, scores)
-        self.keep = {g.name: np.arange(g.size) for g in graph.free}
-        self.layout = Layout({}, {name: np.arange(s.size) for name, s in self.sites.items()})
-        self.masked = dict(self.dense)
+        self.candidates = Candidates(cost, self.placement, parts, Budget(macs, params).targets(self.dense), settings.ranking)
+        self.candidates.check_reachable()
+        self.prior = priors(self.graph, self.placement, scores)
+        self.settings = settings.over(steps, self.candidates.count())
+        self.steps, self.step = steps, 0
+        self.phase: Phase = "forgetting"
+        self.masked = dict(self.dense)  # the costs without chosen channels
+        self.kept = Kept(self.graph, {g.name: np.arange(g.size) for g in self.graph.free})
         self.optimizer: torch.optim.Optimizer | None = None
-        self.before: dict[str, Tensor] = {}
-        self.resting = self.idle = False  # the budget is reached; and the compactors are merged
-        self.shrinking: set[str] = set()  # compactors with chosen rows
-        self.penalised: dict[str, Tensor] = {}
-        self.follow_every = min(8, max(1, steps // 100))
-        self.ruled_rows = {name: np.zeros(s.size, dtype=bool) for name, s in self.sites.items()}
-        for site, row in (item for mine in self.rows.values() for item in mine.items()):
-            self.ruled_rows[site][row.positions] = True
-        self.install()
+        self.before: dict[str, Tensor] = {}  # weights of compactors before the step
+        self.insert_compactors()
+
+    def find_places(self, graph: Graph, scope: Scope, exclude: Sequence[str]) -> tuple[CostModel, list[Component]]:
+        """Find where compactors go, and give layers the biases that this needs. Returns the costs of the network, and the
+        components of the groups that can be compacted. Raises PlanError if there are none."""
+        excluded = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
+        self.graph, found = prepare(self.model, graph, scope, excluded)
+        parts, self.placement = tied_parts(self.graph, without_groups(found, dict.fromkeys(excluded, "excluded")))
+        if not self.placement.rows:
+            why = "; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4])
+            raise PlanError(f"ResRep finds nothing to compact: {why or 'nothing is free'}")
+        return CostModel(self.graph), parts
+
+    def insert_compactors(self) -> None:
+        """Put compactors into the model, as submodules of the modules that they stand behind."""
+        named = named_tensors(self.model)
+        for name, site in self.placement.sites.items():
+            variance = None
+            if site.norm is not None and site.kind != "diagonal":
+                variance = named[f"{site.norm}.weight"].detach() ** 2
+            insert_compactor(self.model.get_submodule(name), Compactor(site, named[site.rows[0]], variance))
+        for name, rows in self.row_maps():
+            compactor_at(self.model, name).penalised[rows.positions] = 1
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Why groups have no compactors, by their names."""
+        return self.placement.reasons
 
     # ------------------------------------------------------------------------------------------------ the user's side
 
@@ -132,118 +145,115 @@ class ResRep:
         optimizer.register_step_post_hook(self.after_step)
 
     def shrink(self, *, fold: bool = True, ema: Sequence[nn.Module] = ()) -> float:
-        """Take the channels out of the running network whose rows are zero, and give back the share of the dense MACs (or
-        parameters) that remain. Call it between steps, with no graph held.
+        """Remove the channels whose rows are zero from the running network. Returns the share of the dense MACs (or
+        parameters) that remains. Call it between steps, with no graph held.
 
-        With `fold` compactors are merged into their layers and begin anew as diagonals of their row norms: producers get
-        narrower too, and once the budget is reached all are merged for good. In eval mode the network computes the same; in
-        train mode its BatchNorms take their variance from the compactors' running one. Without, only rows and what reads them
-        go, and training goes on exactly as it would have.
-        The optimizer follows (momentum and the like are sliced), and so do learning rate schedulers; `ema`: averaged copies of
-        the model, such as timm's `ModelEmaV3.module`, which lose the same channels (what they remember of them too).
-        Rebuild DistributedDataParallel around the model afterwards.
+        With `fold` compactors are merged into their layers and begin anew as diagonals of their row norms, so that these
+        layers get narrower too; once the budget is reached all are merged for good. In eval mode the network computes the
+        same. In train mode its BatchNorms take their variance from the compactors' running one. Without `fold`, only rows and
+        what reads them go, and training goes on exactly as it would have.
+
+        The optimizer follows (momentum and the like are sliced), and so do learning rate schedulers. `ema`: averaged copies of
+        the model, such as timm's `ModelEmaV3.module`, which lose the same channels. Rebuild DistributedDataParallel around
+        the model afterwards.
         """
-        keep = self.remaining()
-        idle = fold and self.resting and not self.idle
-        if idle or any(len(keep[n]) < len(self.keep[n]) for n in keep):
-            for m in (*ema, self.model):
-                layout, swaps = restructure(m, self.graph, self.sites, self.layout, keep, self.constants, fold=fold, idle=idle)
-            self.idle |= idle
+        kept = self.remaining()
+        mode: Mode = "cut" if not fold else "freeze" if self.phase == "resting" else "fold"
+        if mode == "freeze" or any(len(kept.keep[n]) < len(k) for n, k in self.kept.keep.items()):
+            for model in (*ema, self.model):
+                swaps = restructure(model, self.placement, self.kept, kept, mode)
             if self.optimizer is not None:
                 carry_optimizer(self.optimizer, swaps)
-            self.keep, self.layout, self.penalised = keep, layout, {}
+            self.kept = kept
+            if mode == "freeze":
+                self.phase = "frozen"
         return self.reached()
 
     def waiting(self) -> float:
-        """The share of the dense network that `shrink` would take out now; 1 when it can merge the compactors for good."""
-        if self.resting and not self.idle:
-            return 1.0
-        return self.reached(self.keep) - self.reached()
+        """The share of the dense network that `shrink` would remove now; 1 when it can merge the compactors for good."""
+        return 1.0 if self.phase == "resting" else self.candidates.share(self.kept) - self.reached()
 
     def merge(self, model: nn.Module | None = None) -> nn.Module:
-        """The narrow network: plain modules, every compactor merged; the trained model stays as it is, or `model`: an averaged
-        copy of it. In eval mode it computes what was trained, to rounding. Warns if the budget has not been reached."""
+        """The narrow network: plain modules, every compactor merged. `model` is an averaged copy to take instead of the trained
+        one; neither is changed. In eval mode it computes what was trained, to rounding. Warns if the budget is not reached."""
         source = self.model if model is None else model
         small = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
-        keep = self.remaining()
-        restructure(small, self.graph, self.sites, self.layout, keep, self.constants, fold=True, merge=True)
-        now = widths(self.cost, keep)
-        for kind, target in self.targets.items():
-            have = self.cost.cost(kind, now)
+        kept = self.remaining()
+        restructure(small, self.placement, self.kept, kept, "merge")
+        for kind, have in self.candidates.costs(kept).items():
+            target, dense = self.candidates.targets[kind], self.dense[kind]
             if have > target:
-                warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {self.dense[kind]:,.0f} remain "
-                              f"({have / self.dense[kind]:.1%}), {target / self.dense[kind]:.1%} was asked for; train longer "
-                              f"(step {self.step} of {self.steps})", stacklevel=2)
-        record(small, Kept(self.graph, keep))
+                warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {dense:,.0f} remain ({have / dense:.1%}), "
+                              f"{target / dense:.1%} was asked for; train longer (step {self.step} of {self.steps})",
+                              stacklevel=2)
+        record(small, kept)
         return small
+
+    def reached(self) -> float:
+        """The share of the dense MACs (or parameters) that remains without the channels that are zero."""
+        return self.candidates.share(self.remaining())
 
     def progress(self) -> dict[str, float]:
         """Shares of the dense network: `masked` (without chosen channels) and `reached` (without those that are zero), of the
         budget's kind; `chosen` and `zero` channels; the least and mean norm of the rows that stay."""
-        kind = next(iter(self.targets))
-        norms = self.norms()
-        chosen = self.chosen_channels()
-        keep = self.remaining()
+        kind, norms, chosen, kept = self.candidates.kind, self.norms(), self.chosen_channels(), self.remaining()
         stay = np.concatenate([norms[n][~chosen[n]] for n in norms])
         return {
-            "masked": self.masked[kind] / self.dense[kind], "reached": self.reached(keep),
+            "masked": self.masked[kind] / self.dense[kind], "reached": self.candidates.share(kept),
             "chosen": float(sum(c.sum() for c in chosen.values())),
-            "zero": float(sum(self.graph[n].size - len(kept) for n, kept in keep.items())),
+            "zero": float(sum(self.graph[n].size - len(k) for n, k in kept.keep.items())),
             "least_norm": float(stay.min()) if len(stay) else 0.0, "mean_norm": float(stay.mean()) if len(stay) else 0.0,
         }
 
     def __str__(self) -> str:
-        p = self.progress()
-        kind = next(iter(self.targets))
+        p, kind = self.progress(), self.candidates.kind
+        budget = self.candidates.targets[kind] / self.dense[kind]
         line = (f"step {self.step} of {self.steps}: {kind} masked {p['masked']:.1%}, reached {p['reached']:.1%} of the dense "
-                f"network (budget {self.targets[kind] / self.dense[kind]:.1%}); {p['zero']:.0f} channels are zero, "
+                f"network (budget {budget:.1%}); {p['zero']:.0f} channels are zero, "
                 f"{p['chosen']:.0f} chosen; norms of the rest from {p['least_norm']:.2f}, {p['mean_norm']:.2f} on average")
         return "\n".join([line, *(f"not compacted: {n}: {why}" for n, why in self.reasons.items())])
 
     # ------------------------------------------------------------------------------------------------ state
 
+    def run_settings(self) -> dict[str, Any]:
+        """What a state must agree on with the ResRep that loads it."""
+        return {"format": FORMAT, "steps": self.steps, "budget": dict(self.budget), "scope": self.scope,
+                "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.placement.rows}}
+
     def state_dict(self) -> dict[str, Any]:
         """Schedule, counters, masks and the shapes that shrinking has left; tensors and plain values only. Weights are in the
         model's own state dict, momentum in the optimizer's."""
-        return {
-            "format": FORMAT, "step": self.step, "steps": self.steps, "budget": dict(self.budget), "scope": self.scope,
-            "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.rows},
-            "masked": dict(self.masked), "resting": (self.resting, self.idle),
-            "keep": {n: k.tolist() for n, k in self.keep.items()},
-            "ends": [(t, d, rows.tolist()) for (t, d), rows in self.layout.ends.items()],
-            "rows": {n: r.tolist() for n, r in self.layout.rows.items()},
-            "masks": {n: {"chosen": c.chosen.clone(), "gone": c.gone.clone()} for n, c in self.compactors().items()},
+        return self.run_settings() | {
+            "step": self.step, "phase": self.phase, "masked": dict(self.masked),
+            "keep": {n: k.tolist() for n, k in self.kept.keep.items()},
+            "compactors": {n: {"rows": c.rows.tolist(), "columns": c.columns.tolist(),
+                               "chosen": c.chosen.clone(), "gone": c.gone.clone()} for n, c in self.compactors().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, on a fresh ResRep around the dense model: the model gets the shapes that it had then
-        (an attached optimizer its parameters). Load the model's and the optimizer's own state dicts after this.
+        """Continue where `state` was taken, on a fresh ResRep around the dense model: the model gets the shapes that it had
+        then, and an attached optimizer its parameters. Load the model's and the optimizer's own state dicts after this.
 
         Raises StorageError for another format, budget, schedule or model.
         """
-        mine = {"format": FORMAT, "steps": self.steps, "budget": self.budget, "scope": self.scope,
-                "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.rows}}
-        for key, value in mine.items():
+        for key, value in self.run_settings().items():
             if state.get(key) != value:
                 what = "the model" if key == "groups" else key
                 raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")
-        if self.layout.ends or self.step:
+        if self.step or self.kept.cuts:
             raise StorageError("load_state_dict needs a fresh ResRep around the dense model")
-        layout = Layout({(t, d): np.array(rows) for t, d, rows in state["ends"]},
-                        {n: np.array(r) for n, r in state["rows"].items()})
-        swaps = restore_shapes(self.model, self.graph, self.sites, layout)
+        saved, kept = state["compactors"], Kept(self.graph, {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()})
+        rows, columns = ({n: np.array(c[key], dtype=np.int64) for n, c in saved.items()} for key in ("rows", "columns"))
+        swaps = restore_shapes(self.model, self.placement, kept, rows, columns)
         if self.optimizer is not None:
             carry_optimizer(self.optimizer, swaps)
-        self.layout, self.step, self.masked = layout, state["step"], dict(state["masked"])
-        self.resting, self.idle = state["resting"]
-        self.keep = {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()}
+        self.kept, self.step, self.phase, self.masked = kept, state["step"], state["phase"], dict(state["masked"])
         for name, c in self.compactors().items():
-            for mask in ("chosen", "gone"):
-                getattr(c, mask).copy_(state["masks"][name][mask])
-            c.following, c.idle = self.step % self.follow_every == 0, self.idle
-            c.weight.requires_grad_(not self.idle)
-            if bool(c.chosen.any()):
-                self.shrinking.add(name)
+            c.gone.copy_(saved[name]["gone"])
+            c.choose(saved[name]["chosen"])
+            c.following = self.step % self.follow_every == 0
+            if self.phase == "frozen":
+                c.freeze()
 
     # ------------------------------------------------------------------------------------------------ the rule
 
@@ -253,7 +263,7 @@ class ResRep:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the rule "
                               "cannot see them: make it with fused=False to use a GradScaler")
-        if self.idle:
+        if self.phase == "frozen":
             return
         s, compactors = self.settings, self.compactors()
         grads = [c.weight.grad for c in compactors.values() if c.weight.grad is not None]
@@ -264,142 +274,99 @@ class ResRep:
                               "those of the last good one; try a lower learning rate")
         if self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0:  # type: ignore[operator]
             self.update_masks()
+        decoupled = decouples_penalty(optimizer)
         for name, c in compactors.items():
-            w, group = c.weight, self.group_of(optimizer, c.weight)
-            if self.resting or name in self.shrinking or decoupled(optimizer):
+            w = c.weight
+            if self.phase == "resting" or c.shrinking or decoupled:
                 self.before[name] = w.detach().clone()
             if w.grad is None:
                 continue
-            if self.resting:
+            if self.phase == "resting":
                 w.grad.zero_()
-            elif decoupled(optimizer):
+            elif decoupled:
                 w.grad.masked_fill_(rows_like(c.chosen, w), 0)
             else:
-                w.grad.copy_(resrep_gradient(w.grad, w, c.chosen, self.strengths(name, c, group)))
+                w.grad.copy_(resrep_gradient(w.grad, w, c.chosen, self.strengths(c, group_of(optimizer, w), decoupled)))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
         """The post-hook: a chosen row that the step has turned around is zero from now on."""
         self.step += 1
-        for name, c in self.compactors().items() if not self.idle else ():
+        decoupled = decouples_penalty(optimizer)
+        for name, c in self.compactors().items() if self.phase != "frozen" else ():
             c.following = self.step % self.follow_every == 0
             w, old = c.weight, self.before.pop(name, None)
             if old is None:
                 continue
-            if self.resting:
+            if self.phase == "resting":
                 w.copy_(old)
                 continue
-            if decoupled(optimizer) and w.grad is not None:
-                strength = self.strengths(name, c, self.group_of(optimizer, w), decoupled=True)
-                w.sub_(rows_like(strength, w) * unit_rows(old))
-            c.gone |= turned_around(w, old, c.chosen, self.settings.threshold)
+            if decoupled and w.grad is not None:
+                w.sub_(rows_like(self.strengths(c, group_of(optimizer, w), decoupled), w) * unit_rows(old))
+            c.gone |= rows_at_zero(w, old, c.chosen, self.settings.threshold)
             zero = rows_like(c.gone, w)
             w.masked_fill_(zero, 0)
             for value in optimizer.state.get(w, {}).values():
                 if isinstance(value, Tensor) and value.shape == w.shape:
                     value.masked_fill_(zero, 0)
 
-    @staticmethod
-    def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
-        """The parameter group that a compactor is in."""
-        return next(g for g in reversed(optimizer.param_groups) if any(p is q for q in g["params"]))
-
-    def strengths(self, name: str, c: Compactor, group: Mapping[str, Any], decoupled: bool = False) -> Tensor:
-        """The penalty of each row; for optimizers that it is decoupled from, how far a row goes in this step."""
+    def strengths(self, c: Compactor, group: Mapping[str, Any], decoupled: bool) -> Tensor:
+        """The penalty of each row `(K,)`; where it is decoupled from the gradient, the length that the row loses in a step."""
         slow, fast = self.settings.pulls(float(group["lr"]), group.get("momentum", 0.0), decoupled)
-        if name not in self.penalised:
-            rows = torch.as_tensor(self.ruled_rows[name][self.layout.rows[name]], device=c.weight.device)
-            self.penalised[name] = rows.to(c.weight.dtype)
-        kept = self.penalised[name] * slow
-        return torch.where(c.chosen, fast, kept) if name in self.shrinking else kept
+        penalty = c.penalised * slow
+        return torch.where(c.chosen, fast, penalty) if c.shrinking else penalty
 
     def update_masks(self) -> None:
         """Choose anew (section 3.3): the lowest rows of all compactors, at most theta of them, up to the budget."""
         s = self.settings
         updates = (self.step - s.warmup_steps) // s.mask_interval + 1  # type: ignore[operator]
         most = math.floor(updates * s.rows_per_update + 1e-9)  # type: ignore[operator]
-        ranking = {n: v * self.prior[n] for n, v in self.norms().items()}
-        chosen, self.masked = choose(self.graph, self.cost, self.parts, ranking, self.targets, most, s.ranking)
-        dense = {name: np.zeros(site.size, dtype=bool) for name, site in self.sites.items()}
-        for site, row in (item for mine in self.rows.values() for item in mine.items()):
-            dense[site][row.positions] |= chosen[row.group][row.channels]
+        chosen, self.masked = self.candidates.choose({n: v * self.prior[n] for n, v in self.norms().items()}, most)
+        dense = {name: np.zeros(site.size, dtype=bool) for name, site in self.placement.sites.items()}
+        for name, rows in self.row_maps():
+            dense[name][rows.positions] |= chosen[rows.group][rows.channels]
         for name, c in self.compactors().items():
-            here = torch.as_tensor(dense[name][self.layout.rows[name]], device=c.weight.device)
-            c.chosen.copy_(here | c.gone)
-            if bool(c.chosen.any()):
-                self.shrinking.add(name)
-        self.resting = s.rest and self.is_reached()
+            c.choose(torch.as_tensor(dense[name][c.rows]))
+        if s.rest and self.candidates.meets_budget(self.remaining()):
+            self.phase = "resting"
 
     # ------------------------------------------------------------------------------------------------ what is where
 
+    @property
+    def follow_every(self) -> int:
+        """The number of steps from one measurement of the output's variance to the next."""
+        return min(8, max(1, self.steps // 100))
+
     def compactors(self) -> dict[str, Compactor]:
         """The compactors in the model, by the module that they stand behind."""
-        return {name: getattr(self.model.get_submodule(name), NAME) for name in self.sites}
+        return {name: compactor_at(self.model, name) for name in self.placement.sites}
 
-    def install(self) -> None:
-        """Put the compactors into the model, as submodules of the modules that they stand behind."""
-        named = named_tensors(self.model)
-        for name, site in self.sites.items():
-            module = self.model.get_submodule(name)
-            variance = None
-            if site.norm is not None and site.kind != "diagonal":
-                variance = named[f"{site.norm}.weight"].detach() ** 2
-            module.add_module(NAME, Compactor(site, named[site.rows[0]], variance).train(module.training))
-            module.register_forward_hook(behind)
+    def row_maps(self) -> Iterator[tuple[str, ChannelMap]]:
+        """The rows of each compactor that the channels of each group need to be zero."""
+        for maps in self.placement.rows.values():
+            yield from maps.items()
 
-    def check_reachable(self) -> None:
-        """BudgetError if even one channel of everything is too much."""
-        least = choose(self.graph, self.cost, self.parts, {n: np.ones(self.graph[n].size) for n in self.rows},
-                       dict.fromkeys(self.targets, 0.0), math.inf, "norm")[1]
-        for kind, target in self.targets.items():
-            if least[kind] > target:
-                others = "; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4])
-                raise BudgetError(
-                    f"{kind}={target:,.0f} ({target / self.dense[kind]:.1%} of the dense network) cannot be reached with "
-                    f"compactors on {len(self.rows)} groups: the least is {least[kind]:,.0f} "
-                    f"({least[kind] / self.dense[kind]:.1%})"
-                    + (f". Left alone: {others}" if others else ""))
-
-    def channels_to_go(self, ranking: Ranking) -> int:
-        """About how many channels the budget asks for."""
-        rng = np.random.default_rng(0)
-        ranks = {n: rng.random(self.graph[n].size) for n in self.rows}
-        chosen, _ = choose(self.graph, self.cost, self.parts, ranks, self.targets, math.inf, ranking)
-        return sum(int(c.sum()) for c in chosen.values())
-
-    def by_channel(self, values: Mapping[str, np.ndarray], fill: float) -> dict[str, list[np.ndarray]]:
-        """See `choosing.by_channel`."""
-        return by_channel(self.graph, self.rows, self.layout.rows, values, fill)
+    def by_channel(self, of: Callable[[Compactor], Tensor], fill: float) -> dict[str, list[np.ndarray]]:
+        """A value of each compactor row, by group: an array (size,) for each site. `fill` for rows that are not left."""
+        compactors = self.compactors()
+        return self.candidates.by_channel({n: of(c).double().cpu().numpy() for n, c in compactors.items()},
+                                          {n: c.rows for n, c in compactors.items()}, fill)
 
     def norms(self) -> dict[str, np.ndarray]:
         """The root mean square, over the rows of a channel, of their norms."""
-        found = {n: row_norms(c.weight.detach()).double().cpu().numpy() for n, c in self.compactors().items()}
-        return {g: np.sqrt(np.nanmean(np.square(rows), axis=0)) for g, rows in self.by_channel(found, 0.0).items()}
+        found = self.by_channel(lambda c: row_norms(c.weight.detach()), 0.0)
+        return {g: np.sqrt(np.nanmean(np.square(rows), axis=0)) for g, rows in found.items()}
 
     def chosen_channels(self) -> dict[str, np.ndarray]:
         """The channels that are to go, a bool for each."""
-        found = {n: c.chosen.cpu().numpy().astype(float) for n, c in self.compactors().items()}
-        return {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 1.0).items()}
+        return {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(lambda c: c.chosen, 1.0).items()}
 
-    def remaining(self) -> dict[str, np.ndarray]:
-        """The channels that stay: all but those whose every row is zero, as far as ties let them go (gone ones stay gone)."""
-        found = {n: (~c.gone).cpu().numpy().astype(float) for n, c in self.compactors().items()}
-        alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(found, 0.0).items()}
-        removed: list[tuple[str, np.ndarray]] = []
-        for part in self.parts:
-            zero = [c.channels[~alive[c.group][c.channels]] for c in part.cells]
-            zero = [z[np.argsort(np.isin(z, self.keep[c.group]), kind="stable")] for z, c in zip(zero, part.cells, strict=True)]
-            counts = np.array([len(z) for z in zero])
-            removed += [(cell.group, channels[: int(n)])
-                        for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True)]
-        return dict(Kept.without(self.graph, removed).keep)
+    def remaining(self) -> Kept:
+        """The channels that stay: all but those whose every row is zero, as far as ties let them go."""
+        alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(lambda c: ~c.gone, 0.0).items()}
+        return self.candidates.remaining(alive, self.kept)
 
-    def is_reached(self) -> bool:
-        """Whether the network without the channels that are zero meets the budget."""
-        now = widths(self.cost, self.remaining())
-        return fits({kind: self.cost.cost(kind, now) for kind in self.targets}, self.targets)
 
-    def reached(self, keep: Mapping[str, np.ndarray] | None = None) -> float:
-        """The share of the dense cost that remains: without the channels that are zero, or with those in `keep`."""
-        kind = next(iter(self.targets))
-        return self.cost.cost(kind, widths(self.cost, self.remaining() if keep is None else keep)) / self.dense[kind]
+def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    """The parameter group that a compactor is in."""
+    return next(g for g in reversed(optimizer.param_groups) if any(p is q for q in g["params"]))

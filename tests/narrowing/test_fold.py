@@ -248,7 +248,7 @@ def test_resrep_folds_what_a_zero_becomes(activation: str, second: str, tmp_path
     """Rows are zero behind the first BatchNorm, and something else where they are read."""
     model, x = made(activation, second, 1), images().double()
     resrep = narrower.ResRep(model, narrower.trace(model, x), macs=0.6, steps=24)
-    assert any("first" in n for n in resrep.rows), resrep.reasons
+    assert any("first" in n for n in resrep.placement.rows), resrep.reasons
     optimizer = sgd(resrep, 0.001)
     for n, fold in ((10, False), (8, True), (6, True)):
         train(resrep, optimizer, x, n, seed=n)

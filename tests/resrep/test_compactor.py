@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from narrower.narrowing.constant_propagation import Site
-from narrower.resrep.compactor import Compactor, diagonal, resrep_gradient, row_norms, turned_around
+from narrower.resrep.compactor import Compactor, diagonal, resrep_gradient, row_norms, rows_at_zero
 from narrower.resrep.merging import apply_compactor, merge_tensors
 
 KINDS = {"full": Site("m", "full", 6), "block": Site("m", "block", 6, blocks=2), "diagonal": Site("m", "diagonal", 6)}
@@ -46,7 +46,7 @@ def test_a_chosen_row_is_finished_when_it_turns_around_or_is_short() -> None:
     old = torch.tensor([[0.1, 0.0], [0.1, 0.0], [0.1, 0.0], [2e-6, 0.0]])
     new = torch.tensor([[-0.1, 0.0], [0.05, 0.0], [-0.1, 0.0], [1e-6, 0.0]])
     chosen = torch.tensor([True, True, False, True])
-    assert turned_around(new, old, chosen, 1e-5).tolist() == [True, False, False, True]
+    assert rows_at_zero(new, old, chosen, 1e-5).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,7 +84,7 @@ COMPACTED = {"plain": 3, "residual": 4, "option_a": 2, "dense": 5, "inception": 
 @pytest.mark.parametrize("name", COMPACTED)
 def test_patterns_that_must_have_compactors(name: str) -> None:
     resrep, _ = made(PATTERNS[name].make, doubled(PATTERNS[name].inputs), 0.9)
-    assert len(resrep.rows) >= COMPACTED[name] - ("sigmoid" in str(resrep.reasons)), resrep.reasons
+    assert len(resrep.placement.rows) >= COMPACTED[name] - ("sigmoid" in str(resrep.reasons)), resrep.reasons
 
 
 @given(random_networks.recipes(), st.integers(0, 3))
@@ -248,7 +248,7 @@ def test_compactors_rest_once_the_budget_is_reached() -> None:
     resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
     optimizer = sgd(resrep)
     resrep_training.train(resrep, optimizer, IMAGES, 50)
-    assert resrep.resting and resrep.reached() <= 0.5
+    assert resrep.phase == "resting" and resrep.reached() <= 0.5
     before = {n: c.weight.detach().clone() for n, c in resrep.compactors().items()}
     weight = resrep.model.get_parameter("layer1.0.conv1.weight").detach().clone()
     resrep_training.train(resrep, optimizer, IMAGES, 5)
@@ -256,7 +256,7 @@ def test_compactors_rest_once_the_budget_is_reached() -> None:
     assert not torch.equal(weight, resrep.model.get_parameter("layer1.0.conv1.weight"))
 
 
-def test_compactors_are_idle_after_a_shrink_at_rest() -> None:
+def test_compactors_are_frozen_by_a_shrink_at_rest() -> None:
     """Merged for good, the identity: the outputs stay, the network trains on, and a resumed run goes on the same way."""
     resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
     optimizer = sgd(resrep)
@@ -264,7 +264,7 @@ def test_compactors_are_idle_after_a_shrink_at_rest() -> None:
     before = outputs(resrep.model, IMAGES)
     assert resrep.waiting() == 1
     resrep.shrink()
-    assert resrep.idle and resrep.waiting() == 0
+    assert resrep.phase == "frozen" and resrep.waiting() == 0
     assert difference(before, outputs(resrep.model, IMAGES)) < 1e-10
     saved = copy.deepcopy((resrep.state_dict(), resrep.model.state_dict(), optimizer.state_dict()))
     other, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
@@ -313,7 +313,7 @@ def test_folding_keeps_the_ranking_and_narrows_producers() -> None:
     resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60, settings=narrower.Forgetting(rest=False))
     optimizer = sgd(resrep)
     resrep_training.train(resrep, optimizer, IMAGES, 40)
-    keep = resrep.remaining()
+    keep = resrep.remaining().keep
     norms = {n: v[keep[n]] for n, v in resrep.norms().items()}
     before = outputs(resrep.model, IMAGES)
     resrep.shrink()
@@ -355,7 +355,7 @@ def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink(name: str, kinds: 
 
     def fresh() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
         resrep, _ = made(make, inputs, 0.5, steps=70)
-        assert kinds <= {s.kind for s in resrep.sites.values()}
+        assert kinds <= {s.kind for s in resrep.placement.sites.values()}
         return resrep, sgd(resrep)
 
     def until(resrep: narrower.ResRep, optimizer: torch.optim.Optimizer, steps: list[int]) -> None:
@@ -366,7 +366,7 @@ def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink(name: str, kinds: 
 
     whole, optimizer = fresh()
     until(whole, optimizer, list(range(50)))
-    assert whole.layout.ends, "nothing has been taken out before the interruption"
+    assert whole.kept.cuts, "nothing has been taken out before the interruption"
     saved = copy.deepcopy((whole.state_dict(), whole.model.state_dict(), optimizer.state_dict()))
     until(whole, optimizer, list(range(50, 70)))
     resumed, optimizer = fresh()
@@ -530,7 +530,7 @@ def test_inexact_groups_are_left_alone_with_a_reason() -> None:
     resrep = narrower.ResRep(model, narrower.trace(model, networks.images()), macs=0.9, steps=9)
     assert "0" in resrep.reasons
     assert "mixes" in resrep.reasons["0"]
-    assert "3" in resrep.rows
+    assert "3" in resrep.placement.rows
 
 
 class LayerScale(nn.Module):
@@ -550,7 +550,7 @@ def scaled() -> nn.Module:
 def test_numbers_by_channel_that_are_viewed_as_images_hide_no_channels() -> None:
     """A PReLU and a layer scale: the forward moves a parameter, which is no activation."""
     resrep = examined(scaled, networks.images(), "inner")
-    assert resrep is not None and len(resrep.rows) == 3 and not resrep.reasons
+    assert resrep is not None and len(resrep.placement.rows) == 3 and not resrep.reasons
 
 
 def test_compactors_behind_instance_norms() -> None:
@@ -561,4 +561,4 @@ def test_compactors_behind_instance_norms() -> None:
         return networks.chain(*parts, nn.Flatten(), nn.Linear(7 * 64, 5))
 
     resrep = examined(make, networks.images(), "inner")
-    assert resrep is not None and len(resrep.rows) == 3 and not resrep.reasons
+    assert resrep is not None and len(resrep.placement.rows) == 3 and not resrep.reasons
