@@ -69,7 +69,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         for name, t in self.alive.items():
             self.tensors.setdefault(id(t), name)
         mark_as_given(loose_tensors(model))
-        self.conv_groups = {f"{n}.weight": m.groups for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)}
+        convolutions = [(n, m) for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)]
+        self.conv_groups = {f"{n}.weight".removeprefix("."): m.groups for n, m in convolutions}
         self.counter = CallCounter(self.alive.values())
         self.place = 0  # the number of the call that runs, or, between calls, of the next
         self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address
@@ -140,7 +141,10 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
                             "Please report it.") from e
         if call.pool >= 0:
             self.pooled(call)
-            carried = [c._replace(pool=call.pool) for c in carried]
+            x = call.args[0]
+            before = self.of(x).pool
+            pool = before if before >= 0 and x.shape[2:].numel() == 1 else call.pool  # single pixels have no rank to tell
+            carried = [c._replace(pool=pool) for c in carried]
         return carried
 
     # -------------------------------------------------------------------------------- what a tensor carries

@@ -1,0 +1,74 @@
+"""Convolutions: what they read meets the weight's read channels; what they make comes from the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.operators import C, assert_pinned, collected
+from torch import Tensor, nn
+
+from narrower.tracing.constraints import ConstraintCollector
+from narrower.tracing.labels import Axes
+
+
+def run(*layers: nn.Module, channels: int = 4) -> tuple[ConstraintCollector, Any]:
+    """A forward through layers, under a collector."""
+    model = nn.Sequential(*layers).to("meta").eval()
+    collector = ConstraintCollector(model, Axes(), {})
+    with torch.no_grad(), collector:
+        return collector, model(torch.empty(2, channels, 8, 8, device="meta"))
+
+
+def ids(collector: ConstraintCollector, tensor: str, dim: int) -> list[int]:
+    start, size = collector.axes.start[tensor, dim], collector.axes.size[tensor, dim]
+    return list(range(start, start + size))
+
+
+def united(collector: ConstraintCollector) -> set[tuple[int, int]]:
+    return {(min(a, b), max(a, b)) for x, y in collector.pairs for a, b in zip(x.tolist(), y.tolist(), strict=True) if a != b}
+
+
+def test_a_convolution_unites_what_it_reads_with_its_weight() -> None:
+    collector, out = run(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 1, bias=False))
+    made, read = ids(collector, "0.weight", 0), ids(collector, "1.weight", 1)
+    assert united(collector) >= set(zip(made, read, strict=True))
+    assert collector.of(out).labels[0].ids.reshape(-1).tolist() == ids(collector, "1.weight", 0)
+    assert collector.roles["1.weight", 1] == "in" and collector.roles["1.weight", 0] == "out"
+
+
+def test_macs_are_those_of_the_closed_form() -> None:
+    collector, _ = run(nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 5, 1), nn.ConvTranspose2d(5, 3, 2, stride=2))
+    assert collector.macs == {"0.weight": 2 * 64 * 6 * 4 * 9, "1.weight": 2 * 64 * 5 * 6, "2.weight": 2 * 64 * 5 * 3 * 4}
+
+
+def test_depthwise_filters_go_with_what_they_read() -> None:
+    collector, _ = run(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 3, groups=6, bias=False))
+    assert united(collector) >= set(zip(ids(collector, "0.weight", 0), ids(collector, "1.weight", 0), strict=True))
+    assert not collector.ties and collector.depthwise_calls
+
+
+def test_groups_keep_equally_many() -> None:
+    collector, _ = run(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 8, 3, groups=2))
+    assert [t.shape for t in collector.ties] == [(2, 3), (2, 4)]
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: F.conv2d(x, torch.zeros(5, C, 1, 1, device="meta")),
+    lambda x: F.conv2d(x, torch.zeros(C, 1, 3, 3, device="meta"), groups=C),
+])
+def test_a_weight_that_cannot_shrink_pins(function: Callable[[Tensor], Any]) -> None:
+    assert_pinned(function, "operand")
+
+
+def test_a_convolution_along_the_channels_pins() -> None:
+    assert_pinned(lambda x: F.conv2d(x.transpose(1, 2), torch.zeros(5, 4, 3, 3, device="meta")), "position")
+
+
+def test_a_kernel_of_one_row_over_the_channels_mixes_them() -> None:
+    """As in efficient channel attention, where channels are laid along space."""
+    collector, _ = collected(lambda x: F.conv1d(x.mean((2, 3)).unsqueeze(1), torch.zeros(1, 1, 3, device="meta"), padding=1))
+    assert [m[0] for m in collector.mixers] == ["convolution"] and not collector.pins
