@@ -32,10 +32,11 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
     """The average rank of each channel's feature maps (Lin et al., "HRank", CVPR 2020, eq. 4 and 5).
 
     A channel's map is what its consumers' convolutions read (normalised, activated, added), or, where a pooling lies in
-    between, what enters the pooling; averaged over the consumers where there are several, and over images. Maps of one row
-    or column have rank 0 or 1. The rank is `torch.linalg.matrix_rank`'s on the map in float32. Channels with equal ranks are
-    told apart by their place: the lower index goes first. Groups without maps (behind a flatten, or between linear layers)
-    get their L2 magnitude. One forward pass serves all layers.
+    between, what enters the pooling; with several poolings, what enters the last that reads more than single pixels. It is
+    averaged over the consumers where there are several, and over images. Maps of one row or column have rank 0 or 1. The rank
+    is `torch.linalg.matrix_rank`'s on the map in float32. Channels with equal ranks are told apart by their place: the lower
+    index goes first. Groups without maps (behind a flatten, or between linear layers) get their L2 magnitude. One forward
+    pass serves all layers.
 
     `batches` gives what the model takes, or pairs whose first part is. All of them are used, or the first `images`
     samples; told the budget as well (`macs=` or `params=`, as for `plan`), it stops once the channels that `plan` would

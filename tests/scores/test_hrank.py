@@ -160,6 +160,28 @@ def test_what_a_convolution_with_a_computed_weight_reads(name: str) -> None:
     assert torch.allclose(found["0.conv"], want["0.conv"], atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("last", [nn.Flatten(), nn.Conv2d(6, 4, 1)])
+def test_where_poolings_follow_each_other_the_map_is_what_enters_the_last(last: nn.Module) -> None:
+    """As in max_pool -> relu -> global average: neither what enters the first, nor the single pixels that the layer reads."""
+    head = [last, nn.Linear(6, 4)] if isinstance(last, nn.Flatten) else [last, nn.Flatten()]
+    stem, pools = nn.Conv2d(3, 6, 3, padding=1), [nn.MaxPool2d(2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    model = lively(nn.Sequential(stem, *pools, *head)).eval()
+    graph, x = narrower.trace(model, IMAGES), torch.cat(batches())
+    found, first, entering = narrower.hrank(model, graph, batches())["0"], stem(x), F.relu(F.max_pool2d(stem(x), 2))
+    assert torch.allclose(found, slow([Read(entering, 1, [("0", 6)])])["0"], atol=1e-5)
+    assert not torch.allclose(found, slow([Read(first, 1, [("0", 6)])])["0"], atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_pooling_of_single_pixels_does_not_hide_the_map() -> None:
+    """Where the last pooling reads single pixels, the map is what enters the pooling before it."""
+    stem = nn.Conv2d(3, 6, 3, padding=1)
+    model = lively(nn.Sequential(stem, nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 4, 1))).eval()
+    found = narrower.hrank(model, narrower.trace(model, IMAGES), batches())["0"]
+    assert torch.allclose(found, slow([Read(stem(torch.cat(batches())), 1, [("0", 6)])])["0"], atol=1e-5)
+
+
 def test_batches_may_be_of_any_size() -> None:
     model = lively(Plain())
     graph = narrower.trace(model, IMAGES)

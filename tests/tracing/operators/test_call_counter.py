@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrower.surgery.walk import named_tensors
 from narrower.tracing.constraints import ConstraintCollector
+from narrower.tracing.interpreter import run_forward
 from narrower.tracing.labels import Axes
 from narrower.tracing.operators.call_counter import CallCounter
 
@@ -61,7 +62,7 @@ def test_the_trace_on_meta_tensors_numbers_calls_as_a_real_forward_does() -> Non
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad(), Numbers(model) as mode:
         model(x)
-    meta, x = Attention().eval().to("meta"), x.to("meta")
-    with torch.no_grad(), ConstraintCollector(meta, Axes(), {}) as collector:
-        meta(x)
+    meta = Attention().eval().to("meta")
+    collector = ConstraintCollector(meta, Axes(), {})
+    run_forward(meta, x.to("meta"), collector)
     assert [e.name for e in collector.log] == [name for name, *_ in mode.seen]

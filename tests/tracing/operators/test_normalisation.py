@@ -28,8 +28,11 @@ def test_a_batch_norm_leaves_each_channel_to_itself() -> None:
 
 
 def test_a_batch_norm_with_scales_that_cannot_shrink_pins() -> None:
-    fixed = torch.arange(C, dtype=torch.float32, device="meta")
-    assert_pinned(lambda x: F.batch_norm(x, fixed, fixed + 1, fixed), "operand")
+    def norm(x: Tensor) -> Tensor:
+        fixed = torch.arange(C, dtype=torch.float32, device="meta")
+        return F.batch_norm(x, fixed, fixed + 1, fixed)
+
+    assert_pinned(norm, "operand")
 
 
 def test_groups_of_a_group_norm_keep_equally_many() -> None:
