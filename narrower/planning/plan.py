@@ -109,17 +109,24 @@ def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[s
 def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = None, params: float | None = None,
          remove: float | Mapping[str, float] | None = None, round_to: int = 1, exclude: Sequence[str] = (),
          min_channels: int = 1) -> Plan:
-    """Choose the channels that stay: the highest scores, under a budget or at a rate.
+    """Choose the channels that stay: those with the highest scores, under a budget or at a rate.
 
-    `macs`, `params`: what may remain, a fraction of the dense network in (0, 1) or an absolute number; the plan ends below
-    it, and no removed step would fit back. Every step removes what loses the smallest share of its group's remaining score, in
-    log terms, for each layer of the group and times the root of its size, for the cost it saves; so scores need not be
-    comparable between groups, no group is emptied, and wide layers, whose channels are cheap, keep more of them. `remove`
-    instead: the fraction of channels taken from each group, or {pattern: fraction} over group or layer names (later patterns
-    win). `round_to`: kept widths are multiples of it where the dense ones allow. `exclude`: patterns of groups to leave.
-    `min_channels`: at least so many stay in each group.
+    Args:
+        graph: from `trace`.
+        scores: one number per channel of each free group. Higher is kept.
+        macs, params: the cost that may remain: a fraction of the dense network in (0, 1), or an absolute number. The plan is
+            within it, and no removed step would fit back. Greedy: take the step that minimises (score lost / score remaining,
+            in log terms) per cost saved. A group counts once per layer, times the root of its size. So scores need not be
+            comparable between groups, no group is emptied, and wide layers, whose channels are cheap, keep more of them.
+        remove: instead of a budget, the fraction of channels taken from each group, or {pattern: fraction} over names of
+            groups and layers. Of several patterns that match, the last one counts.
+        round_to: kept widths are multiples of it where the dense widths allow.
+        exclude: patterns of groups and layers that are left alone.
+        min_channels: the least number of channels that each group keeps.
 
-    Raises PlanError for requests that do not fit the graph, BudgetError for a budget below the least that can be reached.
+    Raises:
+        PlanError: the request does not fit the graph.
+        BudgetError: the budget is below the least that can be reached.
     """
     if (remove is None) == (macs is None and params is None):
         raise PlanError("give either a budget (macs=, params=) or remove=")

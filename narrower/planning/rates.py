@@ -10,34 +10,41 @@ import numpy as np
 from ..errors import PlanError
 from ..graph.equal_counts import Component
 from ..graph.types import Graph
-from .greedy import limits
-from .requests import matching
+from .requests import matching, most_removable
 
 
 def by_rate(graph: Graph, parts: list[Component], remove: float | Mapping[str, float], round_to: int,
             min_channels: int) -> list[np.ndarray]:
-    """Channels that each cell of each component loses."""
-    rates = dict(remove) if isinstance(remove, Mapping) else {"*": remove}
-    rate_of: dict[str, float] = {}
-    for pattern, rate in rates.items():
-        if not isinstance(rate, (int, float)) or not 0 <= rate < 1 or (rate == 0 and not isinstance(remove, Mapping)):
-            raise PlanError(f"remove={rate!r} for {pattern!r}: give a fraction between 0 and 1")
-        for name in matching(graph, pattern):
-            rate_of[name] = float(rate)
+    """The number of channels that each cell of each component loses.
+
+    Kept widths are rounded up to multiples of `round_to`. Raises PlanError for a rate outside [0, 1) or a pattern without a
+    match.
+    """
+    rates = rate_by_group(graph, remove)
     out = []
     for part in parts:
-        totals = {c.group: graph[c.group].size for c in part.cells}
+        sizes = {c.group: graph[c.group].size for c in part.cells}
         wanted = {}
-        for name, size in totals.items():
-            kept = max(min_channels, 1, size - math.floor(rate_of.get(name, 0.0) * size + 1e-9))
+        for name, size in sizes.items():
+            kept = max(min_channels, 1, size - math.floor(rates.get(name, 0.0) * size + 1e-9))
             wanted[name] = size - min(size, math.ceil(kept / round_to) * round_to)
         want = spread([c.group for c in part.cells], part.sizes, wanted)
-        out.append(part.removable(want, np.minimum(part.sizes - 1, limits(part, totals, min_channels))))
+        out.append(part.removable(want, np.minimum(part.sizes - 1, most_removable(part, sizes, min_channels))))
+    return out
+
+
+def rate_by_group(graph: Graph, remove: float | Mapping[str, float]) -> dict[str, float]:
+    """The rate of each free group; of several patterns that match, the last one counts."""
+    out: dict[str, float] = {}
+    for pattern, rate in (remove if isinstance(remove, Mapping) else {"*": remove}).items():
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1 or (rate == 0 and not isinstance(remove, Mapping)):
+            raise PlanError(f"remove={rate!r} for {pattern!r}: give a fraction between 0 and 1")
+        out.update(dict.fromkeys(matching(graph, pattern), float(rate)))
     return out
 
 
 def spread(groups: list[str], sizes: np.ndarray, wanted: Mapping[str, int]) -> np.ndarray:
-    """The losses of groups spread over their cells in proportion to size, largest remainders first."""
+    """Spread the losses of groups over their cells in proportion to size, the largest remainders first."""
     out = np.zeros(len(sizes), dtype=np.int64)
     for name, n in wanted.items():
         cells = [k for k, g in enumerate(groups) if g == name]

@@ -1,4 +1,4 @@
-"""What a user asks for, checked: budgets, patterns, scores."""
+"""Requests, checked against the graph: budgets, patterns, scores, smallest widths."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..graph.cost import CostKind
+from ..graph.equal_counts import Component
 from ..graph.types import Graph
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may remain: a fraction of the dense network (between 0 and 1) or an absolute number (above 1)."""
+    """The cost that may remain, of each kind: a fraction of the dense network (below 1) or an absolute number (above 1)."""
 
     macs: float | None = None
     params: float | None = None
 
     def targets(self, dense: Mapping[CostKind, float]) -> dict[CostKind, float]:
-        """Absolute numbers. Raises PlanError for a value that is neither a fraction in (0, 1) nor below the dense cost."""
+        """The budget in absolute numbers. Raises PlanError for a value that is no fraction in (0, 1) and not below `dense`."""
         out: dict[CostKind, float] = {}
         wanted: tuple[tuple[CostKind, float | None], ...] = (("macs", self.macs), ("params", self.params))
         for kind, value in wanted:
@@ -39,7 +40,7 @@ class Budget:
 
 
 def matching(graph: Graph, pattern: str) -> list[str]:
-    """Free groups whose name, or the name of one of whose layers, matches. PlanError where there is none."""
+    """The free groups whose name, or one of whose layers, matches a shell pattern. Raises PlanError if there is none."""
     if not isinstance(pattern, str):
         raise PlanError(f"{pattern!r} is no pattern: give the name of a group or layer as a string")
     hits = [g for g in graph if any(fnmatch.fnmatchcase(n, pattern) for n in (g.name, *g.layers))]
@@ -53,7 +54,10 @@ def matching(graph: Graph, pattern: str) -> list[str]:
 
 
 def checked_scores(graph: Graph, scores: Mapping[str, Tensor], left_out: set[str]) -> dict[str, np.ndarray]:
-    """Scores as arrays from zero upwards."""
+    """Scores of the free groups that are not `left_out`, as float64 arrays, shifted so that none is negative.
+
+    Where all are zero they become ones. Raises PlanError for missing groups, other shapes and values that are not finite.
+    """
     out = {}
     for g in graph.free:
         if g.name in left_out:
@@ -68,3 +72,10 @@ def checked_scores(graph: Graph, scores: Mapping[str, Tensor], left_out: set[str
         s = s - min(0.0, float(s.min()))
         out[g.name] = s if s.any() else np.ones_like(s)
     return out
+
+
+def most_removable(part: Component, sizes: Mapping[str, int], min_channels: int) -> np.ndarray:
+    """The most that each cell may lose: one channel of it stays, and its share of the `min_channels` of its group."""
+    spare = {name: max(0, size - min_channels) for name, size in sizes.items()}
+    return np.array([min(len(c.channels) - 1, math.floor(spare[c.group] * len(c.channels) / sizes[c.group]))
+                     if min_channels > 1 else len(c.channels) - 1 for c in part.cells])

@@ -76,9 +76,9 @@ class Candidates:
 
         def best(s: ComponentDescent) -> tuple[float, np.ndarray] | None:
             if ranking == "share":
-                return s.next(running, weight)
+                return s.best_step(running, weight)
             moves = [m for m in s.moves if (s.lost + m <= s.most).all()]
-            return min(((s.mean(m), m) for m in moves), key=lambda found: found[0], default=None)
+            return min(((s.mean_score(m), m) for m in moves), key=lambda found: found[0], default=None)
 
         descend(steps, running, targets, best, most)
         chosen = {name: np.zeros(self.graph[name].size, dtype=bool) for name in self.placement.rows}
