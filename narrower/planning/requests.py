@@ -76,6 +76,4 @@ def checked_scores(graph: Graph, scores: Mapping[str, Tensor], left_out: set[str
 
 def most_removable(part: Component, sizes: Mapping[str, int], min_channels: int) -> np.ndarray:
     """The most that each cell may lose: one channel of it stays, and its share of the `min_channels` of its group."""
-    spare = {name: max(0, size - min_channels) for name, size in sizes.items()}
-    return np.array([min(len(c.channels) - 1, math.floor(spare[c.group] * len(c.channels) / sizes[c.group]))
-                     if min_channels > 1 else len(c.channels) - 1 for c in part.cells])
+    return np.array([max(0, sizes[c.group] - min_channels) * len(c.channels) // sizes[c.group] for c in part.cells])
