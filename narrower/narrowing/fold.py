@@ -1,4 +1,4 @@
-"""fold: what a removed channel adds, where that is a constant, moves into the layer that reads it."""
+"""Fold constant channels into the layers that read them, so that they can be removed without a trace."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..graph.selection import Kept
-from ..graph.types import ChannelMap
+from ..graph.types import Graph
 from ..planning.plan import Plan, costed_plan
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.resize import add_biases, takes_bias
 from ..surgery.walk import named_tensors
-from .constant_propagation import Layer, Reader, Site, Walk, absorb_constants
-from .constant_values import NAN
+from .constant_propagation import Propagation, propagate
+from .constant_values import NAN, ZERO
+from .layers import Obstacle, Producer, Reader
 
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """`model`: a copy of the dense network, the same function in eval mode, in which the `channels` (how many of each group)
-    that a plan removes may go without a trace; `plan`: that plan, for the copy, whose layers may have new biases. `left`:
-    constants that could not be folded, and why, by group."""
+    """What `fold` returns.
+
+    `model`: a copy of the dense network that computes the same in eval mode, and does not need the folded channels. `plan`: the
+    plan for this copy, whose layers may have new biases. `channels`: how many channels of each group were folded. `left`: why
+    other constants could not be folded, by group.
+    """
 
     model: nn.Module
     plan: Plan
@@ -36,66 +41,88 @@ class Folded:
 
 
 def fold(model: nn.Module, plan: Plan) -> Folded:
-    """Take the constants among the channels that `plan` removes into the biases (or the running means of the BatchNorms) of the
-    layers that read them; a layer that has neither gets a bias. Give `narrow` and `verify` the model and plan that come back.
+    """Fold those channels that `plan` removes and that are constant.
 
-    A channel is constant where a filter is zero (a mask of torch.nn.utils.prune made permanent, say) or the scale of its
-    BatchNorm is. Behind zero padding or a gate it cannot be folded: its contribution is lost, as that of every other removed
-    channel. `model` is untouched.
+    A channel is constant if its filter is zero (for example by a permanent mask of torch.nn.utils.prune), or the scale of its
+    BatchNorm. Its contribution moves into the bias of each layer that reads it, or into the running mean of a BatchNorm behind
+    that layer. A layer that has neither gets a bias. A constant that is read with zero padding or behind a gate cannot be
+    folded: its contribution is lost, as that of every other removed channel.
+
+    `model` is not changed. Give the returned model and plan to `narrow` and `verify`.
 
     Raises PlanError if the model's tensors are not those that were traced.
     """
-    graph, kept = plan.graph, Kept(plan.graph, plan.keep)
+    graph = plan.graph
     same_tensors(model, graph)
     copy = duplicate(model, {id(t): fresh_copy(t) for t in named_tensors(model).values()})
     tensors = named_tensors(copy)
     eps = {n: float(getattr(m, "eps", 0.0)) for n, m in copy.named_modules()}
-
-    def start(site: Site, layer: Layer | None, rows: ChannelMap) -> Tensor:
-        out = NAN.repeat(graph[rows.group].size)
-        out[rows.channels] = constant_rows(site, layer, tensors, eps)[rows.positions]
-        return out
-
-    found: dict[tuple[Reader, str], Tensor] = {}
-    left: dict[str, str] = {}
-    for activation, reader in Walk(graph, partial(takes_bias, copy), start).needs:
-        for group, value in activation.values.items():
-            value = torch.where(torch.as_tensor(kept.mask(group)), 0.0, value).nan_to_num()
-            if not bool(value.any()) or reader == "":
-                continue
-            if isinstance(reader, str):
-                left.setdefault(group, f"{int(value.count_nonzero())} channels: {reader}")
-            else:
-                found.setdefault((reader, group), value)
-    missing = {reader.weight for reader, _ in found if reader.missing}
+    found = propagate(graph, partial(takes_bias, copy), partial(constant_rows, tensors=tensors, eps=eps))
+    taken, left = removed_constants(found, Kept(graph, plan.keep))
+    missing = {reader.weight for reader, _ in taken if reader.kind == "new bias"}
     if missing:
         graph = add_biases(copy, graph, missing)
         plan = costed_plan(graph, plan.keep, plan.request)
         tensors = named_tensors(copy)
-    for (reader, group), value in found.items():
-        absorb_constants(tensors, graph, reader, group, value.numpy(), {})
-    counts = {g: max(int(v.count_nonzero()) for (_, of), v in found.items() if of == g) for _, g in found}
+    for (reader, group), values in taken.items():
+        absorb_constants(tensors, graph, reader, group, values, {})
+    counts = {g: max(int(np.count_nonzero(v)) for (_, of), v in taken.items() if of == g) for _, g in taken}
     return Folded(copy, plan, counts, left)
 
 
-def constant_rows(site: Site, layer: Layer | None, tensors: Mapping[str, Tensor], eps: Mapping[str, float]) -> Tensor:
-    """What each channel is behind a site in eval mode, nan where it changes. Shape `(site.size,)`, float64 on the CPU."""
+def removed_constants(found: Propagation, kept: Kept) -> tuple[dict[tuple[Reader, str], np.ndarray], dict[str, str]]:
+    """The constants that readers take, by reader and group: shape `(size,)`, zero for channels that stay or are not constant.
+    Second, by group, why constants cannot be folded."""
+    taken: dict[tuple[Reader, str], np.ndarray] = {}
+    left: dict[str, str] = {}
+    for activation, layer in found.consumers:
+        for group, values in activation.values.items():
+            removed = np.nan_to_num(np.where(kept.mask(group), 0.0, values.numpy()))
+            if isinstance(layer, Reader) and removed.any():
+                taken.setdefault((layer, group), removed)
+            elif isinstance(layer, Obstacle) and removed.any():
+                left.setdefault(group, f"{np.count_nonzero(removed)} channels: {layer.text}")
+    return taken, left
+
+
+def constant_rows(producer: Producer, tensors: Mapping[str, Tensor], eps: Mapping[str, float]) -> Tensor:
+    """The constant of each channel that a producer makes in eval mode, nan for a channel that changes.
+
+    Constant are filters of zeros and scales of zero. Shape `(channels,)`, or `()` if none is constant; float64 on the CPU.
+    """
     def of(name: str) -> Tensor:
         return tensors[name].detach().double().cpu()
 
-    out = NAN.repeat(site.size)
-    if layer is not None and not (layer.transposed and site.blocks > 1):
-        weight = of(layer.weight)
-        weight = weight.transpose(0, 1) if layer.transposed else weight
-        bias = of(layer.bias) if layer.bias is not None else torch.zeros(site.size, dtype=torch.float64)
-        if len(weight) == site.size:
-            out = torch.where(weight.flatten(1).any(1), NAN, bias)
-    if site.norm is None:
-        return out
-    gamma, beta = of(f"{site.norm}.weight"), of(f"{site.norm}.bias")
-    if f"{site.norm}.running_mean" in tensors:
-        mean, var = of(f"{site.norm}.running_mean"), of(f"{site.norm}.running_var")
-        out = (out - mean) / torch.sqrt(var + eps[site.norm]) * gamma + beta
+    rows, layer, norm = NAN, producer.layer, producer.norm
+    if layer is not None and not (layer.transposed and layer.blocks > 1):
+        weight = of(layer.weight).transpose(0, int(layer.transposed))
+        rows = torch.where(weight.flatten(1).any(1), NAN, ZERO if layer.bias is None else of(layer.bias))
+    if norm is None:
+        return rows
+    gamma, beta = of(f"{norm}.weight"), of(f"{norm}.bias")
+    if f"{norm}.running_mean" in tensors:
+        mean, var = of(f"{norm}.running_mean"), of(f"{norm}.running_var")
+        rows = (rows - mean) / torch.sqrt(var + eps[norm]) * gamma + beta
     else:
-        out = NAN.repeat(site.size)
-    return torch.where(gamma == 0, beta, out)
+        rows = NAN
+    return torch.where(gamma == 0, beta, rows)
+
+
+@torch.no_grad()
+def absorb_constants(tensors: Mapping[str, Tensor], graph: Graph, reader: Reader, group: str, values: np.ndarray,
+                     left: Mapping[tuple[str, int], np.ndarray]) -> None:
+    """Add the contribution of constant channels to the tensor that takes it, in place.
+
+    `values` `(size,)`: the constant of each channel of the group, zero for those that are not folded. `left`: where dimensions
+    of the tensors have been narrowed already, the dense positions `(blocks, n)` that they still have.
+    """
+    weight, into = tensors[reader.weight], tensors[reader.into]
+    inputs = np.zeros((reader.blocks, graph.shapes[reader.weight][1]))
+    for s in graph[group].slices:
+        if s.tensor == reader.weight and s.role == "in":
+            inputs.reshape(-1)[s.positions] = values[s.channels]
+    if (reader.weight, 1) in left:
+        inputs = np.take_along_axis(inputs, left[reader.weight, 1], axis=1)
+    kernels = weight.detach().double().reshape(reader.blocks, -1, inputs.shape[1], weight[0, 0].numel()).sum(3)
+    added = (kernels * torch.as_tensor(inputs, device=weight.device)[:, None]).sum(2).reshape(-1)
+    into.copy_(into.double() - added if reader.kind == "running mean" else into.double() + added)

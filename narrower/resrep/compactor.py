@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..narrowing.constant_propagation import Site
 from ..narrowing.optimizer import Swap
+from .placement import Site
 
 NAME = "compactor"  # the attribute of a site's module that holds its compactor
 TINY = 1e-12

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..narrowing.constant_propagation import Site
 from .compactor import TINY, rows_like
+from .placement import Site
 
 
 def apply_compactor(q: Tensor, t: Tensor) -> Tensor:

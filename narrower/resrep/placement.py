@@ -1,79 +1,164 @@
-"""Where compactors stand: the rows that each group's channels need to be zero."""
+"""Where compactors stand, and which of their rows must be zero for a channel to go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from math import isnan, prod
+from typing import Literal, NamedTuple
 
-import numpy as np
 from torch import nn
 
 from ..graph.types import ChannelMap, Graph
-from ..narrowing.constant_propagation import Reader, Site, Walk
+from ..narrowing.constant_propagation import Propagation, propagate
+from ..narrowing.constant_values import ZERO
+from ..narrowing.layers import Depthwise, Obstacle, Producer, Reader
 from ..surgery.resize import add_biases, takes_bias
 
 Scope = Literal["inner", "all"]
+Shapes = Mapping[str, tuple[int, ...]]
+CompactorKind = Literal["full", "block", "diagonal"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A compactor's place: behind the output of `module`, the `size` channels in dimension `dim` there.
+
+    `norm` names the BatchNorm that the compactor is merged into, `weight` and `bias` the layer. Where there is a BatchNorm,
+    a full or block-diagonal compactor is merged into both, a diagonal one into the BatchNorm alone. `blocks`: the groups of
+    the convolution.
+    """
+
+    module: str
+    kind: CompactorKind
+    size: int
+    dim: int = 1
+    weight: str | None = None
+    bias: str | None = None
+    norm: str | None = None
+    transposed: bool = False
+    blocks: int = 1
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        """The tensor and dimension whose positions are the compactor's rows."""
+        if self.norm is not None:
+            return f"{self.norm}.weight", 0
+        return str(self.weight), int(self.transposed)
+
+
+class Constant(NamedTuple):
+    """The `value` of a group's channels where `reader` reads them, if the rows of their compactors are zero."""
+
+    reader: Reader
+    group: str
+    value: float
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
-    """Sites by module, the rows of sites that each group's channels need to be zero, why other groups cannot be compacted,
-    and what a group's channels are where `reader` reads them when their rows are zero."""
+class Placement:
+    """Where the compactors of a graph stand.
+
+    `sites`: by module. `rows`: {group: {module: the compactor's rows that must be zero for the group's channels to go}}.
+    `reasons`: why the other free groups have no compactors. `constants`: what must be folded when channels go.
+    """
 
     sites: Mapping[str, Site]
     rows: Mapping[str, Mapping[str, ChannelMap]]
     reasons: Mapping[str, str]
-    constants: tuple[tuple[Reader, str, float], ...] = ()
+    constants: tuple[Constant, ...] = ()
 
 
-def places(graph: Graph, scope: Scope = "inner", takes_bias: Callable[[str], bool] = lambda weight: False) -> Places:
-    """Sites and rows for the free groups of a graph; `scope="inner"` leaves out the channels that several layers make."""
-    walk = Walk(graph, takes_bias)
-    needed: dict[str, dict[str, ChannelMap]] = {}
-    reasons: dict[str, str] = {}
-    constants: dict[tuple[Reader, str], float] = {}
-    for activation, reader in walk.needs:
-        for module in sorted(activation.sites):
-            for s in graph.by_axis.get(walk.sites[module].rows, ()):
-                if activation.broken:
-                    reasons.setdefault(s.group, activation.broken)
-                needed.setdefault(s.group, {})[module] = s
-        for group, value in activation.values.items():
-            number = float(value)
-            if number == 0 or reader == "":
-                continue
-            if number != number or isinstance(reader, str):
-                why = "" if number != number else f", and {reader}"
-                reasons.setdefault(group, f"{activation.name} makes {number:.3g} of zero{why}")
-            else:
-                constants[reader, group] = number
-    gates = {walk.sites[m].weight for m in walk.gates}
-    rows: dict[str, Mapping[str, ChannelMap]] = {}
+def place(graph: Graph, scope: Scope, takes_bias: Callable[[str], bool] = lambda weight: False) -> Placement:
+    """Sites and rows for the free groups of a graph; `scope="inner"` leaves out the channels that several layers make.
+
+    `takes_bias`: whether the layer with a weight can be given a bias.
+    """
+    found = propagate(graph, takes_bias, lambda producer: ZERO)
+    sites: dict[str, set[Site]] = {}
+    for producer in found.producers:
+        if producer.axis in graph.by_axis:
+            sites.setdefault(producer.module, set()).add(site_of(producer, graph.shapes))
+    needed, reasons = rows_needed(graph, found), obstacles_met(graph, found)
+    constants = {(layer, group): float(value) for activation, layer in found.consumers if isinstance(layer, Reader)
+                 for group, value in activation.values.items() if value != 0}
+    # a gate only scales the channels, a depthwise convolution only filters them
+    passive = {s.weight for p in found.gates for s in sites.get(p.module, ())}
+    passive |= {c.layer.weight for c in found.consumers if isinstance(c.layer, Depthwise)}
     for g in graph.free:
-        mine = needed.get(g.name, {})
-        makers = {s.tensor for s in g.slices if s.role == "out"} - gates - walk.depthwise
+        rows, makers = needed.get(g.name, {}), {s.tensor for s in g.slices if s.role == "out"} - passive
         if not g.exact:
             reasons[g.name] = "a layer mixes these channels: a zero among them is not as good as none"
-        elif not mine or len(np.unique(np.concatenate([r.channels for r in mine.values()]))) < g.size:
+        elif twice := [module for module in rows if len(sites[module]) > 1]:
+            reasons.setdefault(g.name, f"{twice[0]} is used in two ways")
+        elif len({c for m in rows.values() for c in m.channels.tolist()}) < g.size:
             reasons.setdefault(g.name, "no layer was found whose zeros would reach all that reads them")
         elif scope == "inner" and len(makers) > 1:
             reasons.setdefault(g.name, f"{len(makers)} layers make these channels (scope='inner')")
-        if g.name not in reasons:
-            rows[g.name] = mine
-    used = {module for mine in rows.values() for module in mine}
-    return Places({m: s for m, s in walk.sites.items() if m in used}, rows,
-                  {g.name: reasons[g.name] for g in graph.free if g.name in reasons},
-                  tuple((reader, group, number) for (reader, group), number in constants.items() if group in rows))
+    chosen = {g.name: needed[g.name] for g in graph.free if g.name not in reasons}
+    used = {module for rows in chosen.values() for module in rows}
+    return Placement({m: s for m, (s, *_) in sites.items() if m in used}, chosen,
+                     {g.name: reasons[g.name] for g in graph.free if g.name in reasons},
+                     tuple(Constant(reader, group, value) for (reader, group), value in constants.items() if group in chosen))
 
 
-def prepare(model: nn.Module, graph: Graph, scope: Scope, without: Collection[str] = ()) -> tuple[Graph, Places]:
-    """The places on a model, and its graph when its layers have got (in place) the biases that constants of other groups than
-    `without` need."""
-    found = places(graph, scope, partial(takes_bias, model))
-    missing = {reader.weight for reader, group, _ in found.constants if reader.missing and group not in without}
+def prepare(model: nn.Module, graph: Graph, scope: Scope, without: Collection[str] = ()) -> tuple[Graph, Placement]:
+    """The compactors' places on a model, and its graph.
+
+    A layer without bias that must take constants is given one of zeros, in place. Groups in `without` give no cause for that.
+    """
+    found = place(graph, scope, partial(takes_bias, model))
+    missing = {c.reader.weight for c in found.constants if c.reader.kind == "new bias" and c.group not in without}
     if not missing:
         return graph, found
     graph = add_biases(model, graph, missing)
-    return graph, places(graph, scope)
+    return graph, place(graph, scope)
+
+
+def site_of(producer: Producer, shapes: Shapes) -> Site:
+    """The compactor behind a producer."""
+    layer, (tensor, dim) = producer.layer, producer.axis
+    kind = compactor_kind(producer, shapes)
+    if layer is None or (producer.norm is not None and kind == "diagonal"):
+        return Site(producer.module, kind, shapes[tensor][dim], norm=producer.norm)
+    size = shapes[layer.weight][int(layer.transposed)] * (layer.blocks if layer.transposed else 1)
+    return Site(producer.module, kind, size, -1 if len(shapes[layer.weight]) == 2 else 1, layer.weight, layer.bias,
+                producer.norm, layer.transposed, layer.blocks)
+
+
+def compactor_kind(producer: Producer, shapes: Shapes) -> CompactorKind:
+    """Diagonal where only a scale can be merged, or where more would cost more than the convolution itself."""
+    layer, norm = producer.layer, producer.norm
+    if layer is None or (norm is not None and (not layer.module or f"{norm}.running_mean" not in shapes)):
+        return "diagonal"
+    shape, dim = shapes[layer.weight], int(layer.transposed)
+    makes, reads = shape[dim] // (1 if layer.transposed else layer.blocks), prod(shape) // shape[dim]
+    if len(shape) == 2 or layer.depthwise or (layer.transposed and layer.blocks > 1) or makes > reads:
+        return "diagonal"
+    return "full" if layer.blocks == 1 else "block"
+
+
+def rows_needed(graph: Graph, found: Propagation) -> dict[str, dict[str, ChannelMap]]:
+    """{group: {module: rows}}: all rows that must be zero so that every consumer reads constants."""
+    needed: dict[str, dict[str, ChannelMap]] = {}
+    for consumer in found.consumers:
+        for producer in sorted(consumer.activation.producers, key=lambda p: p.module):
+            for s in graph.by_axis.get(producer.axis, ()):
+                needed.setdefault(s.group, {})[producer.module] = s
+    return needed
+
+
+def obstacles_met(graph: Graph, found: Propagation) -> dict[str, str]:
+    """Why a group's channels are not constant at some consumer, or cannot be folded there: the first reason of each group."""
+    reasons: dict[str, str] = {}
+    for activation, layer in found.consumers:
+        if activation.obstacle is not None:
+            for s in (s for p in activation.producers for s in graph.by_axis.get(p.axis, ())):
+                reasons.setdefault(s.group, activation.obstacle)
+        for group, number in ((group, float(v)) for group, v in activation.values.items()):
+            if isnan(number) and not isinstance(layer, Depthwise):
+                reasons.setdefault(group, f"{activation.changed_by} makes nan of zero")
+            elif number != 0 and isinstance(layer, Obstacle):
+                reasons.setdefault(group, f"{activation.changed_by} makes {number:.3g} of zero, and {layer.text}")
+    return reasons

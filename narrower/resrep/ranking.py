@@ -17,7 +17,7 @@ from ..graph.types import Graph
 from ..planning.greedy import ComponentDescent, descend, fits
 from ..planning.plan import widths
 from ..planning.requests import checked_scores
-from .placement import Places
+from .placement import Placement
 from .schedule import Ranking
 
 Costs = Mapping[CostKind, float]
@@ -33,7 +33,7 @@ class Candidates:
     """
 
     cost: CostModel
-    placement: Places
+    placement: Placement
     parts: Sequence[Component]
     targets: Costs
     ranking: Ranking
@@ -136,30 +136,30 @@ class Candidates:
         return out
 
 
-def without_groups(places: Places, reasons: Mapping[str, str]) -> Places:
-    """The places without these groups, and without the sites that only they need."""
-    rows = {g: maps for g, maps in places.rows.items() if g not in reasons}
+def without_groups(placement: Placement, reasons: Mapping[str, str]) -> Placement:
+    """The placement without these groups, and without the sites that only they need."""
+    rows = {g: maps for g, maps in placement.rows.items() if g not in reasons}
     used = {site for maps in rows.values() for site in maps}
-    return replace(places, sites={m: s for m, s in places.sites.items() if m in used}, rows=rows,
-                   reasons={**places.reasons, **reasons}, constants=tuple(c for c in places.constants if c[1] in rows))
+    return replace(placement, sites={m: s for m, s in placement.sites.items() if m in used}, rows=rows,
+                   reasons={**placement.reasons, **reasons}, constants=tuple(c for c in placement.constants if c.group in rows))
 
 
-def tied_parts(graph: Graph, places: Places) -> tuple[list[Component], Places]:
-    """The components of which every group has compactors, and their places: tied groups go together or not at all."""
+def tied_parts(graph: Graph, placement: Placement) -> tuple[list[Component], Placement]:
+    """The components of which every group has compactors, and their placement: tied groups go together or not at all."""
     parts, reasons = [], {}
     for part in components(graph):
         groups = {c.group for c in part.cells}
-        lacking = sorted(groups - places.rows.keys())
+        lacking = sorted(groups - placement.rows.keys())
         if lacking:
-            reasons.update(dict.fromkeys(groups & places.rows.keys(), f"tied to {lacking[0]}, which has no compactor"))
+            reasons.update(dict.fromkeys(groups & placement.rows.keys(), f"tied to {lacking[0]}, which has no compactor"))
         else:
             parts.append(part)
-    return parts, without_groups(places, reasons)
+    return parts, without_groups(placement, reasons)
 
 
-def priors(graph: Graph, places: Places, scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
+def priors(graph: Graph, placement: Placement, scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
     """Scores relative to the mean of their group; ones if there are none. Raises PlanError for scores of another graph."""
     if scores is None:
-        return {n: np.ones(graph[n].size) for n in places.rows}
-    values = checked_scores(graph, scores, {g.name for g in graph.free} - places.rows.keys())
+        return {n: np.ones(graph[n].size) for n in placement.rows}
+    values = checked_scores(graph, scores, {g.name for g in graph.free} - placement.rows.keys())
     return {n: v / v.mean() for n, v in values.items()}

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.selection import Cut, Kept
-from ..narrowing.constant_propagation import Site, absorb_constants
+from ..narrowing.fold import absorb_constants
 from ..narrowing.optimizer import Swap
 from ..surgery.attributes import attribute_values, set_attributes
 from ..surgery.resize import fit, format_of, slice_tensor
 from ..surgery.walk import named_tensors
 from .compactor import NAME, Compactor, diagonal, remove_compactor, row_norms
 from .merging import merge_tensors
-from .placement import Places
+from .placement import Placement, Site
 
 Mode = Literal["cut", "fold", "freeze", "merge"]
 """What `restructure` does with compactors.
@@ -40,7 +40,7 @@ class Merged(NamedTuple):
 
 
 @torch.no_grad()
-def restructure(model: nn.Module, placement: Places, before: Kept, after: Kept, mode: Mode) -> list[Swap]:
+def restructure(model: nn.Module, placement: Placement, before: Kept, after: Kept, mode: Mode) -> list[Swap]:
     """Reduce `model` (with compactors, in place) from the channels `before` to the channels `after`.
 
     Constants that removed channels leave are added to the layers that read them. Returns what was replaced, for an optimizer.
@@ -153,7 +153,7 @@ def replace_tensors(model: nn.Module, before: Mapping[str, Cut], after: Mapping[
     return swaps
 
 
-def restore_shapes(model: nn.Module, placement: Places, kept: Kept, rows: Mapping[str, np.ndarray],
+def restore_shapes(model: nn.Module, placement: Placement, kept: Kept, rows: Mapping[str, np.ndarray],
                    columns: Mapping[str, np.ndarray]) -> list[Swap]:
     """Give a dense model with compactors the shapes that it had with these channels and these rows and columns of compactors.
 

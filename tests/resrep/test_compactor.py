@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from narrower.narrowing.constant_propagation import Site
 from narrower.resrep.compactor import Compactor, diagonal, resrep_gradient, row_norms, rows_at_zero
 from narrower.resrep.merging import apply_compactor, merge_tensors
+from narrower.resrep.placement import Site
 
 KINDS = {"full": Site("m", "full", 6), "block": Site("m", "block", 6, blocks=2), "diagonal": Site("m", "diagonal", 6)}
 

@@ -16,7 +16,6 @@ OfConstants = Literal[
     "kept",  # values are moved or averaged: a constant channel keeps its constant
     "zero",  # zeros stay zeros; another constant becomes something else
     "zero if padded",  # kept, or only zeros where it pads with zeros
-    "slope",  # zeros stay zeros, whatever the weight is
     "product",  # zero where one factor is zero
     "quotient",  # zero where the numerator is zero
     "padding",  # kept where it equals the padding

@@ -88,7 +88,7 @@ ROWS: tuple[Operator, ...] = (
     *each("add sub", elementwise, constants="pointwise", shape_rule=shapes.binary),
     *each("mul", elementwise, constants="product", shape_rule=shapes.binary),
     *each("div", elementwise, constants="quotient", shape_rule=shapes.binary),
-    *each("prelu _prelu_kernel", elementwise, constants="slope"),
+    *each("prelu _prelu_kernel", elementwise, constants="zero"),
     *each("where maximum minimum addcmul addcdiv lerp relu6 glu_backward threshold clamp pow rsub", elementwise,
           constants="pointwise"),
 
