@@ -33,7 +33,7 @@ def examine(model: Random, request: dict[str, Any], seed: int, strict: bool = Tr
     torch.manual_seed(seed)
     graph = narrower.trace(model, INPUTS)
     for g in graph:  # of a few channels the probe may leave one, and a dimension of size one does not tell what it holds
-        rightly = g.pinned is None or g.size <= 6 or re.search(RIGHTLY, g.pinned)
+        rightly = g.pinned is None or g.size <= 6 or re.search(RIGHTLY, str(g.pinned))
         assert rightly or not strict, f"{g.name} is pinned: {g.pinned}"
     if not graph.free:
         return

@@ -14,21 +14,21 @@ Role = Literal["out", "in", "along"]
 
 
 PinCode = Literal[
-    "output",  # the network returns these channels
+    "output",  # the network returns these channels, or the shape of its output depends on them
     "operand",  # they meet a tensor that cannot shrink: a constant, a buffer, an input
     "operator",  # an operator that is not known, or in a form that is not known
     "index",  # single channels are taken by their numbers
     "position",  # they are laid where they cannot be followed: kernel positions, scattered indices, writes into a part
     "padding",  # channels of zeros that are there whatever is removed
     "mixing",  # a layer mixes them in two dimensions, or (allow_inexact=False) at all
-    "unmade",  # no layer makes them
     "together",  # all of them can only go together, or there is one only
     "fails",  # the forward fails when narrow
     "differs",  # the narrow forward does something else
 ]
 
 
-class PinReason(NamedTuple):
+@dataclass(frozen=True)
+class PinReason:
     """Why channels cannot go: a code that decides, a text for people, and the module and source line where it was found."""
 
     code: PinCode
@@ -80,7 +80,7 @@ class ChannelGroup:
     size: int
     slices: tuple[Slice, ...]
     layers: tuple[str, ...]
-    pinned: str | None = None
+    pinned: PinReason | None = None
     exact: bool = True
 
     @property

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..graph.types import PinCode, PinReason, Step
+from ..graph.types import PinCode, PinReason, Role, Step
 from .interpreter import CARRIED, Event, LabelInterpreter
-from .labels import Axes, Carried, Ids, Label, fibres
+from .labels import Axes, Axis, Carried, Ids, Label, PaddingAxis, fibres
 from .operators.data_dependent import Answer
 from .operators.interface import Call, at_channels, free_at, plain, tensors_in
 
@@ -23,15 +23,16 @@ MANY = 50_000  # no layer has so many channels: numbers that are viewed as filte
 class ConstraintCollector(LabelInterpreter):
     """Collects the equations, ties, pins and uses of a dense forward."""
 
-    def __init__(self, model: nn.Module, axes: Axes, choices: dict[str, int], answers: Sequence[Answer] | None = None) -> None:
+    def __init__(self, model: nn.Module, axes: Axes, view_dims: Mapping[str, int],
+                 answers: Sequence[Answer] | None = None) -> None:
         super().__init__(model, axes, answers)
-        self.choices = choices  # where a view splits channels -> the dimension that stays free
+        self.view_dims = view_dims  # the source line of a view that splits channels -> the dimension that shrinks with them
         self.pairs: list[tuple[Ids, Ids]] = []
         self.ties: list[Ids] = []
         self.pins: list[tuple[Ids, PinReason]] = []
         self.mixers: list[tuple[str, int, int, Ids]] = []
         self.products: list[tuple[int, tuple[int, ...], Ids]] = []
-        self.roles: dict[tuple[str, int], str] = {}
+        self.roles: dict[Axis, Role] = {}
         self.macs: Counter[str] = Counter()  # by weight
         self.depthwise_calls: set[int] = set()
         self.computed: dict[int, str] = {}  # convolutions by number whose weight is computed, and from which parameter
@@ -125,8 +126,8 @@ class ConstraintCollector(LabelInterpreter):
         if call.product >= 0:
             self.products.append((call.product, label.ids.shape, label.ids.reshape(-1)))
 
-    def constant(self, call: Call, size: int, key: int) -> Ids:
-        ids = self.axes.ids(("constant", call.name, call.number, key), size)
+    def constant(self, call: Call, size: int, part: int) -> Ids:
+        ids = self.axes.ids(PaddingAxis(call.name, call.number, part), size)
         if size:
             self.pins.append((ids, PinReason("padding", "zero-padded channels", self.where())))
         return ids
@@ -139,9 +140,9 @@ class ConstraintCollector(LabelInterpreter):
     def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         where = self.where()
         self.splits[call.place] = tuple(dims), ids, where
-        return self.choices.get(where, dims[-1])
+        return self.view_dims.get(where, dims[-1])
 
-    def role(self, label: Label | None, role: str) -> None:
+    def role(self, label: Label | None, role: Role) -> None:
         if label is not None and label.axis is not None:
             self.roles[label.axis] = role
 

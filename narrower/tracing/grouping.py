@@ -1,182 +1,206 @@
-"""From the equations of a trace to a Graph: which ids are one channel, which channels form a group."""
+"""From the constraints of the dense run to a Graph: which ids are one channel, and which channels form a group."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
-from ..graph.types import ChannelGroup, ChannelMap, Edit, Graph, MapSource, Mixer, Product, Role, Slice, Tie
-from .constraints import ConstraintCollector
-from .labels import Axes, Ids
+from ..graph.selection import Kept
+from ..graph.types import ChannelGroup, ChannelMap, Edit, Graph, MapSource, Mixer, PinReason, Product, Role, Slice, Tie
+from ..surgery.attributes import Place
+from .dense import DenseRun
+from .labels import Axis, Ids
+
+
+@dataclass
+class GroupDraft:
+    """A group in the making: its units in the order of its channels, why they cannot go, the modules that make them."""
+
+    units: np.ndarray
+    reason: PinReason | None
+    layers: list[str] = field(default_factory=list)
+    name: str = ""
+
+
+class ChannelIndex(NamedTuple):
+    """The channel that each id stands for.
+
+    `unit_of[id]`: the unit of an id (see `DenseRun.unit_of`). `group_of[unit]`: the number of its group.
+    `channel_of[unit]`: its index in that group. The last two are -1 for units that no layer makes. `names`: of the groups.
+    """
+
+    unit_of: np.ndarray
+    group_of: np.ndarray
+    channel_of: np.ndarray
+    names: Sequence[str]
+
+    def maps(self, ids: Ids) -> list[ChannelMap]:
+        """The channels along a flat array of ids, one map for each group."""
+        return self.maps_of_units(self.unit_of[ids])
+
+    def maps_of_units(self, units: np.ndarray) -> list[ChannelMap]:
+        groups, channels = self.group_of[units], self.channel_of[units]
+        if not len(groups):
+            return []
+        if (groups == groups[0]).all():  # the common case, without a sort
+            return [ChannelMap(self.names[groups[0]], channels, np.arange(len(units)))] if groups[0] >= 0 else []
+        order = np.argsort(groups, kind="stable")
+        parts = np.split(order, np.nonzero(np.diff(groups[order]))[0] + 1)
+        return [ChannelMap(self.names[groups[p[0]]], channels[p], p) for p in parts if groups[p[0]] >= 0]
 
 
 class Solution(NamedTuple):
-    """The graph, and for each id its channel: `unit[id]`, with the group and index of that channel (-1: pinned)."""
+    """The graph, and where each channel id is in it."""
 
     graph: Graph
-    unit: np.ndarray
-    group_of: np.ndarray
-    channel_of: np.ndarray
+    channels: ChannelIndex
+
+    def groups_of(self, units: np.ndarray) -> list[ChannelGroup]:
+        """The groups that units belong to, in no particular order."""
+        return [self.graph.groups[g] for g in set(self.channels.group_of[np.unique(units)].tolist()) - {-1}]
+
+    def surviving_units(self, kept: Kept) -> np.ndarray:
+        """For each unit whether it stays; those without a group do. Bool, shape (units,)."""
+        stays = np.ones(len(self.channels.group_of), dtype=bool)
+        for g, group in enumerate(self.graph.groups):
+            if group.name in kept.keep:
+                units = np.nonzero(self.channels.group_of == g)[0]
+                stays[units] = kept.mask(group.name)[self.channels.channel_of[units]]
+        return stays
 
 
-def units(traces: Sequence[ConstraintCollector], axes: Axes) -> np.ndarray:
-    """The connected component of each id."""
-    pairs, total = [p for t in traces for p in t.pairs], axes.total
-    if not pairs or not total:
-        return np.arange(total)
-    a = np.concatenate([p[0] for p in pairs])
-    b = np.concatenate([p[1] for p in pairs])
-    _, labels = connected_components(coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(total, total)), directed=False)
-    # number the units by their first id, that is in the order of execution
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse]
+def solve(dense: DenseRun, pins: Mapping[str, PinReason], stored_sizes: Mapping[Place, Ids]) -> Solution:
+    """The groups of a dense run.
+
+    `pins`: further reasons, by the name of a group. `stored_sizes`: for numbers that modules store, the ids that they count.
+    """
+    roles: dict[Axis, Role] = {axis: role for c in dense.collectors.values() for axis, role in c.roles.items()}
+    makers = {axis: dense.units_of(axis) for axis in dense.axes.start if isinstance(axis, Axis) and roles.get(axis) == "out"}
+    drafts = partition(dense, makers, *pin_reasons(dense))
+    name_groups(drafts, makers, pins)
+    index = index_of(drafts, dense.unit_of)
+    slices = slices_of(dense, roles, index)
+    inexact = {m.group for c in dense.collectors.values() for *_, ids in c.mixers for m in index.maps(ids)}
+    groups = tuple(ChannelGroup(d.name, len(d.units), tuple(slices[d.name]), tuple(dict.fromkeys(d.layers)), d.reason,
+                                d.name not in inexact) for d in drafts)
+    return Solution(assemble(dense, groups, index, stored_sizes), index)
 
 
-def signatures(unit: np.ndarray, axes: Axes) -> np.ndarray:
-    """For each unit a number that two units share where they stand in the same axes, equally often."""
-    axis_of = np.repeat(np.arange(len(axes.size)), list(axes.size.values()))
-    marks = np.random.default_rng(0).integers(1, 2**62, len(axes.size), dtype=np.uint64)
-    out = np.zeros(unit.max() + 1, dtype=np.uint64)
-    np.add.at(out, unit, marks[axis_of])
-    return out
+def pin_reasons(dense: DenseRun) -> tuple[np.ndarray, list[PinReason]]:
+    """For each unit the number of the first reason why it cannot go, -1 if it can; and the reasons."""
+    numbers = np.full(dense.unit_count, -1)
+    reasons: dict[PinReason, int] = {}
+    for ids, reason in (pin for c in dense.collectors.values() for pin in c.pins):
+        units = dense.unit_of[ids]
+        numbers[units[numbers[units] < 0]] = reasons.setdefault(reason, len(reasons))
+    return numbers, list(reasons)
 
 
-def solve(traces: Sequence[ConstraintCollector], axes: Axes, unit: np.ndarray, shapes: Mapping[str, tuple[int, ...]],
-          parameters: frozenset[str], batch: int, pinned: Mapping[str, str], notes: Sequence[str] = (),
-          edits: Mapping[Any, Ids] | None = None) -> Solution:
-    """Groups from what the traces (eval, and train where it differs) have collected, and from their `units`; `pinned` adds
-    reasons by group name."""
-    count = int(unit.max()) + 1 if len(unit) else 0
-    reason = np.full(count, -1)
-    reasons: list[str] = []
-    for ids, why in ((ids, str(why)) for t in traces for ids, why in t.pins):
-        if why not in reasons:
-            reasons.append(why)
-        new = unit[ids]
-        reason[new[reason[new] < 0]] = reasons.index(why)
-    roles: dict[tuple[str, int], Role] = {}
-    for t in traces:
-        roles.update(t.roles)  # type: ignore[arg-type]
-    inexact = np.zeros(count, dtype=bool)
-    for t in traces:
-        for *_, ids in t.mixers:
-            inexact[unit[ids]] = True
+def partition(dense: DenseRun, makers: Mapping[Axis, np.ndarray], numbers: np.ndarray,
+              reasons: Sequence[PinReason]) -> list[GroupDraft]:
+    """The groups: units that stand on the same axes, equally often, and have the same reason. In the order of execution.
 
-    # only channels that some layer makes or that can go are groups; the read ends of an input are neither
-    makers = [(key, axes.start[key], axes.size[key]) for key in axes.start if roles.get(key) == "out"]
-    made = np.zeros(count, dtype=bool)
-    for _, start, size in makers:
-        made[unit[start:start + size]] = True
-    reason[~made & (reason < 0)] = len(reasons)
-    reasons.append("no layer makes these channels")
-    mark = signatures(unit, axes) if count else np.zeros(0, dtype=np.uint64)
-    keys = np.stack([mark, (reason + 1).astype(np.uint64)], axis=1) if count else np.zeros((0, 2), np.uint64)
-    chosen = np.nonzero(made)[0]
-    group_of = np.full(count, -1)
-    channel_of = np.full(count, -1)
-    layers: list[list[str]] = []
-    names: list[str] = []
-    group_reason: list[str | None] = []
-    sizes: list[int] = []
-    if len(chosen):
-        _, first, inverse = np.unique(keys[chosen], axis=0, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order))
-        group_of[chosen] = rank[inverse.reshape(-1)]
-        for g in range(len(order)):
-            mine = chosen[group_of[chosen] == g]
-            channel_of[mine] = np.arange(len(mine))
-            sizes.append(len(mine))
-            layers.append([])
-            r = reason[mine[0]]
-            group_reason.append(None if r < 0 else reasons[r])
-        for (tensor, _), start, size in makers:
-            for g in np.unique(group_of[unit[start:start + size]]):
-                layers[g].append(tensor.rpartition(".")[0] or tensor)
-    taken: dict[str, int] = {}
-    for g in range(len(sizes)):
-        base = layers[g][0]
-        taken[base] = taken.get(base, 0) + 1
-        names.append(base if taken[base] == 1 else f"{base}#{taken[base]}")
-        if group_reason[g] is None and names[g] in pinned:
-            group_reason[g] = pinned[names[g]]
-        if group_reason[g] is None and sizes[g] < 2:
-            one = int(np.nonzero(group_of == g)[0][0])
-            width = max(int((unit[start:start + size] == one).sum()) for _, start, size in makers)
-            group_reason[g] = (f"the {width} channels of {base} can only go together" if width > 1
-                               else f"one channel of {base} by itself")
-    slices: list[list[Slice]] = [[] for _ in sizes]
-    for key, start in axes.start.items():
-        if key[0] == "constant":
-            continue
-        tensor, dim = key
-        for g, m in members_of(unit[start:start + axes.size[key]], group_of, channel_of, names):
-            slices[g].append(Slice(m.group, m.channels, m.positions, tensor, dim, roles.get(key, "along"), axes.blocks[key]))
-    rough = np.zeros(len(sizes), dtype=bool)
-    for u in np.nonzero(inexact)[0]:
-        if group_of[u] >= 0:
-            rough[group_of[u]] = True
-    groups = tuple(
-        ChannelGroup(names[g], sizes[g], tuple(slices[g]), tuple(dict.fromkeys(layers[g])), group_reason[g], not rough[g])
-        for g in range(len(sizes))
-    )
-
-    def members(ids: Ids) -> tuple[ChannelMap, ...]:
-        return tuple(m for _, m in members_of(unit[ids], group_of, channel_of, names))
-
-    main = traces[0]
-    sources = tuple(MapSource(weight, pool, main.map_readers[key], members(ids))
-                    for key, (weight, pool, ids) in main.maps.items())
-    mixers = tuple(Mixer(name, number, dim, len(ids), members(ids)) for name, number, dim, ids in main.mixers)
-    products = tuple(Product(number, shape, members(ids)) for number, shape, ids in main.products)
-    graph = Graph(
-        groups, dict(shapes), parameters, {w: n / batch / prod(shapes[w]) for w, n in main.macs.items()},
-        tuple(ties(traces, unit, group_of, channel_of, names)), sources, mixers, products, tuple(notes), dict(main.computed),
-        tuple(s._replace(module=t.returned.get(s.outputs[0], "") if s.outputs else "", training=k > 0)
-              for k, t in enumerate(traces) for s in t.steps),
-        tuple(Edit(module, attribute, entry, len(ids), members(ids))
-              for (module, attribute, entry), ids in (edits or {}).items()),
-    )
-    return Solution(graph, unit, group_of, channel_of)
-
-
-def members_of(unit: np.ndarray, group_of: np.ndarray, channel_of: np.ndarray,
-               names: Sequence[str]) -> list[tuple[int, ChannelMap]]:
-    """The channels at the positions of an array of units, by group."""
-    g, c = group_of[unit], channel_of[unit]
-    if not len(g):
+    Only units that some layer makes (`makers`: the units along each axis of the role "out") are channels of a group.
+    """
+    if not makers:
         return []
-    if g[0] == g[-1] and (g == g[0]).all():
-        return [] if g[0] < 0 else [(int(g[0]), ChannelMap(names[g[0]], c, np.arange(len(c))))]
-    order = np.argsort(g, kind="stable")
-    out = []
-    for part in np.split(order, np.nonzero(np.diff(g[order]))[0] + 1):
-        k = int(g[part[0]])
-        if k >= 0:
-            out.append((k, ChannelMap(names[k], c[part], part)))
-    return out
+    made = np.unique(np.concatenate(list(makers.values())))
+    keys = np.stack([signatures(dense)[made], (numbers[made] + 1).astype(np.uint64)], axis=1)
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    parts = np.split(made[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])
+    drafts = [GroupDraft(parts[k], (*reasons, None)[numbers[parts[k][0]]]) for k in np.argsort(first)]
+    group_of = np.full(dense.unit_count, -1)
+    for g, draft in enumerate(drafts):
+        group_of[draft.units] = g
+    for axis, units in makers.items():
+        for g in np.unique(group_of[units]):
+            drafts[g].layers.append(axis.tensor.rpartition(".")[0] or axis.tensor)
+    return drafts
 
 
-def ties(traces: Sequence[ConstraintCollector], unit: np.ndarray, group_of: np.ndarray, channel_of: np.ndarray,
-         names: Sequence[str]) -> list[Tie]:
-    """Ties whose blocks differ; each once."""
+def signatures(dense: DenseRun) -> np.ndarray:
+    """For each unit a number that two units share if they stand on the same axes, equally often: a sum of random numbers."""
+    axes = dense.axes
+    axis_of_id = np.repeat(np.arange(len(axes.size)), list(axes.size.values()))
+    random = np.random.default_rng(0).integers(1, 2**62, len(axes.size), dtype=np.uint64)
+    sums = np.zeros(dense.unit_count, dtype=np.uint64)
+    np.add.at(sums, dense.unit_of, random[axis_of_id])
+    return sums
+
+
+def name_groups(drafts: Sequence[GroupDraft], makers: Mapping[Axis, np.ndarray], pins: Mapping[str, PinReason]) -> None:
+    """Name each group after the first module that makes it, and complete the reasons: `pins`, and groups of one channel."""
+    taken: Counter[str] = Counter()
+    for draft in drafts:
+        module = draft.layers[0]
+        taken[module] += 1
+        draft.name = module if taken[module] == 1 else f"{module}#{taken[module]}"
+        draft.reason = draft.reason or pins.get(draft.name)
+        if draft.reason is None and len(draft.units) == 1:
+            width = max(int((units == draft.units[0]).sum()) for units in makers.values())
+            draft.reason = PinReason("together", f"the {width} channels of {module} can only go together" if width > 1
+                                     else f"one channel of {module} by itself")
+
+
+def index_of(drafts: Sequence[GroupDraft], unit_of: np.ndarray) -> ChannelIndex:
+    count = int(unit_of.max(initial=-1)) + 1
+    group_of, channel_of = np.full(count, -1), np.full(count, -1)
+    for g, draft in enumerate(drafts):
+        group_of[draft.units] = g
+        channel_of[draft.units] = np.arange(len(draft.units))
+    return ChannelIndex(unit_of, group_of, channel_of, [d.name for d in drafts])
+
+
+def slices_of(dense: DenseRun, roles: Mapping[Axis, Role], index: ChannelIndex) -> dict[str, list[Slice]]:
+    """Where the channels of each group are along the axes of parameters and buffers, by the name of the group."""
+    slices: dict[str, list[Slice]] = {name: [] for name in index.names}
+    for axis, blocks in dense.axes.blocks.items():
+        if isinstance(axis, Axis):
+            for m in index.maps_of_units(dense.units_of(axis)):
+                slices[m.group].append(Slice(m.group, m.channels, m.positions, *axis, roles.get(axis, "along"), blocks))
+    return slices
+
+
+def assemble(dense: DenseRun, groups: tuple[ChannelGroup, ...], index: ChannelIndex,
+             stored_sizes: Mapping[Place, Ids]) -> Graph:
+    """The graph of these groups. What concerns single calls is taken from the eval forward alone."""
+    main = dense.collectors["eval"]
+
+    def maps(ids: Ids) -> tuple[ChannelMap, ...]:
+        return tuple(index.maps(ids))
+
+    return Graph(
+        groups, dict(dense.shapes), dense.parameters,
+        uses={w: n / dense.batch / prod(dense.shapes[w]) for w, n in main.macs.items()},
+        ties=tuple(ties_of(dense, index)),
+        sources=tuple(MapSource(weight, pool, main.map_readers[key], maps(ids))
+                      for key, (weight, pool, ids) in main.maps.items()),
+        mixers=tuple(Mixer(name, number, dim, len(ids), maps(ids)) for name, number, dim, ids in main.mixers),
+        products=tuple(Product(number, shape, maps(ids)) for number, shape, ids in main.products),
+        notes=dense.notes, computed=dict(main.computed),
+        steps=tuple(s._replace(module=c.returned.get(s.outputs[0], "") if s.outputs else "", training=mode == "train")
+                    for mode, c in dense.collectors.items() for s in c.steps),
+        edits=tuple(Edit(*place, len(ids), maps(ids)) for place, ids in stored_sizes.items()),
+    )
+
+
+def ties_of(dense: DenseRun, index: ChannelIndex) -> list[Tie]:
+    """Sets of channels that must keep equally many, where they differ; each tie once."""
     seen: set[tuple[object, ...]] = set()
-    out = []
-    for rows in (rows for t in traces for rows in t.ties):
-        blocks = np.unique(np.sort(unit[rows], axis=1), axis=0)
+    ties = []
+    for rows in (rows for c in dense.collectors.values() for rows in c.ties):
+        blocks = np.unique(np.sort(dense.unit_of[rows], axis=1), axis=0)
         key = (blocks.shape, blocks.tobytes())
         if len(blocks) < 2 or key in seen:
             continue
         seen.add(key)
-        maps = [{m.group: m.channels for _, m in members_of(b, group_of, channel_of, names)} for b in blocks]
-        if any(maps):
-            out.append(Tie(tuple(maps)))
-    return out
+        members = [{m.group: m.channels for m in index.maps_of_units(block)} for block in blocks]
+        if any(members):
+            ties.append(Tie(tuple(members)))
+    return ties

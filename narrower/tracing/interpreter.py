@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from types import FrameType
+from traceback import walk_stack, walk_tb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..errors import TraceError
 from ..inputs import call_model, flatten_tensors
 from ..surgery.copying import loose_tensors
 from ..surgery.walk import modules_of, named_tensors
-from .labels import NOTHING, Axes, Carried, Ids, Label, along, collapsed
+from .labels import NOTHING, Axes, Axis, Carried, Ids, Label, along, collapsed
 from .operators.call_counter import CallCounter
 from .operators.data_dependent import Answer, copy_answer
 from .operators.interface import Call, RuleContext, UnknownForm, plain, tensors_in
@@ -51,6 +51,13 @@ class Event(NamedTuple):
     inputs: tuple[Carried | str, ...] = ()
 
 
+class Location(NamedTuple):
+    """A module by its name, and a text for people: the module and a line of its source."""
+
+    module: str
+    source: str
+
+
 CARRIED = "_narrower_carried"
 
 
@@ -77,8 +84,6 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         self.seen: set[str] = set()
         self.touched: tuple[Tensor, ...] = ()
         self.given: tuple[Carried | str, ...] = ()
-        self.here = ""  # the module that `where` has found last
-        self.failed = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = self.counter.count(func, args, kwargs)
@@ -89,7 +94,6 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         try:
             call = call._replace(out=self.output(func, call, in_place))
         except Exception:
-            self.failed = self.where()
             self.refused(call)
             raise
         self.place += 1
@@ -167,9 +171,9 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
             if dim == 1 and groups > 1:
                 rows = np.repeat(ids.reshape(groups, 1, -1), t.shape[0] // groups, axis=1)
                 ids = rows.reshape(t.shape[0], -1, *(1,) * (t.ndim - 2))
-                labels.append(Label(ids, 1, (name, 1)))
+                labels.append(Label(ids, 1, Axis(name, 1)))
             else:
-                labels.append(Label(along(ids, t.ndim, dim), dim, (name, dim)))
+                labels.append(Label(along(ids, t.ndim, dim), dim, Axis(name, dim)))
         return Carried(tuple(labels))
 
     def carried_in(self) -> list[Carried]:
@@ -181,9 +185,9 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         second = None
         if id(w) in self.tensors and not hasattr(w, CARRIED):
             name = self.tensors[id(w)]
-            first = Label(self.axis(name, 0, w.shape[0], 1), 0, (name, 0))
+            first = Label(self.axis(name, 0, w.shape[0], 1), 0, Axis(name, 0))
             if self.labelled(name, 1, w.shape[1]) or (transposed and blocks < w.shape[0]):
-                second = Label(self.axis(name, 1, w.shape[1], blocks), 0, (name, 1))
+                second = Label(self.axis(name, 1, w.shape[1], blocks), 0, Axis(name, 1))
             if transposed and blocks > 1 and blocks == w.shape[0]:  # depthwise: what is made goes with what is read
                 return None, Label(first.ids.repeat(w.shape[1]), 0, first.axis)
         else:
@@ -206,7 +210,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         return (first, second) if transposed else (second, first)
 
     def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
-        return self.axes.ids((name, dim), size, blocks)
+        return self.axes.ids(Axis(name, dim), size, blocks)
 
     def labelled(self, name: str, dim: int, size: int) -> bool:
         """Whether a dimension of a parameter holds channels: a single one cannot go."""
@@ -233,24 +237,24 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
 
     def where(self) -> str:
         """The innermost module that is running, and its source line."""
-        frame: FrameType | None = sys._getframe(1)
-        module = ""
-        while frame is not None:
-            if place := self.place_of(frame):
-                return place
-            owner = frame.f_locals.get("self")
-            module = module or (self.modules.get(id(owner), "") if isinstance(owner, nn.Module) else "")
-            frame = frame.f_back
-        return module or "model"
+        return self.location().source
 
-    def place_of(self, frame: FrameType) -> str:
-        """Module and source line of a frame, if a module of the model runs in it."""
-        owner = frame.f_locals.get("self")
-        file = frame.f_code.co_filename.replace("\\", "/")
-        if not isinstance(owner, nn.Module) or id(owner) not in self.modules or "torch/nn/" in file:
-            return ""
-        self.here = self.modules[id(owner)]
-        return f"{self.here or type(owner).__name__}, {'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
+    def location(self, error: BaseException | None = None) -> Location:
+        """Where the current call runs, or where an error was raised.
+
+        Modules of torch.nn count only where no other module of the model runs: the line that calls them tells more.
+        """
+        frames = walk_stack(sys._getframe(1)) if error is None else reversed(list(walk_tb(error.__traceback__)))
+        inner = ""
+        for frame, _ in frames:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self.modules:
+                module, file = self.modules[id(owner)], frame.f_code.co_filename.replace("\\", "/")
+                if "torch/nn/" not in file:
+                    line = f"{'/'.join(file.split('/')[-2:])}:{frame.f_lineno}"
+                    return Location(module, f"{module or type(owner).__name__}, {line}")
+                inner = inner or module
+        return Location(inner, inner or "model")
 
 
 def mark_as_given(tensors: Iterable[Tensor]) -> None:

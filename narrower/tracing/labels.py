@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,27 @@ Ids = np.ndarray
 Shape = Sequence[int]
 
 
+class Axis(NamedTuple):
+    """One dimension of a parameter or buffer."""
+
+    tensor: str
+    dim: int
+
+
+class PaddingAxis(NamedTuple):
+    """Channels that a call adds: by its operator, its number among the calls of that operator, and the part that they are."""
+
+    operator: str
+    number: int
+    part: int
+
+
 class Label(NamedTuple):
     """Channel ids of one tensor; `axis` names the parameter dimension while the tensor is still that parameter."""
 
     ids: Ids
     free: int
-    axis: tuple[str, int] | None = None
+    axis: Axis | None = None
 
 
 class Carried(NamedTuple):
@@ -48,9 +63,9 @@ class Axes:
     """Ids for the dimensions of parameters and buffers, handed out when first met, in the order of execution."""
 
     def __init__(self) -> None:
-        self.start: dict[tuple[Any, ...], int] = {}
-        self.size: dict[tuple[Any, ...], int] = {}
-        self.blocks: dict[tuple[Any, ...], int] = {}
+        self.start: dict[Axis | PaddingAxis, int] = {}
+        self.size: dict[Axis | PaddingAxis, int] = {}
+        self.blocks: dict[Axis | PaddingAxis, int] = {}
         self.total = self.activations = 0
 
     def number(self) -> int:
@@ -58,7 +73,7 @@ class Axes:
         self.activations += 1
         return self.activations
 
-    def ids(self, key: tuple[Any, ...], size: int, blocks: int = 1) -> Ids:
+    def ids(self, key: Axis | PaddingAxis, size: int, blocks: int = 1) -> Ids:
         if key not in self.start:
             self.start[key], self.size[key], self.blocks[key] = self.total, size * blocks, blocks
             self.total += size * blocks

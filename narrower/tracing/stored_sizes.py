@@ -15,7 +15,7 @@ from torch import nn
 from ..surgery.attributes import Place, entries
 from ..surgery.resize import mirrored_attributes
 from .interpreter import Event
-from .labels import Axes, Ids, Label, along, fibres
+from .labels import Axes, Axis, Ids, Label, along, fibres
 
 Edits = Mapping[Place, Ids]  # the ids that each number counts
 
@@ -29,9 +29,9 @@ def labels_of(event: Event, axes: Axes) -> list[Label]:
         if not isinstance(given, str):
             out += given.labels
             continue
-        for (name, dim, *_), start in axes.start.items():
-            if name == given:
-                out.append(Label(along(np.arange(start, start + axes.size[name, dim]), dim + 1, dim), dim))
+        for axis, start in axes.start.items():
+            if isinstance(axis, Axis) and axis.tensor == given:
+                out.append(Label(along(np.arange(start, start + axes.size[axis]), axis.dim + 1, axis.dim), axis.dim))
     return out
 
 

@@ -12,11 +12,12 @@ from support.networks import IMAGES, PATTERNS, chain, unit
 
 import narrower
 from narrower.graph.equal_counts import Cell, Component, components, nearest_integers, split_components
-from narrower.graph.types import ChannelGroup, Graph, Tie
+from narrower.graph.types import ChannelGroup, Graph, PinReason, Tie
 
 
 def graph_with(sizes: dict[str, int], ties: list[Tie], pinned: tuple[str, ...] = ()) -> Graph:
-    groups = tuple(ChannelGroup(n, s, (), (n,), "for a reason" if n in pinned else None) for n, s in sizes.items())
+    reason = PinReason("differs", "for a reason")
+    groups = tuple(ChannelGroup(n, s, (), (n,), reason if n in pinned else None) for n, s in sizes.items())
     return Graph(groups, {}, frozenset(), {}, tuple(ties))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from narrower.tracing.constraints import ConstraintCollector
 from narrower.tracing.interpreter import CARRIED
-from narrower.tracing.labels import Axes, Carried, Label, along
+from narrower.tracing.labels import Axes, Axis, Carried, Label, along
 
 C = 12
 
@@ -20,7 +20,7 @@ def collected(function: Callable[[Tensor], Any], shape: tuple[int, ...] = (2, C,
               free: int = 1) -> tuple[ConstraintCollector, Any]:
     """Run a function on a meta tensor whose channels along `free` have the ids 0..size."""
     axes = Axes()
-    axes.ids(("x", free), shape[free])
+    axes.ids(Axis("x", free), shape[free])
     collector = ConstraintCollector(nn.Identity(), axes, {})
     x = torch.empty(shape, device="meta")
     setattr(x, CARRIED, Carried((Label(along(np.arange(shape[free]), len(shape), free), free),)))

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from narrower.tracing import constraints
 from narrower.tracing.constraints import ConstraintCollector
 from narrower.tracing.interpreter import CARRIED
-from narrower.tracing.labels import Axes
+from narrower.tracing.labels import Axes, Axis
 
 
 def forward(*layers: nn.Module) -> ConstraintCollector:
@@ -60,7 +60,7 @@ def test_a_view_that_splits_channels_shrinks_in_the_dimension_that_was_chosen() 
     [(dims, _, where)] = collector.splits.values()
     assert dims == (1, 2) and collector.of(out).labels[0].free == 2
     axes = Axes()
-    axes.ids(("x", 1), C)
+    axes.ids(Axis("x", 1), C)
     other = ConstraintCollector(nn.Identity(), axes, {where: 1})
     x = torch.empty(2, C, 4, 6, device="meta")
     setattr(x, CARRIED, collector.log[0].inputs[0])

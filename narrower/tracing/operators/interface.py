@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...graph.types import PinCode
+from ...graph.types import PinCode, Role
 from ..labels import Carried, Ids, Label, aligned, collapsed
 
 OfConstants = Literal[
@@ -109,7 +109,7 @@ class RuleContext:
     def product(self, call: Call, label: Label) -> None:
         """The call sums over these channels of its first factor; neither factor is a parameter."""
 
-    def constant(self, call: Call, size: int, key: int) -> Ids:
+    def constant(self, call: Call, size: int, part: int) -> Ids:
         """Ids of channels that are there whatever is removed."""
         raise NotImplementedError
 
@@ -130,7 +130,7 @@ class RuleContext:
         """Whether a parameter dimension has a single channel in the dense network: it meets all others by broadcasting."""
         raise NotImplementedError
 
-    def role(self, label: Label | None, role: str) -> None:
+    def role(self, label: Label | None, role: Role) -> None:
         """The parameter dimension behind a label makes ("out") or reads ("in") channels."""
 
     def use(self, label: Label | None, macs: float) -> None:

@@ -12,7 +12,7 @@ from support.operators import C, assert_pinned, collected
 from torch import Tensor, nn
 
 from narrower.tracing.constraints import ConstraintCollector
-from narrower.tracing.labels import Axes
+from narrower.tracing.labels import Axes, Axis
 
 
 def run(*layers: nn.Module, channels: int = 4) -> tuple[ConstraintCollector, Any]:
@@ -24,7 +24,7 @@ def run(*layers: nn.Module, channels: int = 4) -> tuple[ConstraintCollector, Any
 
 
 def ids(collector: ConstraintCollector, tensor: str, dim: int) -> list[int]:
-    start, size = collector.axes.start[tensor, dim], collector.axes.size[tensor, dim]
+    start, size = collector.axes.start[Axis(tensor, dim)], collector.axes.size[Axis(tensor, dim)]
     return list(range(start, start + size))
 
 
@@ -37,7 +37,7 @@ def test_a_convolution_unites_what_it_reads_with_its_weight() -> None:
     made, read = ids(collector, "0.weight", 0), ids(collector, "1.weight", 1)
     assert united(collector) >= set(zip(made, read, strict=True))
     assert collector.of(out).labels[0].ids.reshape(-1).tolist() == ids(collector, "1.weight", 0)
-    assert collector.roles["1.weight", 1] == "in" and collector.roles["1.weight", 0] == "out"
+    assert collector.roles[Axis("1.weight", 1)] == "in" and collector.roles[Axis("1.weight", 0)] == "out"
 
 
 def test_macs_are_those_of_the_closed_form() -> None:

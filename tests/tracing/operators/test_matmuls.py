@@ -8,7 +8,7 @@ from support.operators import C, assert_pinned, collected, units
 from torch import Tensor, nn
 
 from narrower.tracing.constraints import ConstraintCollector
-from narrower.tracing.labels import Axes
+from narrower.tracing.labels import Axes, Axis
 
 
 def test_a_linear_layer_reads_and_makes_channels() -> None:
@@ -16,13 +16,13 @@ def test_a_linear_layer_reads_and_makes_channels() -> None:
     collector = ConstraintCollector(model, Axes(), {})
     with torch.no_grad(), collector:
         out = model(torch.empty(3, 7, device="meta"))
-    assert collector.roles["2.weight", 1] == "in" and collector.roles["2.weight", 0] == "out"
+    assert collector.roles[Axis("2.weight", 1)] == "in" and collector.roles[Axis("2.weight", 0)] == "out"
     assert collector.macs == {"0.weight": 3 * 7 * 6, "2.weight": 3 * 6 * 5}
-    start = collector.axes.start["2.weight", 0]
+    start = collector.axes.start[Axis("2.weight", 0)]
     assert collector.of(out).labels[0].ids.reshape(-1).tolist() == list(range(start, start + 5))
     find = units(collector)
-    assert [find(collector.axes.start["0.weight", 0] + k) for k in range(6)] \
-        == [find(collector.axes.start["2.weight", 1] + k) for k in range(6)]
+    assert [find(collector.axes.start[Axis("0.weight", 0)] + k) for k in range(6)] \
+        == [find(collector.axes.start[Axis("2.weight", 1)] + k) for k in range(6)]
 
 
 def test_a_matrix_that_cannot_shrink_pins() -> None:

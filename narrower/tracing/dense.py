@@ -1,0 +1,122 @@
+"""The dense run: the forward before anything is removed, in eval mode and, where that uses more layers, in train mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from ..errors import TraceError
+from ..inputs import flatten_tensors
+from ..surgery.copying import Stage, restore_after
+from .constraints import ConstraintCollector
+from .interpreter import LabelInterpreter, run_forward
+from .labels import Axes, Axis, PaddingAxis
+from .operators.data_dependent import Answer
+
+Mode = Literal["eval", "train"]
+
+
+class DenseForwardError(Exception):
+    """The dense forward fails, as it may on meta tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRun:
+    """What the dense forward says of the channels, under an assumption for each view that splits channels (`view_dims`).
+
+    `collectors`: the constraints of the eval forward and, if it was traced, of the train forward. `axes`: the ids of all axes.
+    `shapes`: of all parameters and buffers; `parameters`: the names of the former, shared ones once. `batch`: samples of the
+    example inputs. `output_shapes`: of the eval forward.
+    """
+
+    view_dims: Mapping[str, int]
+    collectors: Mapping[Mode, ConstraintCollector]
+    axes: Axes
+    shapes: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str]
+    batch: int = 1
+    output_shapes: Sequence[tuple[int, ...]] = ()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def unit_of(self) -> np.ndarray:
+        """For each id its unit: a set of ids that stand for one channel, as constraints unite them. Shape (ids,).
+
+        Units are numbered by their first id, that is in the order of execution.
+        """
+        pairs, total = [p for c in self.collectors.values() for p in c.pairs], self.axes.total
+        if not pairs:
+            return np.arange(total)
+        a, b = (np.concatenate(ids) for ids in zip(*pairs, strict=True))
+        _, labels = connected_components(coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(total, total)), directed=False)
+        _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+        rank = np.empty(len(first), dtype=np.int64)
+        rank[np.argsort(first)] = np.arange(len(first))
+        return rank[inverse]
+
+    @property
+    def unit_count(self) -> int:
+        return int(self.unit_of.max(initial=-1)) + 1
+
+    def units_of(self, axis: Axis | PaddingAxis) -> np.ndarray:
+        """The units along an axis, through all blocks of a grouped convolution."""
+        start = self.axes.start[axis]
+        return self.unit_of[start:start + self.axes.size[axis]]
+
+
+def outputs_of(stage: Stage, interpreter: LabelInterpreter) -> list[Tensor]:
+    """Run the forward once; what it stores in its modules is taken back."""
+    with restore_after(list(stage.model.modules())):
+        return flatten_tensors(run_forward(stage.model, stage.inputs, interpreter))
+
+
+def collect(stage: Stage, collector: ConstraintCollector) -> list[tuple[int, ...]]:
+    """Run the dense forward; the channels of its outputs are pinned. Returns the shapes of the outputs."""
+    outputs = outputs_of(stage, collector)
+    for t in outputs:
+        if labels := collector.of(t).labels:
+            collector.pin(labels, "output", "network output")
+    return [tuple(t.shape) for t in outputs]
+
+
+def run_dense(stage: Stage, view_dims: Mapping[str, int], answers: Sequence[Answer] | None = None) -> DenseRun:
+    """Collect the constraints of the dense forward. Raises DenseForwardError if it fails in eval mode."""
+    tensors = flatten_tensors(stage.inputs)
+    batch = max(1, tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+    first_names = {id(t): n for n, t in reversed([*stage.tensors.items()]) if isinstance(t, nn.Parameter)}
+    parameters = frozenset(first_names.values())
+    axes = Axes()
+    collectors: dict[Mode, ConstraintCollector] = {"eval": ConstraintCollector(stage.model, axes, view_dims, answers)}
+    try:
+        shapes = collect(stage, collectors["eval"])
+    except TraceError:
+        raise
+    except Exception as e:
+        raise DenseForwardError from e
+    notes = []
+    unused = parameters - collectors["eval"].seen
+    if unused:
+        training = ConstraintCollector(stage.model, axes, view_dims, answers)
+        stage.model.train()
+        try:
+            collect(stage, training)
+            collectors["train"] = training
+        except TraceError:
+            raise
+        except Exception as e:
+            notes.append(f"layers that only training uses could not be traced ({type(e).__name__}: {e})")
+        finally:
+            stage.model.eval()
+        still = sorted(unused - training.seen)
+        if still:
+            notes.append(f"never used in the forward, left as they are: {', '.join(still[:4])}"
+                         + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
+    return DenseRun(view_dims, collectors, axes, {n: tuple(t.shape) for n, t in stage.tensors.items()}, parameters, batch,
+                    shapes, tuple(notes))
