@@ -1,10 +1,10 @@
-"""save and load: tensors as safetensors, the shapes and plans as JSON, no pickle."""
+"""save and load: tensors as safetensors, shapes and stored numbers as JSON, no pickle."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from .errors import StorageError
-from .narrowing.narrow import RECORD
+from .narrowing.narrow import RECORD, NarrowRecord
 from .surgery.attributes import Place, set_attributes
 from .surgery.resize import fit, give_bias, takes_bias
 from .surgery.walk import named_tensors
 
-FORMAT = 1
+FORMAT = 2  # 1 had the kept channels of each plan as well, which nothing read
 
 WEIGHTS, META = "model.safetensors", "narrower.json"
 
@@ -28,34 +28,27 @@ WEIGHTS, META = "model.safetensors", "narrower.json"
 def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path:
     """Write `model.safetensors` and `narrower.json` into `folder` (made if missing).
 
-    `model` comes from `narrow` or `load`; its parameters may have been trained since. `extra` (JSON values) is kept under
-    "extra". Files are written beside and renamed, so that an interrupted save loses nothing.
+    `model` comes from `narrow`, `load` or `ResRep.merge`; its parameters may have been trained since. `extra` (JSON values) is
+    kept under "extra". The files are written under other names and then renamed, so an interrupted save loses nothing.
 
     Raises StorageError for a model that narrower has not made, or one whose tensors have changed shape since.
     """
     record = getattr(model, RECORD, None)
-    if record is None:
+    if not isinstance(record, NarrowRecord):
         raise StorageError("this model has no record of narrowing: save takes what narrow, load or merge returned")
     tensors = named_tensors(model)
-    now = {n: list(t.shape) for n, t in tensors.items()}
-    if now != record["shapes"]:
-        raise StorageError(f"the network has changed since it was narrowed: {differences(record['shapes'], now)}")
+    shapes = shapes_of(tensors)
+    if shapes != record.shapes:
+        raise StorageError(f"the network has changed since it was narrowed: {differences(record.shapes, shapes)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    first: dict[int, str] = {}
-    same = {n: first.setdefault(id(t), n) for n, t in tensors.items()}
-    data = {n: t.detach().contiguous().cpu().clone() for n, t in tensors.items() if same[n] == n}
-    meta = {
-        "format": FORMAT,
-        "dense": record["dense"],
-        "shapes": now,
-        "tied": {n: o for n, o in same.items() if n != o},
-        "plans": record["plans"],
-        "numbers": record["numbers"],
-        "created": record["created"],
-        "extra": extra,
-    }
-    text = json.dumps(meta)
+    tied = tied_names(tensors)
+    data = {n: t.detach().contiguous().cpu().clone() for n, t in tensors.items() if n not in tied}
+    text = json.dumps({
+        "format": FORMAT, "dense": record.dense, "shapes": shapes, "tied": tied,
+        "numbers": [[*place, value] for place, value in record.attributes.items()],
+        "created": record.created, "extra": extra,
+    })
     (folder / (WEIGHTS + ".part")).write_bytes(serialize(data, metadata={"format": "pt"}))
     (folder / (META + ".part")).write_text(text)
     os.replace(folder / (WEIGHTS + ".part"), folder / WEIGHTS)
@@ -69,7 +62,7 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
     Raises StorageError if a file is missing or damaged, of a later version, or of another network than `make_model` gives.
     """
     folder = Path(folder)
-    meta = read_meta(folder)
+    record, tied = read_meta(folder)
     try:
         data = load_file(folder / WEIGHTS)
     except FileNotFoundError as e:
@@ -79,45 +72,54 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
     model = make_model()
     if not isinstance(model, nn.Module):
         raise StorageError(f"make_model must return the dense network, not {type(model).__name__}")
-    for name in meta["created"]:
+    for name in record.created:
         weight = f"{name.removesuffix('bias')}weight"
         if weight in named_tensors(model) and takes_bias(model, weight):
             give_bias(model, name)
     here = named_tensors(model)
-    found = {n: list(t.shape) for n, t in here.items()}
-    if found != meta["dense"]:
-        raise StorageError(f"{folder / META} is of another network than the factory makes: {differences(meta['dense'], found)}")
-    first: dict[int, str] = {}
-    shared = {n: o for n, t in here.items() if (o := first.setdefault(id(t), n)) != n}
-    if shared != meta["tied"]:
+    if shapes_of(here) != record.dense:
+        raise StorageError(f"{folder / META} is of another network than the factory makes: "
+                           f"{differences(record.dense, shapes_of(here))}")
+    if tied_names(here) != tied:
         raise StorageError(f"{folder / META} says other tensors are shared than in the factory's network")
-    for n, shape in meta["shapes"].items():
-        origin = meta["tied"].get(n, n)
-        if origin not in data:
-            raise StorageError(f"{folder / WEIGHTS} lacks {origin}, which {META} names")
-        if list(data[origin].shape) != shape:
-            raise StorageError(f"{n}: {WEIGHTS} has shape {list(data[origin].shape)}, {META} says {shape}")
-        if data[origin].is_floating_point() != here[n].is_floating_point():
-            raise StorageError(f"{n}: {WEIGHTS} has {data[origin].dtype}, the network {here[n].dtype}")
-    made: dict[int, Tensor] = {}
-    new: dict[str, Tensor] = {}
-    for n, t in here.items():
-        if id(t) not in made:
-            value = data[meta["tied"].get(n, n)].to(device=t.device)
-            made[id(t)] = nn.Parameter(value, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else value
-        new[n] = made[id(t)]
+    made: dict[str, Tensor] = {}
+    for name, t in here.items():
+        value = saved_value(data, tied.get(name, name), record.shapes[name], t)
+        if name not in tied:
+            made[name] = nn.Parameter(value, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else value
     with torch.no_grad():
-        fit(model, new)
+        fit(model, {name: made[tied.get(name, name)] for name in here})
     try:
-        set_attributes(model, {Place(*place): value for *place, value in meta["numbers"]})
+        set_attributes(model, record.attributes)
     except (AttributeError, KeyError, TypeError) as e:
         raise StorageError(f"{folder / META} sets a number that the factory's network does not store: {e}") from e
-    setattr(model, RECORD, {k: meta[k] for k in ("dense", "shapes", "plans", "numbers", "created")})
+    setattr(model, RECORD, record)
     return model
 
 
-def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """narrower.json, checked for its form. Raises StorageError."""
+def saved_value(data: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dense: Tensor) -> Tensor:
+    """A saved tensor, on the device of the dense one. Raises StorageError if it is not what description and network say."""
+    if name not in data:
+        raise StorageError(f"{WEIGHTS} lacks {name}, which {META} names")
+    if tuple(data[name].shape) != shape:
+        raise StorageError(f"{name}: {WEIGHTS} has shape {list(data[name].shape)}, {META} says {list(shape)}")
+    if data[name].is_floating_point() != dense.is_floating_point():
+        raise StorageError(f"{name}: {WEIGHTS} has {data[name].dtype}, the network {dense.dtype}")
+    return data[name].to(device=dense.device)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """{name: first name of the same tensor} for tensors that have several names."""
+    first: dict[int, str] = {}
+    return {name: origin for name, t in tensors.items() if (origin := first.setdefault(id(t), name)) != name}
+
+
+def read_meta(folder: str | os.PathLike[str]) -> tuple[NarrowRecord, dict[str, str]]:
+    """What narrower.json says, and the tied tensors: {name: first name}. Raises StorageError if it is damaged."""
     path = Path(folder) / META
     try:
         meta = json.loads(path.read_text())
@@ -133,18 +135,19 @@ def read_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if not check(meta.get(key)):
             raise StorageError(f"{path} is damaged: {key!r} is missing or not what save writes")
     dense, shapes, tied = meta["dense"], meta["shapes"], meta["tied"]
-    if set(dense) != set(shapes) or not set(tied) <= set(shapes) or not isinstance(meta.get("plans"), list):
+    if set(dense) != set(shapes) or not set(tied) <= set(shapes):
         raise StorageError(f"{path} is damaged: its tables name different tensors")
     wide = [n for n, s in shapes.items() if len(s) != len(dense[n]) or any(a > b for a, b in zip(s, dense[n], strict=True))]
     if wide:
         raise StorageError(f"{path} is damaged: {wide[0]} is {shapes[wide[0]]}, which is no part of {dense[wide[0]]}")
-    if not number_table(meta.setdefault("numbers", [])):
+    numbers, created = meta.get("numbers", []), meta.get("created", [])
+    if not number_table(numbers):
         raise StorageError(f"{path} is damaged: 'numbers' is not what save writes")
-    created = meta.setdefault("created", [])
     if not isinstance(created, list) or not all(isinstance(n, str) and n in dense and n.endswith(".bias") for n in created):
         raise StorageError(f"{path} is damaged: 'created' is not what save writes")
-    meta.setdefault("extra", {})
-    return meta
+    record = NarrowRecord({n: tuple(s) for n, s in dense.items()}, {n: tuple(s) for n, s in shapes.items()},
+                          {Place(*place): value for *place, value in numbers}, tuple(created))
+    return record, tied
 
 
 def shape_table(x: Any) -> bool:
@@ -163,8 +166,11 @@ def name_table(x: Any) -> bool:
     return isinstance(x, dict) and all(isinstance(v, str) for v in x.values())
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first few keys and shapes that differ."""
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """The first few names and shapes that differ."""
+    def show(shape: tuple[int, ...] | None) -> str:
+        return "nothing" if shape is None else str(list(shape))
+
     odd = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
-    some = "; ".join(f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in odd[:4])
+    some = "; ".join(f"{n}: expected {show(expected.get(n))}, found {show(found.get(n))}" for n in odd[:4])
     return some + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -88,7 +89,37 @@ def test_load_trace_narrow_save_again(tmp_path: Path) -> None:
     narrower.save(twice, tmp_path / "twice")
     again = narrower.load(tmp_path / "twice", UNet)
     assert all(torch.equal(a, b) for a, b in zip(twice.parameters(), again.parameters(), strict=True))
-    assert len(json.loads((tmp_path / "twice/narrower.json").read_text())["plans"]) == 2
+    assert json.loads((tmp_path / "twice/narrower.json").read_text())["dense"] == {
+        n: list(t.shape) for n, t in tensors(UNet()).items()}
+
+
+FORMAT_1 = """{"format": 1, "dense": {"0.weight": [4, 1, 1, 1], "0.bias": [4], "2.weight": [2, 4, 1, 1], "2.bias": [2]},
+ "shapes": {"0.weight": [2, 1, 1, 1], "0.bias": [2], "2.weight": [2, 2, 1, 1], "2.bias": [2]}, "tied": {},
+ "plans": [{"0": [2, 3]}], "numbers": [], "created": [], "extra": {}}"""
+
+
+def test_a_folder_of_format_1_loads_and_is_saved_as_format_2(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    shapes = {"0.weight": (2, 1, 1, 1), "0.bias": (2,), "2.weight": (2, 2, 1, 1), "2.bias": (2,)}
+    values = {n: torch.randn(s) for n, s in shapes.items()}
+    (tmp_path / "narrower.json").write_text(FORMAT_1)
+    save_file(values, tmp_path / "model.safetensors")
+    model = narrower.load(tmp_path, make)
+    assert all(torch.equal(t, values[n]) for n, t in tensors(model).items())
+    narrower.save(model, tmp_path)
+    meta = json.loads((tmp_path / "narrower.json").read_text())
+    old = json.loads(FORMAT_1)
+    assert meta.pop("format") == 2 and old.pop("plans") and meta == {k: v for k, v in old.items() if k != "format"}
+
+
+def test_copies_and_pickles_of_a_narrow_network_can_be_saved(tmp_path: Path) -> None:
+    small = saved(UNet(), IMAGES, tmp_path)
+    torch.save(small, tmp_path / "pickle")
+    for k, other in enumerate((copy.deepcopy(small), torch.load(tmp_path / "pickle", weights_only=False))):
+        again = narrower.load(narrower.save(other, tmp_path / str(k)), UNet)
+        assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
 
 
 def test_saving_over_a_run_replaces_it_and_a_failed_save_does_not(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -9,13 +11,24 @@ from torch import Tensor, nn
 
 from ..graph.selection import Kept
 from ..planning.plan import Plan
-from ..surgery.attributes import attribute_values, set_attributes
+from ..surgery.attributes import Place, attribute_values, set_attributes
 from ..surgery.copying import duplicate, same_tensors
 from ..surgery.resize import fit, format_of, slice_tensor
 from ..surgery.walk import named_tensors, pause_collector
 from .optimizer import Swap, carry_optimizer
 
-RECORD = "narrower_record"
+RECORD = "narrower_record"  # the attribute of a narrow network that holds its NarrowRecord
+
+
+@dataclass(frozen=True)
+class NarrowRecord:
+    """How a network was narrowed: the shapes of its tensors in the dense network and now, the numbers that its modules store,
+    and the biases that its layers were given."""
+
+    dense: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    attributes: Mapping[Place, int] = field(default_factory=dict)
+    created: tuple[str, ...] = ()
 
 
 @pause_collector()
@@ -49,21 +62,15 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     set_attributes(small, attribute_values(kept))
     if optimizer is not None:
         carry_optimizer(optimizer, swaps)
-    record(small, kept)
+    record_narrowing(small, kept)
     return small
 
 
-def record(small: nn.Module, kept: Kept) -> None:
-    """Note in the narrow network what `save` writes: shapes, kept channels, and the numbers that its modules store."""
+def record_narrowing(small: nn.Module, kept: Kept) -> None:
+    """Note in a narrow network what `save` writes. A network that was narrowed before keeps its first dense shapes."""
     graph = kept.graph
-    before = getattr(small, RECORD, {"dense": {n: list(s) for n, s in graph.shapes.items()}, "plans": [], "numbers": [],
-                                     "created": []})
-    dense = {**{n: before["dense"][f"{n.removesuffix('bias')}weight"][:1] for n in graph.created}, **before["dense"]}
-    stored = {tuple(place): value for *place, value in before["numbers"]} | attribute_values(kept)
-    setattr(small, RECORD, {
-        "shapes": {n: list(t.shape) for n, t in named_tensors(small).items()},
-        "dense": dense,
-        "created": [*before["created"], *(n for n in graph.created if n not in before["created"])],
-        "plans": [*before["plans"], {n: [int(c) for c in stay] for n, stay in kept.keep.items()}],
-        "numbers": [[*place, value] for place, value in stored.items()],
-    })
+    before = getattr(small, RECORD, NarrowRecord(graph.shapes, {}))
+    created = {n: before.dense[f"{n.removesuffix('bias')}weight"][:1] for n in graph.created}
+    setattr(small, RECORD, NarrowRecord(
+        {**created, **before.dense}, {n: tuple(t.shape) for n, t in named_tensors(small).items()},
+        {**before.attributes, **attribute_values(kept)}, tuple(dict.fromkeys([*before.created, *graph.created]))))

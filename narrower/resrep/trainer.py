@@ -20,7 +20,7 @@ from ..graph.cost import CostKind, CostModel
 from ..graph.equal_counts import Component
 from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph
-from ..narrowing.narrow import record
+from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizer
 from ..planning.requests import Budget, matching
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
@@ -186,7 +186,7 @@ class ResRep:
                 warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {dense:,.0f} remain ({have / dense:.1%}), "
                               f"{target / dense:.1%} was asked for; train longer (step {self.step} of {self.steps})",
                               stacklevel=2)
-        record(small, kept)
+        record_narrowing(small, kept)
         return small
 
     def reached(self) -> float:
