@@ -1,10 +1,10 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both create .venv and install what they need into it;
-# they install again only when pyproject.toml has changed.
+# On a fresh machine: `make demo` and `make test`. Both create .venv and install what they need into it. They install again
+# only when pyproject.toml has changed.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test nightly lint clean
+.PHONY: demo test slow nightly lint clean
 
 demo: $(VENV)/cli.installed
 	$(BIN)/narrower prune
@@ -12,9 +12,13 @@ demo: $(VENV)/cli.installed
 test: lint
 	$(BIN)/python -m pytest
 
-# Two thousand random networks, others each time, narrowed and trained with ResRep, and as many damaged files.
+# The tests that the default run leaves out.
+slow: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -m slow
+
+# All tests, with two thousand random networks and damaged files for each property, others each time.
 nightly: $(VENV)/dev.installed
-	NARROWER_EXAMPLES=2000 $(BIN)/python -m pytest tests -k "random or damaged"
+	NARROWER_EXAMPLES=2000 $(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ WRONG_INPUTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", WRONG_INPUTS)
-def test_inputs_that_the_model_does_not_take(name: str) -> None:
+def test_inputs_that_the_model_does_not_take_are_named(name: str) -> None:
     with pytest.raises(narrower.TraceError) as error:
         narrower.trace(Plain(), WRONG_INPUTS[name])
     assert "example inputs" in str(error.value) and "Check" in str(error.value)
@@ -45,7 +45,7 @@ def test_the_message_has_the_shape_and_the_models_own_error() -> None:
         narrower.trace(Plain(), images(1))
 
 
-def test_a_forward_that_fails() -> None:
+def test_the_error_of_a_failing_forward_is_quoted() -> None:
     def fails(m: Any, x: Tensor) -> Tensor:
         raise KeyError("no such layer")
 
@@ -62,18 +62,18 @@ def test_a_forward_that_is_interrupted_is_no_error_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(), nn.MaxPool2d(2), nn.Flatten()])
-def test_no_parameters(model: nn.Module) -> None:
+def test_a_model_without_parameters_is_refused(model: nn.Module) -> None:
     with pytest.raises(narrower.TraceError, match="no parameters"):
         narrower.trace(model, IMAGES)
 
 
-def test_no_layer_that_makes_channels() -> None:
+def test_a_model_without_convolutions_or_linear_layers_is_refused() -> None:
     with pytest.raises(narrower.TraceError, match="convolution"):
         narrower.trace(nn.Sequential(nn.BatchNorm2d(3), nn.PReLU(3)), IMAGES)
 
 
 @pytest.mark.parametrize("model", [None, "resnet18", torch.zeros(3), Plain, lambda x: x, Plain().state_dict()])
-def test_no_module(model: Any) -> None:
+def test_what_is_no_module_is_refused(model: Any) -> None:
     with pytest.raises(narrower.TraceError, match="Module"):
         narrower.trace(model, IMAGES)
 
@@ -127,7 +127,7 @@ def test_symbolically_traced_models_are_models() -> None:
     reference.exact(exported, plan, IMAGES)
 
 
-def test_layers_without_values_yet() -> None:
+def test_lazy_layers_ask_to_be_run_once() -> None:
     model = nn.Sequential(nn.LazyConv2d(6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
     with pytest.raises(narrower.TraceError, match=r"0\.weight is not initialised.*run the model once"):
         narrower.trace(model, IMAGES)
@@ -135,7 +135,7 @@ def test_layers_without_values_yet() -> None:
     assert [g.name for g in narrower.trace(model, IMAGES).free] == ["0"]
 
 
-def test_lazy_batch_norm() -> None:
+def test_lazy_batch_norm_asks_to_be_run_once() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.LazyBatchNorm2d(), nn.Conv2d(6, 4, 3))
     with pytest.raises(narrower.TraceError, match="not initialised"):
         narrower.trace(model, IMAGES)
@@ -167,7 +167,7 @@ def test_other_models_and_plans_do_not_mix() -> None:
         narrower.verify(networks.UNet(), Plain(), plan, IMAGES)
 
 
-def test_verify_with_inputs_that_the_model_does_not_take() -> None:
+def test_verify_names_inputs_that_the_model_does_not_take() -> None:
     model = Plain()
     plan = reference.halved(model, IMAGES)
     with pytest.raises(narrower.VerifyError, match="inputs"):
@@ -175,7 +175,7 @@ def test_verify_with_inputs_that_the_model_does_not_take() -> None:
 
 
 @pytest.mark.parametrize("call", ["hrank", "measure", "recalibrate"])
-def test_batches_that_the_model_does_not_take(call: str) -> None:
+def test_batches_that_the_model_does_not_take_leave_it_as_it_was(call: str) -> None:
     model = Plain()
     graph = narrower.trace(model, IMAGES)
     calls: dict[str, Any] = {
@@ -188,7 +188,7 @@ def test_batches_that_the_model_does_not_take(call: str) -> None:
     assert model.training and model.bn1.momentum == 0.1
 
 
-def test_scores_of_another_model() -> None:
+def test_scores_of_another_model_are_refused() -> None:
     graph = narrower.trace(Plain(), IMAGES)
     with pytest.raises((narrower.NarrowerError, KeyError), match=r"conv1"):
         narrower.magnitude(networks.UNet(), graph)

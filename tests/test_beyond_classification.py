@@ -42,7 +42,7 @@ def test_detectors_narrow_though_their_forward_asks_for_values(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "fcn_resnet50"])
-def test_segmentation(name: str) -> None:
+def test_segmentation_narrows(name: str) -> None:
     torch.manual_seed(0)
     aux = {"aux_loss": True} if name.startswith("fcn") else {}
     model = torchvision.models.get_model(name, num_classes=7, **NO_WEIGHTS, **aux).eval()
@@ -51,13 +51,13 @@ def test_segmentation(name: str) -> None:
     assert small(torch.rand(1, 3, 64, 64))["out"].shape == (1, 7, 64, 64)
 
 
-def test_video() -> None:
+def test_video_networks_narrow() -> None:
     torch.manual_seed(0)
     _, plan, _ = halved(torchvision.models.video.mc3_18(num_classes=7).eval(), torch.rand(2, 3, 4, 32, 32))
     assert plan.params[1] < 0.3 * plan.params[0]
 
 
-def test_optical_flow() -> None:
+def test_optical_flow_narrows() -> None:
     """RAFT asks for 96 hidden channels by name: that much stays, and the rest narrows."""
     torch.manual_seed(0)
     frames = {"image1": torch.rand(1, 3, 128, 128), "image2": torch.rand(1, 3, 128, 128), "num_flow_updates": 2}
@@ -127,7 +127,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, float]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_kinds_of_networks(name: str) -> None:
+def test_sound_generators_and_two_inputs_narrow(name: str) -> None:
     torch.manual_seed(0)
     make, inputs, share = OTHERS[name]
     _, plan, _ = halved(make().eval(), inputs)

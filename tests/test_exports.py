@@ -74,7 +74,7 @@ def test_every_error_is_exported() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_documented(name: str) -> None:
+def test_every_public_name_is_documented(name: str) -> None:
     value = getattr(narrower, name)
     if not (inspect.isfunction(value) or inspect.isclass(value)):
         assert name == "__version__" or name == "Scores", f"{name} is neither a function nor a class"
@@ -96,5 +96,5 @@ def test_methods_are_documented_and_annotated(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_named_in_the_readme(name: str) -> None:
+def test_every_public_name_is_in_the_readme(name: str) -> None:
     assert re.search(rf"(?<![A-Za-z_]){re.escape(name)}(?![A-Za-z_])", README.read_text(encoding="utf-8"))

@@ -80,7 +80,7 @@ def test_random_network_narrows_twice(recipe: list[Block], seed: int) -> None:
 
 @pytest.mark.parametrize("option", range(3))
 @pytest.mark.parametrize("kind", [*LEAVES, *random_networks.NESTED])
-def test_each_block_by_itself(kind: str, option: int) -> None:
+def test_each_block_by_itself_is_free_and_exact(kind: str, option: int) -> None:
     """Between two convolutions: free, and exact."""
     inner = (Block("conv", 5, 1),) if kind in random_networks.NESTED else ()
     model = Random([Block("conv", 12, 1), Block(kind, 6, option, inner), Block("conv", 7, 1)], option % 2)

@@ -79,10 +79,10 @@ def plain(text: str, figures_vary: bool) -> list[list[str]]:
     return [line.split() for line in text.strip().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory that all blocks of the page share, with the files that it speaks of."""
-    place = tmp_path_factory.mktemp("readme")
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with the files that the page speaks of."""
+    place = tmp_path
     network = next(block.code for block in blocks(README, "python") if "class Net(" in block.code)
     (place / "net.py").write_text(network, encoding="utf-8")
     for split, count in (("train", 8), ("val", 2)):
@@ -113,26 +113,26 @@ def test_python_blocks_run_from_top_to_bottom(folder: Path, monkeypatch: pytest.
             assert plain(block.code, vary) == plain(printed, vary), f"README.md:{block.line} shows other output"
 
 
-SHELL = [(block, words) for block in blocks(README, "bash") for words in commands(block)]
-
-
-@pytest.mark.parametrize(("block", "words"), SHELL, ids=[shlex.join(words) for _, words in SHELL])
-def test_commands_run(
-    block: Block, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_commands_of_the_readme_run_in_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    if block.reason:
-        with pytest.raises(SystemExit):
-            main([words[0], "--help"])
-        known = capfd.readouterr().out
-        flags = [word for word in words if word.startswith("-")]
-        unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", known)]
-        assert not unknown, f"README.md:{block.line}: narrower {words[0]} has no {unknown}"
-    else:
-        arguments = [word for word in words if word not in OFFLINE]
-        code = main([*arguments, *TINY.get(words[0], [])])
-        assert code == 0, f"README.md:{block.line}: exit code {code}\n{capfd.readouterr().err[-2000:]}"
+    shell = [(block, words) for block in blocks(README, "bash") for words in commands(block)]
+    assert shell, "README.md shows no command"
+    for block, words in shell:
+        if block.reason:
+            with pytest.raises(SystemExit):
+                main([words[0], "--help"])
+            known = capfd.readouterr().out
+            flags = [word for word in words if word.startswith("-")]
+            unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", known)]
+            assert not unknown, f"README.md:{block.line}: narrower {words[0]} has no {unknown}"
+        else:
+            arguments = [word for word in words if word not in OFFLINE]
+            code = main([*arguments, *TINY.get(words[0], [])])
+            said = capfd.readouterr().err[-2000:]
+            assert code == 0, f"README.md:{block.line}: narrower {shlex.join(words)}: exit code {code}\n{said}"
 
 
 def test_make_targets_and_extras_exist() -> None:

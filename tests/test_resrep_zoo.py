@@ -27,9 +27,11 @@ NETWORKS = [
     ("resnetv2_50", 0.6, "all", 64, {"full", "diagonal"}),
     ("regnety_002", 0.8, "inner", 64, {"full", "block"}),
 ]
+FAST = {"cifar_resnet20", "torchvision/shufflenet_v2_x1_0", "regnety_002"}  # together they have every kind of compactor
 
 
-@pytest.mark.parametrize(("name", "budget", "scope", "size", "kinds"), NETWORKS, ids=[n[0] for n in NETWORKS])
+@pytest.mark.parametrize(("name", "budget", "scope", "size", "kinds"), [
+    pytest.param(*network, id=network[0], marks=() if network[0] in FAST else pytest.mark.slow) for network in NETWORKS])
 def test_merged_is_trained(name: str, budget: float, scope: str, size: int, kinds: set[str]) -> None:
     if not name.startswith("cifar"):
         pytest.importorskip("torchvision" if "/" in name else "timm")

@@ -92,7 +92,7 @@ def snapshot(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_prune_from_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_trains_its_own_dense_network(capsys: pytest.CaptureFixture[str]) -> None:
     """Train, cut, fine-tune, save; then evaluate, load from Python, and repeat from the saved settings."""
     assert cli.main(["prune", *SHORT, "--output", "one"]) == 0
     shown = capsys.readouterr()
@@ -127,7 +127,7 @@ def test_prune_from_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert (Path("one") / run_folder.CONFIG).read_text() == (Path("two") / run_folder.CONFIG).read_text()
 
 
-def test_train_prune_eval_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_and_inspect_find_what_train_and_prune_left(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", *SMALL, "--epochs", "2", "--output", "dense"]) == 0
     before = snapshot("dense")
     arguments = ["--checkpoint", "dense/model.safetensors", "--method", "magnitude", "--remove", "0.5"]
@@ -148,7 +148,7 @@ def test_train_prune_eval_inspect(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("method", ["hrank", "fpgm", "bn_scale", "taylor", "random"])
-def test_methods(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_meets_the_budget(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--method", method, "--remove", "0.25", "--dense-epochs", "1", "--epochs", "0"]
     exclude = ["--exclude", "conv2"] if method == "bn_scale" else []
     assert cli.main(["prune", *SMALL, *quick, *exclude, "--recalibrate", "0", "--output", "run"]) == 0
@@ -263,7 +263,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
 
 
 @pytest.mark.parametrize(("arguments", "says", "prepare"), BAD, ids=[" ".join(case[0]) for case in BAD])
-def test_bad_input(
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     arguments: list[str], says: str, prepare: Callable[[Path], object], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 2, one message on stderr, no traceback, and no run folder from what never ran."""
@@ -276,14 +276,14 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize("arguments", [["prune", "--epochs", "x"], ["prune", "--nonsense"], ["nonsense"], []])
-def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
     assert "--help" in capsys.readouterr().err
 
 
-def test_an_unreadable_image_met_while_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_image_met_while_training_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Large images are opened by other processes, whose tracebacks do not reach the user."""
     unreadable(folder, size=80)
     arguments = ["--data-dir", "images", "--img-size", "72", "--epochs", "1", "--workers", "1", "--output", "run"]
@@ -292,7 +292,7 @@ def test_an_unreadable_image_met_while_training(folder: Path, capsys: pytest.Cap
     assert error.startswith("narrower: error: cannot read image images/train/") and error.count("\n") == 1
 
 
-def test_a_damaged_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_run_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prune", *SHORT, "--output", "run"]) == 0
     plan = json.loads((Path("run") / run_folder.PLAN).read_text())
     for change, says in (({"format": 99}, "update narrower"), ({"shapes": {}}, "damaged")):
@@ -309,7 +309,7 @@ def test_a_damaged_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("stage", "at"), [("train dense", 3), ("fine-tune", 7)])
-def test_interrupted_and_resumed(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     stage: str, at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C in the middle: exit code 130, the work is saved, and the resumed run is the uninterrupted one."""
@@ -347,7 +347,7 @@ def test_interrupted_and_resumed(
 RESREP = [*SMALL, "--dense-epochs", "1", "--epochs", "4", "--method", "resrep", "--macs", "0.5", "--scope", "all"]
 
 
-def test_resrep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resrep_merges_what_it_trained(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["prune", *RESREP, "--output", "run"]) == 0
     out = capsys.readouterr().out
     assert "masked" in out and "channels are zero" in out and "dense against narrow" in out
@@ -363,7 +363,7 @@ def test_resrep(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "run"]) == 0
 
 
-def test_resrep_interrupted_and_resumed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_resrep_run_equals_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The merged network of an interrupted training is usable; the resumed one is the uninterrupted one, across a shrink."""
     assert cli.main(["prune", *RESREP, "--output", "whole"]) == 0
     plain = cli.Terminal.watch
@@ -396,7 +396,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         assert all("--" + item.name.replace("_", "-") in text for item in fields(group))
 
 
-def test_without_the_extras() -> None:
+def test_without_the_extras_the_command_line_says_what_to_install() -> None:
     """What is missing is named, with the command that installs it."""
     for missing in ("jsonargparse", "rich"):
         program = f"import sys; sys.modules[{missing!r}] = None; import narrower.app.cli"
@@ -405,6 +405,6 @@ def test_without_the_extras() -> None:
         assert "pip install 'narrower[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_as_a_module() -> None:
+def test_the_module_and_the_command_are_the_same() -> None:
     done = subprocess.run([sys.executable, "-m", "narrower", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"narrower {narrower.__version__}\n" and done.returncode == 0

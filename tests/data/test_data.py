@@ -105,7 +105,7 @@ def test_large_images_are_read_as_needed(tmp_path: Path) -> None:
     assert folder(tmp_path, Reading(size=16)).input_size == (3, 16, 16)
 
 
-def test_grey(tmp_path: Path) -> None:
+def test_grey_images_have_one_channel(tmp_path: Path) -> None:
     data = folder(images(tmp_path), Reading(channels=1, mean=(0.5,), std=(0.5,)))
     assert next(iter(batches(data.train, 2)))[0].shape == (2, 1, 8, 8)
 
@@ -148,13 +148,13 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         (lambda root: [path.unlink() for path in root.glob("*/2/*")], "one class only"),
     ],
 )
-def test_folders_that_are_not_as_they_should_be(break_it: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+def test_folders_in_another_layout_are_named(break_it: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     break_it(images(tmp_path))
     with pytest.raises(DataError, match=says):
         open_data("", tmp_path)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_data_are_an_error_with_advice(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         open_data("", tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="--data-dir"):
@@ -165,6 +165,6 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_data("no_such_set", tmp_path)
 
 
-def test_timm_names(tmp_path: Path) -> None:
+def test_names_of_timm_open_its_data_sets(tmp_path: Path) -> None:
     data = open_data("torch/image_folder", images(tmp_path))
     assert (data.num_classes, data.input_size, len(data.val)) == (2, (3, 8, 8), 6)

@@ -49,21 +49,21 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
         lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
     ],
 )
-def test_nestings_and_prefixes(nested: Any, tmp_path: Path) -> None:
+def test_every_nesting_and_prefix_loads(nested: Any, tmp_path: Path) -> None:
     source, target = network(), network()
     torch.save(nested(source.state_dict()), tmp_path / "weights.pt")
     assert load_checkpoint(target, tmp_path / "weights.pt") is target
     assert equal(source.state_dict(), target.state_dict())
 
 
-def test_safetensors(tmp_path: Path) -> None:
+def test_safetensors_load(tmp_path: Path) -> None:
     source, target = network(), network()
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
     load_checkpoint(target, tmp_path / "weights.safetensors")
     assert equal(source.state_dict(), target.state_dict())
 
 
-def test_a_network_whose_own_names_begin_with_module(tmp_path: Path) -> None:
+def test_names_that_begin_with_module_are_kept(tmp_path: Path) -> None:
     """Only a prefix that all keys share is taken for one."""
     source, target = (nn.ModuleDict({"module": nn.Linear(2, 2), "head": nn.Linear(2, 2)}) for _ in range(2))
     torch.save(source.state_dict(), tmp_path / "weights.pt")
@@ -105,7 +105,7 @@ def test_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("length", [0, 4, 100, 0.5, 0.99])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_damaged_files(kind: str, length: float, tmp_path: Path) -> None:
+def test_damaged_files_are_an_error(kind: str, length: float, tmp_path: Path) -> None:
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
     if kind == "safetensors":
         save_file(network().state_dict(), path)
@@ -146,7 +146,7 @@ def test_damaged_bytes_are_an_error_or_load_with_the_right_shapes(
     assert {k: (t.shape, t.dtype) for k, t in model.state_dict().items()} == {k: (t.shape, t.dtype) for k, t in before.items()}
 
 
-def test_missing_folder_and_empty(tmp_path: Path) -> None:
+def test_missing_files_folders_and_empty_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="does not exist"):
         load_checkpoint(network(), tmp_path / "nowhere.pt")
     with pytest.raises(StorageError, match="is a folder"):
@@ -158,6 +158,6 @@ def test_missing_folder_and_empty(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="the shared checkpoints are not here")
 @pytest.mark.parametrize("depth", [20, 32, 44, 56])
-def test_published_resnets(depth: int) -> None:
+def test_published_resnets_load(depth: int) -> None:
     for path in (SHARED / "weights").glob(f"resnet{depth}-*.*t*"):
         load_checkpoint(make_model(f"cifar_resnet{depth}", 10), path)

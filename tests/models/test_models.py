@@ -32,7 +32,7 @@ def test_every_network_is_counted() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters(name: str) -> None:
+def test_networks_have_the_parameters_of_the_papers(name: str) -> None:
     with torch.device("meta"):
         model = make_model(name, 10)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
@@ -48,7 +48,7 @@ def test_takes_small_images_and_other_channels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_densenet40"])
-def test_copies_and_pickles(name: str) -> None:
+def test_copies_and_pickles_compute_the_same(name: str) -> None:
     model = make_model(name, 10).eval()
     x = torch.randn(1, 3, 16, 16)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
@@ -66,7 +66,7 @@ def test_shortcut_pads_with_zeros() -> None:
     assert not y[:, :8].any() and not y[:, 24:].any()
 
 
-def test_timm_and_torchvision_names() -> None:
+def test_names_of_timm_and_torchvision_make_their_networks() -> None:
     pytest.importorskip("timm")
     with torch.device("meta"):
         assert make_model("resnet18", 5, in_channels=1).get_parameter("fc.weight").shape == (5, 512)
@@ -97,12 +97,12 @@ def test_own_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("no_such_package:make", "cannot import 'no_such_package'"),
     ],
 )
-def test_unknown_names(name: str, says: str) -> None:
+def test_unknown_names_suggest_known_ones(name: str, says: str) -> None:
     pytest.importorskip("timm")
     with pytest.raises(ConfigError, match=says):
         make_model(name)
 
 
-def test_unknown_argument() -> None:
+def test_an_unknown_argument_is_named() -> None:
     with pytest.raises(ConfigError, match="colour"):
         make_model("cifar_resnet20", colour="red")

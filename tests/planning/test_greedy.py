@@ -101,7 +101,7 @@ def test_absolute_numbers_are_fractions_of_the_dense_network() -> None:
 
 @given(st.floats(0.25, 0.99), st.sampled_from(["macs", "params"]), st.sampled_from(NAMES), st.integers(0, 99),
        st.sampled_from([1, 1, 2, 4]), st.integers(1, 3))
-def test_any_budget(fraction: float, kind: str, name: str, seed: int, round_to: int, least: int) -> None:
+def test_any_budget_is_met_or_refused(fraction: float, kind: str, name: str, seed: int, round_to: int, least: int) -> None:
     graph = graph_of(name)
     try:
         scores = narrower.random(graph, seed)

@@ -28,7 +28,7 @@ def test_a_plan_is_reproducible_and_frozen() -> None:
 
 
 @pytest.mark.parametrize("request_", [{"remove": 0.4}, {"macs": 0.5}, {"params": 0.4}])
-def test_round_to(request_: dict[str, Any]) -> None:
+def test_round_to_gives_multiples(request_: dict[str, Any]) -> None:
     model = chain(unit(3, 16), unit(16, 24), networks.Residual(24, 32, 24), networks.Head(24))
     graph = narrower.trace(model, IMAGES)
     for multiple in (2, 4, 8):
@@ -39,7 +39,7 @@ def test_round_to(request_: dict[str, Any]) -> None:
     assert all(w % 4 == 0 or w == graph_of("plain")[n].size for n, w in widths(odd).items()), widths(odd)
 
 
-def test_exclude_and_min_channels() -> None:
+def test_excluded_groups_stay_whole_and_min_channels_stay() -> None:
     graph = graph_of("residual")
     scores = narrower.random(graph)
     for exclude in ("1.*", ["1.*"], ("1.conv1.0", "0.0")):
@@ -84,7 +84,7 @@ def test_a_plan_prints_its_table() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_json_round_trip(name: str) -> None:
+def test_json_gives_the_plan_back(name: str) -> None:
     graph = graph_of(name)
     plan = narrower.plan(graph, narrower.random(graph), remove={"*": 0.4})
     again = narrower.Plan.from_json(plan.to_json(), graph)
@@ -93,7 +93,7 @@ def test_json_round_trip(name: str) -> None:
     assert again.to_json() == plan.to_json()
 
 
-def test_json_of_another_network_or_version() -> None:
+def test_json_of_another_network_or_version_is_refused() -> None:
     graph = graph_of("plain")
     plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
     with pytest.raises(narrower.PlanError, match="another network"):
@@ -105,7 +105,7 @@ def test_json_of_another_network_or_version() -> None:
 
 @pytest.mark.parametrize("value", [None, "6", [None], {"a": 1}, 6.5, True, -1])
 @pytest.mark.parametrize("key", ["groups", "keep"])
-def test_json_with_a_wrong_value(key: str, value: Any) -> None:
+def test_json_with_a_wrong_value_is_refused(key: str, value: Any) -> None:
     graph = graph_of("plain")
     data = json.loads(narrower.plan(graph, narrower.random(graph), remove=0.5).to_json())
     for damage in (value, {**data[key], "conv1": value}, {**data[key], "x": value}):

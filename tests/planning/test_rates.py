@@ -23,7 +23,7 @@ def test_a_rate_takes_its_share_of_each_group_and_leaves_one(rate: float) -> Non
         assert len(plan.keep[g.name]) == max(1, g.size - math.floor(rate * g.size + 1e-9))
 
 
-def test_rates_by_pattern() -> None:
+def test_rates_by_pattern_apply_to_groups_and_layers() -> None:
     graph = graph_of("residual")
     scores = narrower.random(graph)
     plan = narrower.plan(graph, scores, remove={"*": 0.5, "2.*": 0.0, "2.conv1*": 0.8})

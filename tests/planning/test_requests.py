@@ -17,7 +17,7 @@ from narrower.planning.requests import Budget, checked_scores, matching, most_re
 
 
 @pytest.mark.parametrize("values", ["zero", "negative", "equal", "integers"])
-def test_odd_but_legal_scores(values: str) -> None:
+def test_odd_but_legal_scores_give_a_plan(values: str) -> None:
     graph = graph_of("plain")
     make: Any = {"zero": torch.zeros, "negative": lambda n: -torch.arange(n).float(), "equal": torch.ones,
             "integers": lambda n: torch.arange(n)}[values]

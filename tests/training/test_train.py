@@ -47,7 +47,7 @@ def run(model: nn.Module, checkpoint: Path | None = None, config: TrainConfig = 
     return train(model, data(), config, context, seed=1)
 
 
-def test_learns_and_logs() -> None:
+def test_training_learns_and_logs_every_epoch() -> None:
     rows: list[dict[str, Any]] = []
     model = run(network(), log=rows.append)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -56,7 +56,7 @@ def test_learns_and_logs() -> None:
     assert all(row["images_per_second"] > 0 and row["seconds"] > 0 for row in rows)
 
 
-def test_evaluate_by_hand() -> None:
+def test_evaluate_is_top1_and_mean_loss_in_eval_mode() -> None:
     model = network()
     model[4].eval()  # a frozen part keeps its mode
     images = data().val
@@ -115,7 +115,7 @@ def test_resumed_is_uninterrupted(at: int, options: dict[str, Any], tmp_path: Pa
     assert timeless[0] == timeless[1]
 
 
-def test_a_cluster_that_stops_the_job(tmp_path: Path) -> None:
+def test_sigterm_saves_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(network(), tmp_path / "checkpoint.pt", watch=interrupting(2, signal.SIGTERM))
     assert (tmp_path / "checkpoint.pt").exists()
@@ -130,7 +130,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_checkpoint_of_other_settings_or_a_damaged_one(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"
     run(network(), file, replace(CONFIG, epochs=1))
     with pytest.raises(ConfigError, match="batch_size was 16, is 8"):
@@ -144,12 +144,12 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one(tmp_path: Path) -> None
         run(network(), file)
 
 
-def test_a_loss_that_explodes(tmp_path: Path) -> None:
+def test_a_loss_that_explodes_is_an_error_and_nothing_is_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no longer finite.*lower --lr"):
         run(network(), tmp_path / "checkpoint.pt", replace(CONFIG, lr=1e30))
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_no_such_device() -> None:
+def test_an_unknown_device_is_named() -> None:
     with pytest.raises(ConfigError, match="--device nonsense"):
         make_accelerator("nonsense")

@@ -1,4 +1,4 @@
-"""What users of other pruning tools complain about; each is a test by that name."""
+"""What breaks in other pruning tools, as their users report it, holds here."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Yolo(nn.Module):
         return [head(t) for head, t in zip(self.heads, (a, b), strict=True)]
 
 
-def test_yolos_chunk_and_concat_blocks_break() -> None:
+def test_chunk_and_concat_blocks_narrow_exactly() -> None:
     graph, small = narrowed(Yolo())
     assert {g.name for g in graph if g.pinned} == {"heads.0", "heads.1"}
     assert [t.shape[1] for t in small(X)] == [7, 7]
 
 
-def test_wrong_channels_removed_behind_a_channel_shuffle() -> None:
+def test_channels_behind_a_shuffle_are_those_before_it() -> None:
     graph, _ = narrowed(PATTERNS["shuffle"].make())
     assert all(g.free for g in graph if g.name != "4.fc")
 
@@ -84,13 +84,13 @@ class Resolutions(nn.Module):
         return self.head(torch.cat([F.max_pool2d(xs[0], 2), xs[1]], 1))
 
 
-def test_index_out_of_bounds_on_hrnet() -> None:
+def test_branches_at_two_resolutions_narrow_exactly() -> None:
     graph, _ = narrowed(Resolutions())
     assert all(g.free for g in graph if g.name != "head.fc")
 
 
 @pytest.mark.parametrize("budget", [{"macs": 0.37}, {"params": 0.37}])
-def test_asking_for_a_ratio_and_not_knowing_what_flops_come_out(budget: dict[str, float]) -> None:
+def test_the_cost_that_comes_out_is_the_one_asked_for(budget: dict[str, float]) -> None:
     model = CifarResNet(1).eval()
     x = torch.zeros(1, 3, 32, 32)
     graph = narrower.trace(model, x)
@@ -102,14 +102,14 @@ def test_asking_for_a_ratio_and_not_knowing_what_flops_come_out(budget: dict[str
     assert 0.33 * dense < now <= 0.37 * dense
 
 
-def test_no_speed_up_because_of_odd_widths() -> None:
+def test_widths_are_multiples_of_eight_if_asked() -> None:
     model = nn.Sequential(unit(3, 64), unit(64, 128), unit(128, 96), Head(96))
     graph = narrower.trace(model, networks.IMAGES)
     plan = narrower.plan(graph, narrower.random(graph), macs=0.43, round_to=8)
     assert all(len(kept) % 8 == 0 for kept in plan.keep.values())
 
 
-def test_the_pruned_model_can_only_be_pickled_whole(tmp_path: Path) -> None:
+def test_a_narrow_model_is_saved_and_loaded_without_pickle(tmp_path: Path) -> None:
     _, small = narrowed(PATTERNS["residual"].make())
     narrower.save(small, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "narrower.json"]
@@ -118,14 +118,14 @@ def test_the_pruned_model_can_only_be_pickled_whole(tmp_path: Path) -> None:
     assert torch.equal(loaded(X), small(X))
 
 
-def test_frozen_models_are_silently_not_pruned() -> None:
+def test_frozen_models_narrow_and_stay_frozen() -> None:
     frozen = PATTERNS["residual"].make().requires_grad_(False)
     graph, small = narrowed(frozen)
     assert len(graph.free) == 4
     assert not any(p.requires_grad for p in small.parameters())
 
 
-def test_ddp_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distributed_model_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrapped model is refused at once, with what to do; test_distributed.py trains one in two processes."""
 
     class DistributedDataParallel(nn.Module):
@@ -137,7 +137,7 @@ def test_ddp_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         narrower.trace(DistributedDataParallel(PATTERNS["plain"].make()), networks.IMAGES)
 
 
-def test_nothing_says_why_nothing_was_pruned() -> None:
+def test_where_nothing_is_free_the_reason_is_given() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 1))
     graph = narrower.trace(model, networks.IMAGES)
     assert "pinned: network output" in str(graph)
@@ -146,7 +146,7 @@ def test_nothing_says_why_nothing_was_pruned() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "many_ends", "unet"])
-def test_output_layers_are_pruned_by_default(name: str) -> None:
+def test_outputs_keep_their_shapes(name: str) -> None:
     case = PATTERNS[name]
     model = case.make().eval()
     graph = narrower.trace(model, case.inputs)
@@ -155,7 +155,7 @@ def test_output_layers_are_pruned_by_default(name: str) -> None:
     assert shapes[0] == shapes[1]
 
 
-def test_a_graph_that_takes_minutes() -> None:
+def test_a_trace_is_two_forwards_at_any_depth() -> None:
     """Two forwards, however deep: one to trace and one to probe."""
     for depth in (3, 30):
         calls: list[int] = []
@@ -166,13 +166,13 @@ def test_a_graph_that_takes_minutes() -> None:
 
 
 @pytest.mark.parametrize("name", ["view_2_half", "view_half_2"])
-def test_views_into_two_and_c_read_as_interleaved(name: str) -> None:
+def test_views_into_two_and_c_narrow_exactly(name: str) -> None:
     narrowed(TRAPS[name][0]())
     graph, _ = narrowed(PATTERNS["selective"].make())
     assert all(g.free for g in graph if "fc" not in g.name)
 
 
-def test_option_a_shortcuts() -> None:
+def test_option_a_shortcuts_are_pinned_or_narrow_exactly() -> None:
     graph, _ = narrowed(CifarResNet(1), x=networks.images(size=16).double())
     assert graph["conv1"].free
     assert any("zero-padded" in str(g.pinned) for g in graph)
@@ -194,7 +194,7 @@ class Standardised(nn.Module):
         return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
 
 
-def test_blur_pool_buffers_and_weight_standardisation_gains_left_at_the_old_size() -> None:
+def test_blur_pool_buffers_and_weight_standardisation_gains_follow_the_width() -> None:
     graph, small = narrowed(nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Blurred(8), unit(8, 6), Head(6)))
     assert [g.name for g in graph.free] == ["0", "3.0"]
     assert small[2].kernel.shape[0] == small[0].gain.shape[0] == small[2].channels < 8  # type: ignore[index]
