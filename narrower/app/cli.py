@@ -75,6 +75,10 @@ class Terminal(Reporter):
         for bar in self._bars:
             bar.stop()
 
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.err.print(f"narrower: {text}", markup=False)
+
     def tell(self, row: dict[str, Any]) -> None:
         if "text" in row:
             self.print(row["text"])
@@ -186,7 +190,7 @@ def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
 
 
 def run_inspect(settings: Settings, terminal: Terminal, given: Namespace) -> None:
-    graph, found = inspect_network(settings, None if given.run is None else Path(given.run))
+    graph, found = inspect_network(settings, None if given.run is None else Path(given.run), terminal)
     terminal.print(str(graph))
     terminal.print("  ".join(f"{name} {text}" for name, text in costs(found)))
 

@@ -55,6 +55,9 @@ class Reporter:
         """Show that something is going on."""
         return nullcontext()
 
+    def note(self, text: str) -> None:
+        """Show a line about what is going on."""
+
     def tell(self, row: dict[str, Any]) -> None:
         """A stage or an epoch is done; `row` has its name, figures and seconds, and perhaps a `text` to show."""
 

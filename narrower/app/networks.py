@@ -18,7 +18,7 @@ from ..surgery.walk import in_eval_mode
 from ..training.accelerator import make_accelerator
 from . import run_folder
 from .config import ModelConfig
-from .job import Job, Settings
+from .job import Job, Reporter, Settings
 
 
 def dense_network(config: ModelConfig, *, pretrained: bool = False) -> nn.Module:
@@ -92,7 +92,9 @@ def figures(example: Tensor, *networks: tuple[nn.Module, float], rounds: int = 3
     return found
 
 
-def inspect_network(settings: Settings, folder: Path | None = None) -> tuple[narrower.Graph, Figures]:
+def inspect_network(
+    settings: Settings, folder: Path | None = None, report: Reporter | None = None
+) -> tuple[narrower.Graph, Figures]:
     """`narrower inspect`: the groups and costs of a network, or of the one that a run left; it needs no images."""
     given = settings.model
     expected = expected_images(given.model).get("large", 32 if given.model in CIFAR_MODELS else 224)
@@ -100,7 +102,7 @@ def inspect_network(settings: Settings, folder: Path | None = None) -> tuple[nar
     accelerator = make_accelerator(settings.run.device)
     example = torch.zeros(1, given.in_chans, size, size, device=accelerator.device)
     model = dense_network(given) if folder is None else read_run(folder, given)
-    graph = narrower.trace(model.to(accelerator.device), example)
+    graph = narrower.trace(model.to(accelerator.device), example, progress=(report or Reporter()).note)
     return graph, figures(example, (model, float("nan")))[0]
 
 

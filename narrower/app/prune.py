@@ -60,7 +60,9 @@ def prune(job: Job) -> Result:
     """
     model = load_dense(job)
     with job.stage("trace", busy="tracing") as facts:
-        graph = narrower.trace(model, job.example, allow_inexact=job.settings.prune.allow_inexact)
+        graph = narrower.trace(
+            model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note
+        )  # fmt: skip
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
     trains = job.settings.prune.method == "resrep"
     if trains:  # what cannot be done fails before training

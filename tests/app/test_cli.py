@@ -363,7 +363,9 @@ def test_resrep_merges_what_it_trained(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["eval", "run"]) == 0
 
 
-def test_a_resumed_resrep_run_equals_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_resrep_run_equals_an_uninterrupted_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The merged network of an interrupted training is usable; the resumed one is the uninterrupted one, across a shrink."""
     assert cli.main(["prune", *RESREP, "--output", "whole"]) == 0
     plain = cli.Terminal.watch
@@ -384,6 +386,22 @@ def test_a_resumed_resrep_run_equals_an_uninterrupted_one(monkeypatch: pytest.Mo
     assert same(weights("whole"), weights("cut"))
     assert cli.main(["prune", "--resume", "cut"]) == 0
     assert same(weights("whole"), weights("cut"))
+
+
+@pytest.mark.parametrize("command", [["inspect", *SMALL[:4]], ["prune", *SHORT, "--epochs", "0", "--dense-epochs", "0"]])
+def test_a_long_trace_tells_on_standard_error_how_far_it_is(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = narrower.trace
+
+    def slow(*given: Any, progress: Callable[[str], None], **options: Any) -> narrower.Graph:
+        progress("tracing since 2 s: [3] forwards")
+        return plain(*given, **options)
+
+    monkeypatch.setattr(narrower, "trace", slow)
+    assert cli.main([*command, "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    assert "narrower: tracing since 2 s: [3] forwards\n" in shown.err and "tracing since" not in shown.out
 
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

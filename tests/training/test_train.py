@@ -148,8 +148,3 @@ def test_a_loss_that_explodes_is_an_error_and_nothing_is_saved(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"no longer finite.*lower --lr"):
         run(network(), tmp_path / "checkpoint.pt", replace(CONFIG, lr=1e30))
     assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_an_unknown_device_is_named() -> None:
-    with pytest.raises(ConfigError, match="--device nonsense"):
-        make_accelerator("nonsense")

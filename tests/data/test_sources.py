@@ -1,4 +1,4 @@
-"""Images: the splits, the augmentation, the order, the cache, and folders that are not as they should be."""
+"""Data sets: their splits, how images are read and cached, and what is said of folders in another layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 from PIL import Image
 
-from narrower.data.images import LazyImages, TensorImages, batches, move
+from narrower.data.images import LazyImages, TensorImages, batches
 from narrower.data.sources import Reading, digits, folder, open_data
 from narrower.errors import ConfigError, DataError
 
@@ -42,45 +42,6 @@ def test_digits_split_is_stratified_and_fixed() -> None:
     seen = {image.numpy().tobytes() for image in data.train.images[:, 0]}
     shared = sum(image.numpy().tobytes() in seen for image in data.val.images[:, 0])
     assert shared == 0
-
-
-def test_move_is_pad_crop_flip() -> None:
-    """One gather for the batch equals the plain operations on each image."""
-    x = torch.randint(0, 256, (20, 3, 5, 7), dtype=torch.uint8)
-    moves = torch.cat((torch.randint(0, 5, (20, 2)), torch.randint(0, 2, (20, 1))), dim=1)
-    for image, moved, (top, left, mirrored) in zip(x, move(x, moves, 2), moves.tolist(), strict=True):
-        want = torch.nn.functional.pad(image, (2, 2, 2, 2))[:, top : top + 5, left : left + 7]
-        assert torch.equal(moved, want.flip(2) if mirrored else want)
-
-
-def test_augmentation_and_order_follow_seed_and_epoch() -> None:
-    data = digits()
-
-    def epoch(seed: int, epoch: int, order: int = 5, start: int = 0) -> list[torch.Tensor]:
-        return [x for x, _ in batches(data.train.augmented(seed, epoch), 500, order=order, start=start)]
-
-    assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1), epoch(0, 1), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(epoch(0, 1)[1:], epoch(0, 1, start=1), strict=True))
-    assert not torch.equal(epoch(0, 1)[0], epoch(1, 1)[0])
-    assert not torch.equal(epoch(0, 1)[0], epoch(0, 2)[0])
-    assert not torch.equal(epoch(0, 1)[0], epoch(0, 1, order=6)[0])
-
-
-def test_each_image_once_and_shards_are_disjoint() -> None:
-    data = TensorImages(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), torch.arange(30), (0.5,), (0.5,))
-    assert torch.cat([y for _, y in batches(data, 7)]).tolist() == list(range(30))
-    for order in (None, 3):
-        parts = [torch.cat([y for _, y in batches(data, 4, order=order, shard=(rank, 3))]) for rank in range(3)]
-        assert torch.cat(parts).sort().values.tolist() == list(range(30))
-        assert order is None or parts[0].tolist() != sorted(parts[0].tolist())
-
-
-def test_training_shards_have_the_same_number_of_batches() -> None:
-    data = TensorImages(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.arange(9), (0.5,), (0.5,))
-    more = TensorImages(torch.zeros(11, 1, 2, 2, dtype=torch.uint8), torch.arange(11), (0.5,), (0.5,))
-    assert len({len(batches(more, 2, order=0, shard=(rank, 3))) for rank in range(3)}) == 1
-    assert [len(y) for _, y in batches(data, 4, order=0)] == [4, 4]  # a single image would break BatchNorm
-    assert [len(y) for _, y in batches(data, 4)] == [4, 4, 1]
 
 
 def test_folder_in_natural_order_with_values(tmp_path: Path) -> None:

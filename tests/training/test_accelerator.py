@@ -1,0 +1,59 @@
+"""The device by name, mixed precision, and signals that wait for the end of a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+from narrower.errors import ConfigError
+from narrower.training.accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
+from narrower.training.config import TrainConfig
+
+
+def test_an_unknown_device_is_named() -> None:
+    with pytest.raises(ConfigError, match="--device nonsense"):
+        make_accelerator("nonsense")
+
+
+def test_one_process_is_the_first_of_one() -> None:
+    assert shard_of(make_accelerator("cpu")) == (0, 1)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_autocast_computes_in_bfloat16_only_if_asked(amp: bool) -> None:
+    with autocast(TrainConfig(amp=amp), torch.device("cpu")):
+        out = torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
+    assert out.dtype == (torch.bfloat16 if amp else torch.float32)
+
+
+def test_batches_get_the_memory_format_of_the_settings() -> None:
+    x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2)
+    moved, _ = to_device(x, y, TrainConfig(channels_last=True), torch.device("cpu"))
+    assert moved.is_contiguous(memory_format=torch.channels_last) and not moved.is_contiguous()
+
+
+def test_the_first_signal_is_collected_and_the_second_raises() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), collect_interrupts() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_leave_the_signals_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with collect_interrupts() as received:
+            seen.append((received, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [([], before)]
