@@ -106,8 +106,9 @@ class Walk:
             before = self.activation(step.inputs[0]).producers if layer is None else frozenset()
             return Activation(before, obstacle=producer.text)
         self.producers[producer] = None
-        rows, values = self.seed(producer), {}
-        for s in self.graph.by_axis.get(producer.axis, ()):
+        slices, values = self.graph.by_axis.get(producer.axis, ()), {}
+        rows = self.seed(producer) if slices else NAN
+        for s in slices:
             values[s.group] = rows
             if rows.dim():
                 values[s.group] = NAN.repeat(self.graph[s.group].size)

@@ -193,6 +193,27 @@ def test_a_second_round_may_give_a_bias(tmp_path: Path) -> None:
     assert difference(outputs(less, x), outputs(narrower.load(tmp_path, lambda: made("sigmoid", "bare")), x)) < 1e-12
 
 
+def test_a_batch_norm_with_names_of_its_own_is_left_alone() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma, self.beta = nn.Parameter(torch.ones(12)), nn.Parameter(torch.ones(12))
+            self.mean: Tensor
+            self.variance: Tensor
+            self.register_buffer("mean", torch.zeros(12))
+            self.register_buffer("variance", torch.ones(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.mean, self.variance, self.gamma, self.beta)
+
+    model: Any = Net(torch.sigmoid, biased())
+    model.norm = Norm()
+    with torch.no_grad():
+        model.norm.gamma[GONE] = 0
+    folded = narrower.fold(model.double(), without(narrower.trace(model, images().double()), GONE))
+    assert not folded.channels and not folded.left
+
+
 class Gated(Net):
     """The channels times a gate that changes with the input, and a half more for what is zero then."""
 
