@@ -151,7 +151,7 @@ class Layers:
         """The layer that a BatchNorm reads, if only this BatchNorm reads it and its weight is used once."""
         x = step.inputs[0]
         layer = self.layer(self.makers[x]) if x in self.makers and len(self.readers[x]) == 1 else None
-        return layer if layer and self.used_once(layer.weight, step) and not self.shared(layer.weight) else None
+        return layer if layer and self.used_once(layer.weight, step) else None
 
     def reader(self, step: Step, layer: Layer, takes_bias: Callable[[str], bool]) -> Reader | Obstacle | Depthwise:
         """Where a layer can take a constant channel, or why it cannot. `takes_bias`: whether the layer with a weight can be

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from ..graph.types import ChannelMap, Graph
+from ..graph.types import ChannelGroup, ChannelMap, Graph
 from ..narrowing.constant_propagation import Propagation, propagate
 from ..narrowing.constant_values import ZERO
 from ..narrowing.layers import Depthwise, Obstacle, Producer, Reader
@@ -76,31 +76,21 @@ def place(graph: Graph, scope: Scope, takes_bias: Callable[[str], bool] = lambda
     `takes_bias`: whether the layer with a weight can be given a bias.
     """
     found = propagate(graph, takes_bias, lambda producer: ZERO)
-    sites: dict[str, set[Site]] = {}
-    for producer in found.producers:
-        if producer.axis in graph.by_axis:
-            sites.setdefault(producer.module, set()).add(site_of(producer, graph.shapes))
-    needed, reasons = rows_needed(graph, found), obstacles_met(graph, found)
-    constants = {(layer, group): float(value) for activation, layer in found.consumers if isinstance(layer, Reader)
-                 for group, value in activation.values.items() if value != 0}
+    sites = find_sites(graph, found)
+    needed, constants, obstacles = rows_needed(graph, found), constants_met(found), obstacles_met(graph, found)
     # a gate only scales the channels, a depthwise convolution only filters them
     passive = {s.weight for p in found.gates for s in sites.get(p.module, ())}
     passive |= {c.layer.weight for c in found.consumers if isinstance(c.layer, Depthwise)}
+    reasons = {}
     for g in graph.free:
-        rows, makers = needed.get(g.name, {}), {s.tensor for s in g.slices if s.role == "out"} - passive
-        if not g.exact:
-            reasons[g.name] = "a layer mixes these channels: a zero among them is not as good as none"
-        elif twice := [module for module in rows if len(sites[module]) > 1]:
-            reasons.setdefault(g.name, f"{twice[0]} is used in two ways")
-        elif len({c for m in rows.values() for c in m.channels.tolist()}) < g.size:
-            reasons.setdefault(g.name, "no layer was found whose zeros would reach all that reads them")
-        elif scope == "inner" and len(makers) > 1:
-            reasons.setdefault(g.name, f"{len(makers)} layers make these channels (scope='inner')")
-    chosen = {g.name: needed[g.name] for g in graph.free if g.name not in reasons}
-    used = {module for rows in chosen.values() for module in rows}
-    return Placement({m: s for m, (s, *_) in sites.items() if m in used}, chosen,
-                     {g.name: reasons[g.name] for g in graph.free if g.name in reasons},
-                     tuple(Constant(reader, group, value) for (reader, group), value in constants.items() if group in chosen))
+        makers = {s.tensor for s in g.slices if s.role == "out"} - passive
+        why = reason_against(g, needed.get(g.name, {}), sites, obstacles.get(g.name), len(makers) if scope == "inner" else 1)
+        if why is not None:
+            reasons[g.name] = why
+    rows = {g.name: needed[g.name] for g in graph.free if g.name not in reasons}
+    used = {module for maps in rows.values() for module in maps}
+    return Placement({m: s for m, (s, *_) in sites.items() if m in used}, rows, reasons,
+                     tuple(c for c in constants if c.group in rows))
 
 
 def prepare(model: nn.Module, graph: Graph, scope: Scope, without: Collection[str] = ()) -> tuple[Graph, Placement]:
@@ -139,6 +129,15 @@ def compactor_kind(producer: Producer, shapes: Shapes) -> CompactorKind:
     return "full" if layer.blocks == 1 else "block"
 
 
+def find_sites(graph: Graph, found: Propagation) -> dict[str, set[Site]]:
+    """The compactors that each module would need: one, or several if it returns the outputs of different layers."""
+    sites: dict[str, set[Site]] = {}
+    for producer in found.producers:
+        if producer.axis in graph.by_axis:
+            sites.setdefault(producer.module, set()).add(site_of(producer, graph.shapes))
+    return sites
+
+
 def rows_needed(graph: Graph, found: Propagation) -> dict[str, dict[str, ChannelMap]]:
     """{group: {module: rows}}: all rows that must be zero so that every consumer reads constants."""
     needed: dict[str, dict[str, ChannelMap]] = {}
@@ -162,3 +161,25 @@ def obstacles_met(graph: Graph, found: Propagation) -> dict[str, str]:
             elif number != 0 and isinstance(layer, Obstacle):
                 reasons.setdefault(group, f"{activation.changed_by} makes {number:.3g} of zero, and {layer.text}")
     return reasons
+
+
+def constants_met(found: Propagation) -> list[Constant]:
+    """What layers take, each once: the constants other than zero that they read where rows are zero."""
+    met = {(layer, group): float(value) for activation, layer in found.consumers if isinstance(layer, Reader)
+           for group, value in activation.values.items() if value != 0}
+    return [Constant(reader, group, value) for (reader, group), value in met.items()]
+
+
+def reason_against(group: ChannelGroup, rows: Mapping[str, ChannelMap], sites: Mapping[str, Collection[Site]],
+                   obstacle: str | None, makers: int) -> str | None:
+    """Why a group can have no compactors, None if it can. `makers`: how many layers make its channels."""
+    if not group.exact:
+        return "a layer mixes these channels: without a channel of zeros its output would change"
+    if obstacle is not None:
+        return obstacle
+    for module in rows:
+        if len(sites[module]) > 1:
+            return f"{module} returns the outputs of different layers"
+    if len({c for m in rows.values() for c in m.channels.tolist()}) < group.size:
+        return "no layer was found whose zeros reach every layer that reads these channels"
+    return f"{makers} layers make these channels (scope='inner')" if makers > 1 else None

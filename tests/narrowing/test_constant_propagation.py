@@ -63,6 +63,27 @@ def test_a_batch_norm_is_a_producer_and_its_mean_takes_what_its_convolution_read
     assert behind == {"a": ("a.weight", None), "n": ("a.weight", "n"), "b": ("b.weight", None), "m": ("b.weight", "m")}
 
 
+def test_a_batch_norm_belongs_to_a_layer_only_if_nothing_else_reads_this() -> None:
+    def twice(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(m.n(y) + y)
+
+    def shared(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.n(m.a(x)) + m.a(x + 1))
+
+    for function in (twice, shared):
+        found = propagated(function, {"a": conv(3, 4), "n": nn.BatchNorm2d(4), "b": conv(4, 2)})
+        assert {p.module: p.layer and p.layer.weight for p in found.producers} == {"a": "a.weight", "n": None, "b": "b.weight"}
+
+
+def test_layers_that_share_a_weight_are_no_producers() -> None:
+    a, c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+    c.weight = a.weight
+    found = propagated(lambda m, x: m.b(m.a(x) + m.c(x)), {"a": a, "c": c, "b": conv(4, 2)})
+    assert [p.module for p in found.producers] == ["b"]
+    assert found.consumers[-1].activation.obstacle == "a.weight is shared by several layers"
+
+
 def test_a_layer_without_bias_and_batch_norm_is_given_a_bias_if_it_can_use_one() -> None:
     bare = conv(4, 2, bias=False)
     assert consumers(pair(bare, bias=True))[1][2] == Reader("b.weight", "b.bias", kind="new bias")
@@ -141,6 +162,19 @@ def test_operators_and_products_that_take_no_constants_are_obstacles() -> None:
     assert found[1] == (["a"], {"a": 0.25}, Obstacle("bmm reads them"))
 
 
+def test_products_without_a_weight_of_the_model_take_no_constants() -> None:
+    found = propagated(lambda m, x: m.b(F.conv2d(torch.sigmoid(m.a(x)), 2 * m.c.weight)),
+                       {"a": conv(3, 4), "c": conv(4, 4), "b": conv(4, 2)})
+    assert (["a"], {"a": 0.5}, Obstacle("a convolution whose weight is computed reads them")) in consumers(found)
+
+    def similarity(m: Any, x: Tensor) -> Tensor:
+        y = torch.sigmoid(m.a(x.mean((2, 3))))
+        return y @ y.t()
+
+    read = (["a"], {"a": 0.5}, Obstacle("a product of activations reads them"))
+    assert consumers(propagated(similarity, {"a": nn.Linear(3, 4)}))[1:] == [read, read]
+
+
 def test_a_seed_gives_each_channel_its_own_constant_or_none() -> None:
     seeds = {"a": torch.tensor([1.0, 0.0, float("nan"), -2.0]), "c": torch.tensor([3.0, 4.0, 5.0])}
     found = propagated(lambda m, x: m.b(F.relu(torch.cat([m.c(x), m.a(x)], 1))),
@@ -149,3 +183,11 @@ def test_a_seed_gives_each_channel_its_own_constant_or_none() -> None:
     values = found.consumers[-1].activation.values
     torch.testing.assert_close(values["a"], torch.tensor([1.0, 0.0, float("nan"), 0.0]).double(), equal_nan=True)
     assert values["c"].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_a_batch_norm_over_concatenated_channels_gives_each_group_its_part() -> None:
+    found = propagated(lambda m, x: m.b(m.n(torch.cat([m.c(x), m.a(x)], 1))),
+                       {"a": conv(3, 4), "c": conv(3, 3), "n": nn.BatchNorm2d(7), "b": conv(7, 2)},
+                       lambda producer: torch.arange(7.0).double() if producer.module == "n" else ZERO)
+    values = found.consumers[-1].activation.values
+    assert {g: v.tolist() for g, v in values.items()} == {"c": [0, 1, 2], "a": [3, 4, 5, 6]}
