@@ -117,6 +117,12 @@ def test_linear_layers_and_grouped_and_expanding_convolutions() -> None:
     }
 
 
+def test_a_batch_norm_without_running_statistics_has_a_diagonal_compactor() -> None:
+    """A full one would be merged into its running mean and variance."""
+    found = placed(nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), conv(4, 2)))
+    assert found.sites == {"1": Site("1", "diagonal", 4, norm="1")}
+
+
 def test_constants_are_taken_by_the_layer_that_reads_them() -> None:
     (constant,) = placed(activated(nn.Conv2d(4, 4, 1))).constants
     assert (constant.reader.into, constant.group, constant.value) == ("read.bias", "stem", 0.5)
@@ -139,6 +145,8 @@ def test_groups_without_compactors_have_a_reason() -> None:
     assert padded == {"stem": "sigmoid makes 0.5 of zero, and read.weight reads them between zeros"}
     softmax = placed(nn.Sequential(conv(3, 4), nn.Softmax(-1), conv(4, 2)))
     assert softmax.reasons == {"0": "_softmax of zero may not be zero"} and not softmax.rows
+    functional = placed(net(lambda m, x: m.last(F.relu(F.conv2d(x, m.own.weight))), own=conv(4, 6), last=conv(6, 4))).reasons
+    assert functional == {"own": "no layer was found whose zeros reach every layer that reads these channels"}
     normed = placed(nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4), conv(4, 2)))
     assert normed.reasons == {"0": "a layer mixes these channels: without a channel of zeros its output would change"}
 
