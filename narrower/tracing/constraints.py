@@ -77,13 +77,11 @@ class ConstraintCollector(LabelInterpreter):
             setattr(t, NUMBER, self.axes.number())
         return getattr(t, NUMBER)
 
-    def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
-        read, made = super().weight(w, blocks, transposed)
-        if read is not None and read.axis is not None and hasattr(w, CARRIED):
-            self.computed[self.counter.by_name["convolution"] - 1] = read.axis[0]
-        return read, made
-
-    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+    def on_call(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+        if call.name == "convolution" and self.is_depthwise(call):
+            self.depthwise_calls.add(call.place)
+        for label in free_at(self.of(call.args[0]), 1)[:1] if call.pool >= 0 else []:
+            self.pool_inputs[call.pool] = at_channels(self, label)
         shapes = [tuple(t.shape) for t in outs]
         running = self.running[-1] if self.running else ""
         self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
@@ -122,41 +120,23 @@ class ConstraintCollector(LabelInterpreter):
             return
         self.mixers.append((call.name, call.number, label.free, at_channels(self, label)))
 
-    def product(self, call: Call, label: Label) -> None:
+    def sum_over(self, call: Call, label: Label) -> None:
         if call.product >= 0:
             self.products.append((call.product, label.ids.shape, label.ids.reshape(-1)))
 
-    def constant(self, call: Call, size: int, part: int) -> Ids:
-        ids = self.axes.ids(PaddingAxis(call.name, call.number, part), size)
-        if size:
-            self.pins.append((ids, PinReason("padding", "zero-padded channels", self.where())))
-        return ids
-
-    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
-        real = tuple(d for d in dims if (ids != ids.take([0], axis=d)).any())
-        self.spreads.setdefault(call.place, []).append(real)
-        return real
-
-    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
-        where = self.where()
-        self.splits[call.place] = tuple(dims), ids, where
-        return self.view_dims.get(where, dims[-1])
-
-    def role(self, label: Label | None, role: Role) -> None:
+    def use_axis(self, call: Call, label: Label | None, role: Role) -> None:
         if label is not None and label.axis is not None:
             self.roles[label.axis] = role
+            if role == "in" and call.name == "convolution" and hasattr(call.args[1], CARRIED):
+                self.computed[call.number] = label.axis.tensor
 
-    def use(self, label: Label | None, macs: float) -> None:
+    def use_weight(self, label: Label | None, macs: float) -> None:
         if label is not None and label.axis is not None:
-            self.macs[label.axis[0]] += round(macs)
+            self.macs[label.axis.tensor] += round(macs)
 
-    def depthwise(self, call: Call) -> bool:
-        if super().depthwise(call):
-            self.depthwise_calls.add(call.place)
-        return call.place in self.depthwise_calls
-
-    def reads(self, label: Label, source: Tensor, pool: int) -> None:
-        """A convolution reads `source`: its maps are seen there, or before the pooling that it comes from."""
+    def read_maps(self, call: Call, label: Label, pool: int) -> None:
+        """The maps are seen at the call that reads them, or before the pooling that they come from."""
+        source = call.args[0]
         key = pool if pool >= 0 else -1 - id(source)
         self.map_readers[key] += 1
         if key not in self.maps:
@@ -164,10 +144,22 @@ class ConstraintCollector(LabelInterpreter):
                 if pool in self.pool_inputs:
                     self.maps[key] = (None, pool, self.pool_inputs[pool])
             else:
-                weight = self.tensors.get(id(self.touched[1]), self.counter.by_name["convolution"] - 1)
+                weight = self.tensors.get(id(call.args[1]), call.number)
                 self.maps[key] = (weight, -1, label.ids)
                 self.map_alive.append(source)
 
-    def pooled(self, call: Call) -> None:
-        for label in free_at(self.of(call.args[0]), 1)[:1]:
-            self.pool_inputs[call.pool] = at_channels(self, label)
+    def is_depthwise(self, call: Call) -> bool:
+        return bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1])
+
+    def padding_ids(self, call: Call, size: int, part: int) -> Ids:
+        return self.axes.ids(PaddingAxis(call.name, call.number, part), size)
+
+    def spread_dims(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+        real = tuple(d for d in dims if (ids != ids.take([0], axis=d)).any())
+        self.spreads.setdefault(call.place, []).append(real)
+        return real
+
+    def view_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
+        where = self.where()
+        self.splits[call.place] = tuple(dims), ids, where
+        return self.view_dims.get(where, dims[-1])

@@ -21,7 +21,7 @@ from ..errors import TraceError
 from ..inputs import call_model, flatten_tensors
 from ..surgery.copying import loose_tensors
 from ..surgery.walk import modules_of, named_tensors
-from .labels import NOTHING, Axes, Axis, Carried, Ids, Label, along, collapsed
+from .labels import NOTHING, Axes, Axis, Carried, Ids, Label, along
 from .operators.call_counter import CallCounter
 from .operators.data_dependent import Answer, copy_answer
 from .operators.interface import Call, RuleContext, UnknownForm, plain, tensors_in
@@ -94,7 +94,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         try:
             call = call._replace(out=self.output(func, call, in_place))
         except Exception:
-            self.refused(call)
+            self.on_failure(call)
             raise
         self.place += 1
         outs = tensors_in((call.out,))
@@ -105,8 +105,15 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
                 self.pin(carried[0].labels, "position", "written in place into a part of a tensor")
         for t, c in zip(outs, carried, strict=False):
             setattr(t, CARRIED, c)
-        self.happened(call, outs, carried)
+        self.on_call(call, outs, carried)
         return call.out
+
+    def on_failure(self, call: Call) -> None:
+        """The operator has failed; the error is raised again after this."""
+
+    def on_call(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+        """The call is over, and `outs` carry what is `carried`."""
+        raise NotImplementedError
 
     def note_inputs(self, args: Any) -> None:
         """What the tensors among the arguments carry, and which parameters the forward has used."""
@@ -144,7 +151,6 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
             raise RuleError(f"narrower's rule for the operator aten.{name} fails ({self.where()}): {type(e).__name__}: {e}. "
                             "Please report it.") from e
         if call.pool >= 0:
-            self.pooled(call)
             x = call.args[0]
             before = self.of(x).pool
             pool = before if before >= 0 and x.shape[2:].numel() == 1 else call.pool  # single pixels have no rank to tell
@@ -180,33 +186,15 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         """What the inputs of the current call carry, other than parameters as they are."""
         return [getattr(t, CARRIED) for t in self.touched if hasattr(t, CARRIED)]
 
-    def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
-        """Flat ids of a convolution weight's read and made channels (through all blocks), None where it has none."""
-        second = None
-        if id(w) in self.tensors and not hasattr(w, CARRIED):
-            name = self.tensors[id(w)]
-            first = Label(self.axis(name, 0, w.shape[0], 1), 0, Axis(name, 0))
-            if self.labelled(name, 1, w.shape[1]) or (transposed and blocks < w.shape[0]):
-                second = Label(self.axis(name, 1, w.shape[1], blocks), 0, Axis(name, 1))
-            if transposed and blocks > 1 and blocks == w.shape[0]:  # depthwise: what is made goes with what is read
-                return None, Label(first.ids.repeat(w.shape[1]), 0, first.axis)
-        else:
-            labels = self.of(w).labels
-            zero = next((x for x in labels if x.free == 0), None)
-            one = next((x for x in labels if x.free == 1), None)
-            others = [x for x in labels if x.free > 1]
-            if others:
-                self.pin(others, "position", "kernel positions")
-            if zero is None:
-                return None, None
-            zero = collapsed(zero, range(1, w.ndim), self.unite)
-            first = Label(zero.ids.reshape(-1), 0, zero.axis)
-            if one is not None and w.shape[1] > 1:
-                one = collapsed(one, range(2, w.ndim), self.unite)
-                rows = np.broadcast_to(one.ids.reshape(one.ids.shape[0], -1), (w.shape[0], w.shape[1]))
-                rows = rows.reshape(blocks, -1, w.shape[1])
-                self.unite(rows[:, :1], rows)
-                second = Label(rows[:, 0].reshape(-1), 0, one.axis)
+    def weight_axes(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None] | None:
+        if id(w) not in self.tensors or hasattr(w, CARRIED):
+            return None
+        name, second = self.tensors[id(w)], None
+        first = Label(self.axis(name, 0, w.shape[0], 1), 0, Axis(name, 0))
+        if self.labelled(name, 1, w.shape[1]) or (transposed and blocks < w.shape[0]):
+            second = Label(self.axis(name, 1, w.shape[1], blocks), 0, Axis(name, 1))
+        if transposed and blocks > 1 and blocks == w.shape[0]:  # depthwise: what is made goes with what is read
+            return None, Label(first.ids.repeat(w.shape[1]), 0, first.axis)
         return (first, second) if transposed else (second, first)
 
     def axis(self, name: str, dim: int, size: int, blocks: int) -> Ids:
@@ -216,11 +204,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         """Whether a dimension of a parameter holds channels: a single one cannot go."""
         return size > 1
 
-    def alone(self, label: Label) -> bool:
+    def is_single(self, label: Label) -> bool:
         return label.axis is not None and self.axes.size[label.axis] == 1
-
-    def depthwise(self, call: Call) -> bool:
-        return bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1])
 
     def numbers(self, call: Call) -> tuple[Any, ...]:
         """All of a call that must not depend on widths, but for the shapes that come out: arguments that are not tensors, and

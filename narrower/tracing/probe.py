@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -92,10 +93,10 @@ class Probe(LabelInterpreter):
     def labelled(self, name: str, dim: int, size: int) -> bool:
         return Axis(name, dim) in self.axes.start
 
-    def depthwise(self, call: Call) -> bool:
+    def is_depthwise(self, call: Call) -> bool:
         return call.place in self.dense.depthwise_calls
 
-    def constant(self, call: Call, size: int, part: int) -> Ids:
+    def padding_ids(self, call: Call, size: int, part: int) -> Ids:
         key = PaddingAxis(call.name, call.number, part)
         if self.axes.size.get(key) != size:
             raise self.mismatch("a padding grows or shrinks with the channels")
@@ -111,12 +112,17 @@ class Probe(LabelInterpreter):
         if not np.array_equal(x, y):
             raise self.mismatch("other channels meet when narrow", [x[x != y], y[x != y]])
 
-    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+    def ignore(self, *fact: Any, **named: Any) -> None:
+        """The dense forward has said it already: what still holds is seen in what the outputs carry (`on_call`)."""
+
+    tie = pin = mix = sum_over = use_axis = use_weight = read_maps = ignore
+
+    def spread_dims(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
         met = self.views[call.place]
         self.views[call.place] += 1
         return self.dense.spreads[call.place][met] if met < len(self.dense.spreads.get(call.place, ())) else tuple(dims)
 
-    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
+    def view_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """A view splits channels: only the dimension that the trace took as free may have another size now."""
         was, _, where = self.dense.splits.get(call.place, ((), ids, ""))
         free = self.dense.view_dims.get(where, dims[-1])
@@ -129,7 +135,7 @@ class Probe(LabelInterpreter):
             raise self.mismatch("another dimension of a view shrinks", view_dim=(where, changed[0]))
         return free
 
-    def refused(self, call: Call) -> None:
+    def on_failure(self, call: Call) -> None:
         """A call failed: if it is a view that splits channels, its sizes may tell that another dimension shrinks."""
         dims, _, where = self.dense.splits.get(call.place, ((), None, ""))
         if dims and len(call.args) > 1 and isinstance(call.args[1], (list, tuple)):
@@ -138,7 +144,7 @@ class Probe(LabelInterpreter):
             if len(now) == len(dense) and len(changed) == 1:
                 raise self.mismatch("another dimension of a view shrinks", view_dim=(where, changed[0]))
 
-    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
+    def on_call(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
         """The same call as in the dense forward, with the same numbers; what comes out has the surviving channels, in order."""
         def wrong(reason: str) -> Mismatch:
             return self.mismatch(f"{reason} when narrow", self.units_read() + [x.ids for c in carried for x in c.labels])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..labels import Carried, Label, aligned, along, collapsed, faster_dims, joined, permuted, reshaped
+from ..labels import Carried, Ids, Label, aligned, along, collapsed, faster_dims, joined, permuted, reshaped
 from .interface import Call, RuleContext, UnknownForm, dims_of, free_at, is_mask, meet, normal, piece
 
 
@@ -24,11 +24,11 @@ def view(r: RuleContext, call: Call) -> Sequence[Carried]:
         label = collapsed(label, faster_dims(label, old, new), r.unite)
         moved, spread = reshaped(label, old, new)
         if len(spread) > 1:
-            spread, whole = r.spread(call, spread, moved.ids), spread
+            spread, whole = r.spread_dims(call, spread, moved.ids), spread
             for d in set(whole) - set(spread):
                 moved = Label(moved.ids.take([0], axis=d), spread[-1] if spread else -1)
         if len(spread) > 1:
-            free = r.split_dim(call, spread, moved.ids)
+            free = r.view_dim(call, spread, moved.ids)
             moved = Label(moved.ids, free, None)
             moved = collapsed(moved, [d for d in spread if d > free], r.unite)
             r.tie(moved)
@@ -124,7 +124,7 @@ def cat(r: RuleContext, call: Call) -> Sequence[Carried]:
         ids = []
         for k, (c, t) in enumerate(zip(carried, pieces, strict=True)):
             labels = free_at(c, dim)
-            ids.append(labels[0].ids if labels else along(r.constant(call, t.shape[dim], k), ndim, dim))
+            ids.append(labels[0].ids if labels else padding(r, call, t.shape[dim], k, ndim, dim))
         out.append(Label(joined(ids, dim, [t.shape[dim] for t in pieces]), dim))
     for free in {label.free for c in carried for label in c.labels} - {dim}:
         have = [free_at(c, free) for c in carried]
@@ -136,6 +136,14 @@ def cat(r: RuleContext, call: Call) -> Sequence[Carried]:
         r.tie(label)
         out.append(label)
     return [Carried(tuple(out))]
+
+
+def padding(r: RuleContext, call: Call, size: int, part: int, ndim: int, dim: int) -> Ids:
+    """Ids of `size` channels along `dim` that are there whatever is removed."""
+    ids = along(r.padding_ids(call, size, part), ndim, dim)
+    if size:
+        r.pin([Label(ids, dim)], "padding", "zero-padded channels")
+    return ids
 
 
 def stack(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -164,8 +172,8 @@ def pad(r: RuleContext, call: Call) -> Sequence[Carried]:
             label = piece(label, dim, max(0, -before), x.shape[dim] + min(0, after))
             before, after = max(0, before), max(0, after)
             if dim == label.free and (before or after):
-                lead = along(r.constant(call, before, 0), x.ndim, dim)
-                tail = along(r.constant(call, after, 1), x.ndim, dim)
+                lead = padding(r, call, before, 0, x.ndim, dim)
+                tail = padding(r, call, after, 1, x.ndim, dim)
                 label = Label(joined([lead, label.ids, tail], dim, [before, label.ids.shape[dim], after]), dim)
             elif before or after:
                 label = collapsed(label, [dim], r.unite)

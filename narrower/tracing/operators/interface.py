@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -87,18 +87,42 @@ class UnknownForm(Exception):
     """A rule meets a form of its operator that it does not know: the channels are pinned."""
 
 
-class RuleContext:
-    """Who runs the forward: the trace collects what rules say, the probe checks it."""
+class Queries(Protocol):
+    """What a rule may ask. The answers differ between the dense forward and a narrowed one."""
 
     def of(self, t: Any) -> Carried:
         """What a tensor carries."""
-        raise NotImplementedError
+
+    def weight_axes(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None] | None:
+        """Flat ids of the channels that a convolution weight reads and makes; None if it is no parameter as it is."""
+
+    def is_single(self, label: Label) -> bool:
+        """Whether a parameter dimension has a single channel in the dense network: it meets all others by broadcasting."""
+
+    def is_depthwise(self, call: Call) -> bool:
+        """Whether a convolution has (in the dense network) one group for each channel that it reads."""
+
+    def padding_ids(self, call: Call, size: int, part: int) -> Ids:
+        """Ids of channels that a call adds; `part` tells several additions of one call apart."""
+
+    def spread_dims(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
+        """Those of `dims`, over which a view seems to spread channels, along which the ids do change.
+
+        Channels that repeat, as over the positions of a kernel, change along fewer.
+        """
+
+    def view_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
+        """Which of `dims`, over which a view splits channels, shrinks with them."""
+
+
+class Facts(Protocol):
+    """What a rule may say. The collector notes it all; the probe checks that united ids are equal."""
 
     def unite(self, a: Ids, b: Ids) -> None:
         """Ids that must live and die together (arrays that broadcast)."""
 
     def tie(self, label: Label) -> None:
-        """All fibres along the free dimension keep equally many."""
+        """All fibres along the free dimension keep equally many channels."""
 
     def pin(self, labels: Sequence[Label], code: PinCode, text: str) -> None:
         """These channels cannot go; `text` tells people why."""
@@ -106,51 +130,21 @@ class RuleContext:
     def mix(self, call: Call, label: Label) -> None:
         """The call mixes channels: its result depends on which are there."""
 
-    def product(self, call: Call, label: Label) -> None:
+    def sum_over(self, call: Call, label: Label) -> None:
         """The call sums over these channels of its first factor; neither factor is a parameter."""
 
-    def constant(self, call: Call, size: int, part: int) -> Ids:
-        """Ids of channels that are there whatever is removed."""
-        raise NotImplementedError
-
-    def spread(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
-        """Those of the dimensions over which a view seems to spread channels along which they do change: channels that repeat,
-        as over the positions of a kernel, change along fewer."""
-        raise NotImplementedError
-
-    def split_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
-        """Which dimension of a view that splits channels shrinks with them."""
-        raise NotImplementedError
-
-    def weight(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:
-        """Flat ids of the channels that a convolution weight reads and makes."""
-        raise NotImplementedError
-
-    def alone(self, label: Label) -> bool:
-        """Whether a parameter dimension has a single channel in the dense network: it meets all others by broadcasting."""
-        raise NotImplementedError
-
-    def role(self, label: Label | None, role: Role) -> None:
+    def use_axis(self, call: Call, label: Label | None, role: Role) -> None:
         """The parameter dimension behind a label makes ("out") or reads ("in") channels."""
 
-    def use(self, label: Label | None, macs: float) -> None:
+    def use_weight(self, label: Label | None, macs: float) -> None:
         """The parameter behind a label takes part in that many multiply-adds."""
 
-    def depthwise(self, call: Call) -> bool:
-        """Whether a convolution has (in the dense network) one group for each channel that it reads."""
-        raise NotImplementedError
+    def read_maps(self, call: Call, label: Label, pool: int) -> None:
+        """A layer reads maps: those of its first input, or, where `pool` is the number of a pooling, those that enter that."""
 
-    def reads(self, label: Label, source: Tensor, pool: int) -> None:
-        """A convolution reads the maps of `source` (which comes from a pooling, if `pool` is its number)."""
 
-    def pooled(self, call: Call) -> None:
-        """The call is a pooling over space."""
-
-    def refused(self, call: Call) -> None:
-        """The operator has failed."""
-
-    def happened(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
-        """The call is over; what its outputs carry."""
+class RuleContext(Queries, Facts, Protocol):
+    """What a rule is given beside the call."""
 
 
 Rule = Callable[[RuleContext, Call], Sequence[Carried]]

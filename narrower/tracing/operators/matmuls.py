@@ -29,23 +29,23 @@ def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
     left = [collapsed(x, [a.ndim - 2], r.unite) for x in free_at(ca, ka)]
     right = [collapsed(x, [b.ndim - 1], r.unite) if b.ndim > 1 else x for x in free_at(cb, kb)]
     weight = next((x for x in (*cb.labels, *ca.labels) if x.axis), None)
-    r.use(weight, out.numel() * a.shape[ka])
+    r.use_weight(weight, out.numel() * a.shape[ka])
     # the contracted dimension is the last but one of `right`: bring both to (batch..., k)
     contract(r, [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in left],
              [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in right], call.name)
     for x in (*left, *right):
-        r.role(x, "in")
+        r.use_axis(call, x, "in")
     if left and not any(x.axis for x in (*left, *right)):
-        r.product(call, left[0])
+        r.sum_over(call, left[0])
     if left and ca.pool >= 0:
-        r.reads(left[0], a, ca.pool)
+        r.read_maps(call, left[0], ca.pool)
     labels: list[Label] = []
     sides = []
     for c, k in ((ca, ka), (cb, kb)):
         kept = []
         for x in except_free_at(c, [k]):
             x = collapsed(x, [k], r.unite)
-            r.role(x, "out")
+            r.use_axis(call, x, "out")
             kept.append(Label(x.ids, x.free))
         sides.append(kept)
     for x in sides[0]:
