@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from support.operators import C, assert_pinned, codes, collected, pinned
 from torch import Tensor, nn
 
+import narrower
 from narrower.tracing.constraints import ConstraintCollector
 from narrower.tracing.interpreter import RuleError, Unseen
 from narrower.tracing.labels import Axes
 from narrower.tracing.operators import call_counter
 from narrower.tracing.operators.data_dependent import AnswerListener
+from narrower.tracing.operators.elementwise import elementwise
 from narrower.tracing.operators.interface import Operator, Rule, UnknownForm
 from narrower.tracing.operators.table import operator_of
 
@@ -145,3 +147,18 @@ def test_numbers_of_a_call_are_those_that_must_not_depend_on_widths() -> None:
     assert numbers(lambda x: torch.full((C,), 3.0, device="meta")) == [(3.0,)]
     assert numbers(lambda x: F.group_norm(x, 3)) == [(3, 1e-5)] and numbers(lambda x: F.layer_norm(x, (6,))) == [(1e-5,)]
     assert numbers(lambda x: torch.ones(C, device="meta").sum())[1] == (C,), "a sum over as many ones as channels"
+
+
+@pytest.mark.parametrize("fails_when", ["always", "narrow"])
+def test_trace_passes_an_error_inside_a_rule_on(monkeypatch: pytest.MonkeyPatch, fails_when: str) -> None:
+    """In the dense forward as in a probe: a group must not be pinned for a fault of narrower."""
+    def rule(r: Any, call: Any) -> Any:
+        if fails_when == "always" or call.out.shape[1] < 8:
+            raise TypeError("a slip")
+        return elementwise(r, call)
+
+    with_rule(monkeypatch, "tanh", rule)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 4, 1))
+    with pytest.raises(narrower.NarrowerError, match=r"aten\.tanh .*report") as raised:
+        narrower.trace(model, torch.zeros(1, 3, 4, 4))
+    assert isinstance(raised.value.__cause__, TypeError)
