@@ -18,6 +18,12 @@ def test_answers_are_noted_in_order() -> None:
     assert places.tolist() == [[1], [3]] and total == 5.0 and chosen.tolist() == [2.0, 3.0]
 
 
+def test_what_the_forward_writes_into_an_answer_is_not_noted() -> None:
+    with AnswerListener() as listener:
+        torch.tensor([0.0, 2.0]).nonzero().add_(5)
+    assert listener.answers[0].tolist() == [[1]]
+
+
 def test_an_answer_is_a_copy() -> None:
     answer = (torch.zeros(2), [torch.ones(1)], 3)
     copy = copy_answer(answer)

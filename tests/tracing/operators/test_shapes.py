@@ -107,3 +107,5 @@ def test_masked_writes_into_real_tensors_keep_the_shape() -> None:
     write = torch.ops.aten.index_put_.default
     call = CallCounter().count(write, (x, [torch.zeros(4, dtype=torch.bool)], torch.ones(2, 3)), {})
     assert infer_output(call, True, hollow=True) is x and infer_output(call, True, hollow=False) is None
+    on_meta = CallCounter().count(write, (x.to("meta"), *call.args[1:]), {})
+    assert infer_output(on_meta, True, hollow=False) is None, "a mask on meta covers an unknown number of places"

@@ -78,5 +78,5 @@ def test_zeros_stay_zeros_and_constants_that_are_kept_stay(name: str) -> None:
     operator, constants = getattr(torch.ops.aten, name), TABLE[name].constants
     assert constants in ("kept", "zero", "zero if padded") and not operator(torch.zeros(1, 4, 4, 4), *ON_ZEROS[name]).any()
     if constants != "zero":
-        out = operator(torch.full((1, 4, 4, 4), 0.3), *ON_ZEROS[name])
-        torch.testing.assert_close(out, torch.full_like(out, 0.3))
+        out = operator(torch.full((1, 4, 4, 4), 0.33), *ON_ZEROS[name])
+        torch.testing.assert_close(out, torch.full_like(out, 0.33))
