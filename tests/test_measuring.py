@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from support import networks, reference
@@ -53,66 +51,3 @@ def test_a_slower_network_is_measured_slower() -> None:
 
     a, b = (narrower.measure(Slow(n), images(size=32), seconds=0.05)["latency_ms"] for n in (1, 20))
     assert b > 3 * a
-
-
-def batches(n: int = 3) -> list[Tensor]:
-    return [images(batch=4, seed=k) + k for k in range(n)]
-
-
-def test_recalibrate_gives_the_plain_average_of_batch_statistics() -> None:
-    """Every BatchNorm sees what the ones before it normalise with their own batch statistics."""
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5))
-    norm: Any = model[1]
-    norm.running_mean.fill_(7.0)
-    assert narrower.recalibrate(model, batches()) == 12
-    maps = [model[0](x) for x in batches()]
-    mean = torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0)
-    var = torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0)
-    assert torch.allclose(norm.running_mean, mean, atol=1e-5) and torch.allclose(norm.running_var, var, rtol=1e-4)
-    assert norm.num_batches_tracked == 3
-
-
-@pytest.mark.parametrize("wrap", ["tensor", "pair", "dict", "generator"])
-def test_recalibrate_takes_any_batch(wrap: str) -> None:
-    model: nn.Module = Plain()
-    given: Any = batches()
-    if wrap == "pair":
-        given = [(x, torch.zeros(4)) for x in given]
-    elif wrap == "generator":
-        given = (x for x in given)
-    elif wrap == "dict":
-        model = networks.ManyEnds()
-        given = [{"image": x, "depth": images(2)} for x in given]
-    assert narrower.recalibrate(model, given) == 12
-    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    assert norm.running_mean is not None and norm.running_mean.abs().sum() > 0
-
-
-def test_recalibrate_leaves_modes_momentum_and_weights() -> None:
-    model = Plain().train()
-    model.bn1.momentum, model.conv2.training = 0.03, False
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    narrower.recalibrate(model, batches(1))
-    assert model.bn1.momentum == 0.03 and model.bn3.momentum == 0.1 and model.training and not model.conv2.training
-    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
-
-
-def test_recalibrate_on_a_number_of_images() -> None:
-    a, b = Plain(), Plain()
-    b.load_state_dict(a.state_dict())
-    assert narrower.recalibrate(a, batches(3), images=8) == 8
-    narrower.recalibrate(b, batches(2))
-    assert torch.equal(a.bn3.running_mean, b.bn3.running_mean)  # type: ignore[arg-type]
-
-
-def test_recalibrate_without_batches_is_an_error_and_changes_nothing() -> None:
-    model = Plain()
-    model.bn1.running_mean.fill_(3.0)  # type: ignore[union-attr]
-    with pytest.raises(narrower.DataError, match="no batches"):
-        narrower.recalibrate(model, [])
-    assert model.bn1.momentum == 0.1 and model.training
-    assert bool((model.bn1.running_mean == 3).all()), "the statistics are lost"  # type: ignore[union-attr]
-
-
-def test_recalibrate_without_batch_norm_does_nothing() -> None:
-    assert narrower.recalibrate(nn.Conv2d(3, 4, 3), batches()) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
@@ -307,59 +306,6 @@ def test_training_only_heads_still_train() -> None:
     out, aux = small.train()(IMAGES)
     (out.sum() + aux.sum()).backward()
     assert small.aux_fc.weight.grad is not None
-
-
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
-}
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    optimizer.zero_grad()
-    model(x).square().mean().backward()
-    optimizer.step()
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_optimizer_goes_on_with_its_state(name: str) -> None:
-    """The next step is that of an optimizer made for the narrow network with the surviving elements of the state."""
-    torch.manual_seed(0)
-    model = Plain().double().eval()  # no batch statistics: gradients of both networks are comparable
-    x = IMAGES.double()
-    optimizer = OPTIMIZERS[name](model.parameters())
-    for _ in range(3):
-        step(model, optimizer, x)
-    plan = reference.halved(model, x)
-    index = reference.survivors(narrower.narrow(reference.coded(model), plan), model)
-    old = {n: dict(optimizer.state[p]) for n, p in model.named_parameters()}
-    small = narrower.narrow(model, plan, optimizer=optimizer)
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
-
-    fresh_model = copy.deepcopy(small)
-    fresh = OPTIMIZERS[name](fresh_model.parameters())
-    for n, p in fresh_model.named_parameters():
-        shape = dict(model.named_parameters())[n].shape
-        fresh.state[p] = {k: v.flatten()[index[n]].clone() if isinstance(v, Tensor) and v.shape == shape else copy.deepcopy(v)
-                          for k, v in old[n].items()}
-    for _ in range(2):
-        step(small, optimizer, x)
-        step(fresh_model, fresh, x)
-    for (n, a), b in zip(small.named_parameters(), fresh_model.parameters(), strict=True):
-        assert torch.equal(a, b), n
-    before = narrower.narrow(model, plan)
-    assert not any(torch.equal(a, b) for a, b in zip(small.parameters(), before.parameters(), strict=True))
-
-
-def test_an_optimizer_with_groups_keeps_their_settings() -> None:
-    model = Plain()
-    settings: list[dict[str, Any]] = [{"params": [model.conv1.weight], "lr": 0.5}, {"params": model.fc.parameters()}]
-    optimizer = torch.optim.SGD(settings, lr=0.1)
-    small: Any = narrower.narrow(model, reference.halved(model, IMAGES), optimizer=optimizer)
-    assert optimizer.param_groups[0]["params"][0] is small.conv1.weight
-    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.1]
-    assert optimizer.param_groups[1]["params"][0] is small.fc.weight
 
 
 # ------------------------------------------------------------------------------------------------ again, and never

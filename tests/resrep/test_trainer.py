@@ -280,12 +280,6 @@ def test_compactors_are_frozen_by_a_shrink_at_rest() -> None:
     assert difference(trained, outputs(other.model, IMAGES)) == 0
 
 
-def test_published_settings_are_those_of_the_paper() -> None:
-    s = narrower.Forgetting.published(391).over(391 * 180, 1000)
-    assert (s.strength, s.warmup_steps, s.mask_interval, s.rows_per_update, s.momentum) == (1e-4, 1955, 200, 4, 0.99)
-    assert (s.forget_steps, s.threshold) == (0, 1e-5)
-
-
 # ------------------------------------------------------------------------------------------------ shrink, merge, resume
 
 

@@ -9,14 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import networks, reference
-from support.networks import IMAGES, PATTERNS, Plain
+from support import reference
+from support.networks import Plain
 from torch import nn
 
 import narrower
-from narrower.graph.selection import Kept
-from narrower.graph.types import ChannelGroup, Graph, Slice
-from narrower.surgery.copying import duplicate
 from narrower.surgery.resize import fit, mirrored_attributes, slice_tensor, undo
 from narrower.surgery.walk import named_tensors
 
@@ -47,35 +44,6 @@ def test_sliced_is_numpy_indexing(a: int, b: int, c: int, data: st.DataObject) -
     found = slice_tensor(t, {d: rows(k) for d, k in enumerate(keep)})
     assert np.array_equal(found.numpy(), t.numpy()[np.ix_(*keep)])
     assert found.dtype == t.dtype
-
-
-def graph_of(*slices: Slice, size: int, shapes: dict[str, tuple[int, ...]]) -> Graph:
-    return Graph((ChannelGroup("g", size, slices, ("g",)),), shapes, frozenset(shapes), {})
-
-
-def test_selections_are_what_is_left() -> None:
-    channels = np.arange(3)
-    out = Slice("g", channels, np.array([0, 2, 4]), "conv.weight", 0, "out")  # positions 1, 3 belong to nobody
-    twice = Slice("g", np.array([0, 1, 2, 0, 1, 2]), np.arange(6), "next.weight", 1, "in")
-    graph = graph_of(out, twice, size=3, shapes={"conv.weight": (5, 1), "next.weight": (2, 6)})
-    cuts = Kept(graph, {"g": np.array([0, 2])}).cuts
-    assert {t: {d: p.tolist() for d, p in cut.items()} for t, cut in cuts.items()} == {
-        "conv.weight": {0: [[0, 1, 3, 4]]}, "next.weight": {1: [[0, 2, 3, 5]]}}
-    assert Kept(graph, {"g": channels}).cuts == {}
-
-
-def test_selections_of_blocks() -> None:
-    reader = Slice("g", np.arange(6), np.arange(6), "w", 1, "in", blocks=2)
-    graph = graph_of(reader, size=6, shapes={"w": (4, 3)})
-    assert Kept(graph, {"g": np.array([0, 2, 4, 5])}).positions("w", 1).tolist() == [[0, 2], [1, 2]]
-
-
-def test_selections_that_would_tear_blocks_apart_are_refused() -> None:
-    """Three channels of one block and one of the other: never a silent mixture."""
-    reader = Slice("g", np.arange(6), np.arange(6), "w", 1, "in", blocks=2)
-    graph = graph_of(reader, size=6, shapes={"w": (4, 3)})
-    with pytest.raises((narrower.NarrowerError, ValueError, AssertionError)):
-        Kept(graph, {"g": np.array([0, 1, 2, 4])}).positions("w", 1)
 
 
 LAYERS: dict[str, tuple[nn.Module, dict[str, tuple[int, ...]], dict[str, object]]] = {
@@ -131,48 +99,6 @@ def test_fit_names_what_the_model_does_not_have() -> None:
 def test_layers_without_a_mirror_are_left() -> None:
     assert mirrored_attributes(nn.ReLU(), {}) == {}
     assert mirrored_attributes(nn.BatchNorm2d(3, affine=False, track_running_stats=False), {}) == {}
-
-
-def test_named_tensors_have_every_name_of_a_tied_one() -> None:
-    model = networks.Shared()
-    found = named_tensors(model)
-    assert found["left.weight"] is found["right.weight"] and "bn1.running_mean" in found
-    assert set(found) == set(model.state_dict())
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_a_duplicate_has_the_given_tensors_and_everything_else_of_its_own(name: str) -> None:
-    case = PATTERNS[name]
-    model = case.make().eval()
-    given: dict[int, torch.Tensor] = {}
-    for t in named_tensors(model).values():
-        new = t.detach().clone()
-        given.setdefault(id(t), nn.Parameter(new) if isinstance(t, nn.Parameter) else new)
-    dup = duplicate(model, given)
-    assert all(named_tensors(dup)[n] is given[id(t)] for n, t in named_tensors(model).items())
-    assert not {id(m) for m in model.modules()} & {id(m) for m in dup.modules()}
-    a, b = (reference.flat(reference.call(m, case.inputs)) for m in (model, dup))
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def test_a_duplicate_keeps_what_refers_to_its_own_parts() -> None:
-    class Cyclic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-            self.parts = [self.conv, {"again": self.conv}]
-            self.config = {"width": 4}
-            self.me = (self,)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert self.parts[0] is self.conv and self.me[0] is self
-            return self.conv(x)
-
-    model = Cyclic()
-    dup = duplicate(model, {})
-    assert dup.parts[0] is dup.conv is dup.parts[1]["again"] is not model.conv  # type: ignore[index]
-    assert dup.me[0] is dup and dup.config is not model.config  # type: ignore[index]
-    dup(IMAGES)
 
 
 def test_slicing_twice_is_slicing_once() -> None:

@@ -1,0 +1,27 @@
+"""The schedule of ResRep in numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import narrower
+from narrower.resrep.schedule import decouples_penalty
+
+
+def test_published_settings_are_those_of_the_paper() -> None:
+    s = narrower.Forgetting.published(391).over(391 * 180, 1000)
+    assert (s.strength, s.warmup_steps, s.mask_interval, s.rows_per_update, s.momentum) == (1e-4, 1955, 200, 4, 0.99)
+    assert (s.forget_steps, s.threshold) == (0, 1e-5)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_chosen_row_goes_from_one_to_zero_in_forget_steps(decoupled: bool) -> None:
+    settings = narrower.Forgetting(forget_steps=50, momentum=0.0).over(1000, 100)
+    _, fast = settings.pulls(0.01, 0.0, decoupled)
+    assert 50 * fast * (1.0 if decoupled else 0.01) == pytest.approx(1)
+
+
+def test_the_penalty_is_decoupled_for_adaptive_optimizers_only() -> None:
+    w = [torch.nn.Parameter(torch.zeros(1))]
+    assert not decouples_penalty(torch.optim.SGD(w)) and decouples_penalty(torch.optim.AdamW(w))
