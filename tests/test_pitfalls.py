@@ -167,7 +167,7 @@ def test_a_trace_is_two_forwards_at_any_depth() -> None:
 
 @pytest.mark.parametrize("name", ["view_2_half", "view_half_2"])
 def test_views_into_two_and_c_narrow_exactly(name: str) -> None:
-    narrowed(TRAPS[name][0]())
+    narrowed(TRAPS[name].make())
     graph, _ = narrowed(PATTERNS["selective"].make())
     assert all(g.free for g in graph if "fc" not in g.name)
 

@@ -72,15 +72,12 @@ def test_option_a_pins_the_padded_channels_and_couples_the_rest() -> None:
 
 @pytest.mark.parametrize("name", TRAPS)
 def test_trap_is_pinned_with_a_reason_or_narrows_exactly(name: str) -> None:
-    make, reason = TRAPS[name]
-    model = make()
+    model = TRAPS[name].make()
     graph = narrower.trace(model, IMAGES)
-    pinned = [g for g in graph if g.pinned and "network output" not in str(g.pinned)]
-    if reason is None:
-        assert not pinned, f"should be free: {pinned[0].pinned}"
-    elif pinned and reason:
-        assert any(re.search(reason, str(g.pinned)) for g in pinned), [g.pinned for g in pinned]
-    assert graph.free
+    assert {g.name: g.size for g in graph.free} == TRAPS[name].free
+    pinned = {g.name: g.pinned for g in graph if g.pinned and g.pinned.code != "output"}
+    assert {n: reason.code for n, reason in pinned.items()} == TRAPS[name].pinned, pinned
+    assert not pinned or any(re.search(TRAPS[name].text, str(reason)) for reason in pinned.values()), pinned
     for kind in range(4):
         plan = narrower.plan(graph, scores(graph, kind), remove=0.5 - 0.06 * kind)
         assert removed(plan)
@@ -88,9 +85,9 @@ def test_trap_is_pinned_with_a_reason_or_narrows_exactly(name: str) -> None:
         narrower.verify(model, narrower.narrow(model, plan), plan, IMAGES)
 
 
-@pytest.mark.parametrize("name", [n for n, (_, reason) in TRAPS.items() if reason is not None])
+@pytest.mark.parametrize("name", [n for n, case in TRAPS.items() if case.pinned])
 def test_the_reason_names_the_place(name: str) -> None:
-    graph = narrower.trace(TRAPS[name][0](), IMAGES)
+    graph = narrower.trace(TRAPS[name].make(), IMAGES)
     for g in graph:
         if g.pinned is not None and g.pinned.code != "output":
             assert re.search(r"trick|stem|networks\.py:\d+", str(g.pinned)), g.pinned

@@ -74,7 +74,7 @@ def test_merged_is_trained(name: str, scope: str) -> None:
 
 @pytest.mark.parametrize("name", TRAPS)
 def test_no_trap_is_merged_wrongly(name: str) -> None:
-    examined(TRAPS[name][0], networks.images(), "all", 0.9)
+    examined(TRAPS[name].make, networks.images(), "all", 0.9)
 
 
 COMPACTED = {"plain": 3, "residual": 4, "option_a": 2, "dense": 5, "inception": 6, "depthwise": 2, "grouped": 3,

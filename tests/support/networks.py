@@ -5,7 +5,8 @@ Widths are odd sizes that differ from each other, so that a wrong index shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -687,137 +688,192 @@ def channels_to_batch(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(x.reshape(b * c, 1, h, w), kernel, padding=1).view(b, c, h, w)
 
 
-# What each does to the 12 channels of the stem. The reason of the pin must match the expression; None: it must narrow.
-TRAPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
-    "view_2_half": (lambda: Trap(outer_halves, 6), None),
-    "view_half_2": (lambda: Trap(inner_halves, 6, pair=torch.randn(2)), None),
-    "shuffle_by_3": (lambda: Trap(lambda m, x: shuffle(x, 3)), None),
-    "shuffle_fixed_width": (
-        lambda: Trap(lambda m, x: x.view(len(x), 2, 6, 8, 8).transpose(1, 2).reshape(len(x), 12, 8, 8)), "fails when narrow"),
-    "hard_coded_view": (HardCoded, "HardCoded"),
-    "split_by_numbers": (lambda: Trap(lambda m, x: torch.cat([x.split([5, 7], 1)[1].relu(), x.split([5, 7], 1)[0]], 1)),
-                         "split"),
-    "slices_by_numbers": (lambda: Trap(lambda m, x: torch.cat([x[:, 7:], x[:, :7] * 2], 1)), "."),
-    "first_three": (lambda: Trap(lambda m, x: x[:, :3], 3), "."),
-    "one_channel": (lambda: Trap(lambda m, x: x[:, 3:4] * x), "."),
-    "selected_channel": (lambda: Trap(lambda m, x: x[:, 3].unsqueeze(1) + x), "one channel"),
-    "odd_channels": (lambda: Trap(lambda m, x: x[:, 1::2], 6), "."),
-    "picked_by_list": (lambda: Trap(lambda m, x: x[:, [3, 1, 2, 0]], 4), "index"),
-    "picked_by_buffer": (lambda: Trap(lambda m, x: x.index_select(1, m.order), order=torch.randperm(12)), "index"),
-    "constant_added": (lambda: Trap(lambda m, x: x + m.offset, offset=torch.randn(1, 12, 1, 1)), None),
-    "constant_made": (lambda: Trap(lambda m, x: x + torch.arange(12.0, dtype=x.dtype).view(1, 12, 1, 1)), "cannot shrink"),
-    "mask_made": (lambda: Trap(lambda m, x: x.masked_fill(torch.arange(12).view(1, 12, 1, 1) > 6, 0)), "."),
-    "written_slices": (lambda: Trap(written_slices), "in place"),
-    "scaled_in_place": (lambda: Trap(scaled_in_place), "."),
-    "shifted": (lambda: Trap(shifted), "."),
-    "transpose_added": (lambda: Trap(transpose_added), "."),
-    "flipped": (lambda: Trap(lambda m, x: x + x.flip(1)), None),
-    "rolled": (lambda: Trap(lambda m, x: x * x.roll(1, 1)), "."),
-    "repeated": (lambda: Trap(lambda m, x: x.repeat(1, 2, 1, 1), 24), None),
-    "interleaved": (lambda: Trap(lambda m, x: x.repeat_interleave(2, 1), 24), None),
-    "with_itself": (lambda: Trap(lambda m, x: torch.cat([x, x.relu(), x], 1), 36), None),
-    "zeros_appended": (lambda: Trap(lambda m, x: torch.cat([x, torch.zeros_like(x[:, :4])], 1), 16), "."),
-    "space_to_batch": (lambda: Trap(spatial_to_batch), None),
-    "channels_to_batch": (lambda: Trap(channels_to_batch), None),
-    "einsum_gate": (lambda: Trap(lambda m, x: torch.einsum("bchw,bc->bchw", x, x.mean((2, 3)))), None),
-    "sorted": (lambda: Trap(lambda m, x: x.sort(1).values), "sort"),
-    "cosine": (lambda: Trap(lambda m, x: x * F.cosine_similarity(x, x.roll(1, 2), dim=2).unsqueeze(2)), None),
-    "complex": (lambda: Trap(lambda m, x: torch.fft.rfft2(x).abs()), "fft"),
-    "half_activated": (lambda: Trap(half_activated), "."),
-    "uneven_chunks": (lambda: Trap(uneven_chunks), "."),
-    "split_by_size": (lambda: Trap(split_by_size), "."),
-    "half_mask": (lambda: Trap(half_mask), "."),
-    "every_second_mask": (lambda: Trap(every_second_mask), "."),
-    "filled": (lambda: Trap(filled), "."),
-    "pixels_by_width": (lambda: Trap(pixels_by_width), "."),
-    "pooled_by_width": (lambda: Trap(pooled_by_width), "."),
-    "branch_by_width": (lambda: Trap(branch_by_width), "."),
-    "scaled_by_width": (lambda: Trap(lambda m, x: x * x.shape[1] ** -0.5), "."),
-    "divided_by_width": (lambda: Trap(lambda m, x: torch.tanh(x / x.shape[1])), "."),
-    "summed_then_divided": (lambda: Trap(lambda m, x: x + x.sum((2, 3), keepdim=True) / x.shape[1]), "."),
-    "loop_by_width": (lambda: Trap(loop_by_width), "."),
-    "one_by_one": (lambda: Trap(one_by_one), "."),
-    "made_by_cumsum": (lambda: Trap(sums_by_cumsum), "."),
-    "made_by_linspace": (
-        lambda: Trap(lambda m, x: x * torch.linspace(0, 1, x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)), "."),
-    "index_filled": (lambda: Trap(index_filled), "."),
-    "index_put": (lambda: Trap(index_put), "."),
-    "lower_triangle": (lambda: Trap(masked_by_itself), "."),
-    "even_summed": (lambda: Trap(even_summed), "."),
-    "sum_of_ones": (lambda: Trap(lambda m, x: x.tanh() * torch.ones(x.shape[1], dtype=x.dtype).sum()), "."),
-    "norm_of_ones": (lambda: Trap(lambda m, x: x.tanh() / torch.ones(x.shape[1], dtype=x.dtype).norm()), "."),
-    "full_of_width": (lambda: Trap(lambda m, x: x.tanh() / torch.full((1,), float(x.shape[1]), dtype=x.dtype)), "."),
-    "tensor_of_width": (lambda: Trap(lambda m, x: x.tanh() / torch.sqrt(torch.tensor(float(x.shape[1])))), "."),
-    "new_tensor_of_width": (lambda: Trap(lambda m, x: x.tanh() / x.new_tensor(x.shape[1])), "."),
-    "power_of_width": (lambda: Trap(lambda m, x: x.abs().add(1) ** (1 / x.shape[1])), "."),
-    "clamped_by_width": (lambda: Trap(lambda m, x: x.clamp(max=x.shape[1] / 24)), "."),
-    "rolled_flat": (lambda: Trap(lambda m, x: x + x.roll(1)), "."),
-    "rolled_by_width": (lambda: Trap(lambda m, x: x + x.roll(x.shape[1] // 4, 2)), "."),
-    "even_channels": (lambda: Trap(lambda m, x: x[:, ::2], 6), "."),
-    "every_second_turn": (lambda: Trap(accumulated), "."),
-    "last_four": (lambda: Trap(lambda m, x: x[:, -4:], 4), "."),
-    "padded_and_cut": (lambda: Trap(lambda m, x: F.pad(x, (0, 0, 0, 0, 2, -2))), "."),
-    "padded_by_width": (lambda: Trap(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, x.shape[1] // 2)), 18), "."),
-    "doubled_and_cut": (lambda: Trap(lambda m, x: torch.cat([x, x], 1)[:, 6:18]), "."),
-    "meshed": (lambda: Trap(lambda m, x: torch.cat([x, torch.linspace(-1, 1, 8).view(1, 1, 1, 8).expand(len(x), 1, 8, 8)
-                                                    .to(x.dtype)], 1), 13), "."),
-    "looked_up": (lambda: Trap(lambda m, x: x * m.table(torch.arange(2)).sum(0).view(1, -1, 1, 1), table=nn.Embedding(5, 12)),
-                  None),
-    "looked_up_by_channel": (
-        lambda: Trap(lambda m, x: x * m.table(torch.arange(x.shape[1])).view(1, -1, 1, 1), table=nn.Embedding(12, 1)), "."),
-    "blurred": (lambda: Trap(blurred, kernel=torch.rand(1, 1, 3, 3)), "."),
-    "blurred_by_buffer": (
+class TrapCase(NamedTuple):
+    """A network with a trap, the groups that must be free, with their sizes, and why others are pinned (`PinReason.code`).
+
+    `text`: an expression that one of the reasons matches. The groups of the network's outputs are not listed.
+    """
+
+    make: Callable[[], nn.Module]
+    free: dict[str, int]
+    pinned: Mapping[str, str] = MappingProxyType({})
+    text: str = ""
+
+
+NEXT = {"next.0": 9}
+BOTH = {"stem.0": 12, **NEXT}
+
+# What each does to the 12 channels of the stem.
+TRAPS: dict[str, TrapCase] = {
+    "view_2_half": TrapCase(lambda: Trap(outer_halves, 6), {"stem.0": 6, "next.0": 9}),
+    "view_half_2": TrapCase(lambda: Trap(inner_halves, 6, pair=torch.randn(2)), {"stem.0": 6, "next.0": 9}),
+    "shuffle_by_3": TrapCase(lambda: Trap(lambda m, x: shuffle(x, 3)), {"stem.0": 4, "next.0": 9}),
+    "shuffle_fixed_width": TrapCase(
+        lambda: Trap(lambda m, x: x.view(len(x), 2, 6, 8, 8).transpose(1, 2).reshape(len(x), 12, 8, 8)),
+        NEXT, {"stem.0": "fails"}, "fails when narrow"),
+    "hard_coded_view": TrapCase(HardCoded, {"stem.0": 10}, {"last.0": "differs"}, "HardCoded"),
+    "split_by_numbers": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat([x.split([5, 7], 1)[1].relu(), x.split([5, 7], 1)[0]], 1)),
+        NEXT, {"stem.0": "fails"}, "split"),
+    "slices_by_numbers": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat([x[:, 7:], x[:, :7] * 2], 1)), NEXT, {"stem.0": "differs"}),
+    "first_three": TrapCase(lambda: Trap(lambda m, x: x[:, :3], 3), {"stem.0#2": 9, "next.0": 9}, {"stem.0": "differs"}),
+    "one_channel": TrapCase(lambda: Trap(lambda m, x: x[:, 3:4] * x), NEXT, {"stem.0": "together"}),
+    "selected_channel": TrapCase(lambda: Trap(lambda m, x: x[:, 3].unsqueeze(1) + x), NEXT, {"stem.0": "index"}, "one channel"),
+    "odd_channels": TrapCase(lambda: Trap(lambda m, x: x[:, 1::2], 6), NEXT, {"stem.0": "index", "stem.0#2": "index"}),
+    "picked_by_list": TrapCase(lambda: Trap(lambda m, x: x[:, [3, 1, 2, 0]], 4), NEXT, {"stem.0": "index"}, "index"),
+    "picked_by_buffer": TrapCase(
+        lambda: Trap(lambda m, x: x.index_select(1, m.order), order=torch.randperm(12)), NEXT, {"stem.0": "index"}, "index"),
+    "constant_added": TrapCase(lambda: Trap(lambda m, x: x + m.offset, offset=torch.randn(1, 12, 1, 1)), BOTH),
+    "constant_made": TrapCase(
+        lambda: Trap(lambda m, x: x + torch.arange(12.0, dtype=x.dtype).view(1, 12, 1, 1)),
+        NEXT, {"stem.0": "operand"}, "cannot shrink"),
+    "mask_made": TrapCase(
+        lambda: Trap(lambda m, x: x.masked_fill(torch.arange(12).view(1, 12, 1, 1) > 6, 0)), NEXT, {"stem.0": "operand"}),
+    "written_slices": TrapCase(lambda: Trap(written_slices), NEXT, {"stem.0": "position"}, "in place"),
+    "scaled_in_place": TrapCase(lambda: Trap(scaled_in_place), {"stem.0#2": 8, "next.0": 9}, {"stem.0": "position"}),
+    "shifted": TrapCase(lambda: Trap(shifted), NEXT, {"stem.0": "differs"}),
+    "transpose_added": TrapCase(lambda: Trap(transpose_added), NEXT, {"stem.0": "operand"}),
+    "flipped": TrapCase(lambda: Trap(lambda m, x: x + x.flip(1)), {"stem.0": 6, "next.0": 9}),
+    "rolled": TrapCase(lambda: Trap(lambda m, x: x * x.roll(1, 1)), NEXT, {"stem.0": "together"}),
+    "repeated": TrapCase(lambda: Trap(lambda m, x: x.repeat(1, 2, 1, 1), 24), BOTH),
+    "interleaved": TrapCase(lambda: Trap(lambda m, x: x.repeat_interleave(2, 1), 24), BOTH),
+    "with_itself": TrapCase(lambda: Trap(lambda m, x: torch.cat([x, x.relu(), x], 1), 36), BOTH),
+    "zeros_appended": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat([x, torch.zeros_like(x[:, :4])], 1), 16),
+        {"stem.0#2": 8, "next.0": 9}, {"stem.0": "differs"}),
+    "space_to_batch": TrapCase(lambda: Trap(spatial_to_batch), BOTH),
+    "channels_to_batch": TrapCase(lambda: Trap(channels_to_batch), BOTH),
+    "einsum_gate": TrapCase(lambda: Trap(lambda m, x: torch.einsum("bchw,bc->bchw", x, x.mean((2, 3)))), BOTH),
+    "sorted": TrapCase(lambda: Trap(lambda m, x: x.sort(1).values), NEXT, {"stem.0": "operator"}, "sort"),
+    "cosine": TrapCase(lambda: Trap(lambda m, x: x * F.cosine_similarity(x, x.roll(1, 2), dim=2).unsqueeze(2)), BOTH),
+    "complex": TrapCase(lambda: Trap(lambda m, x: torch.fft.rfft2(x).abs()), NEXT, {"stem.0": "operator"}, "fft"),
+    "half_activated": TrapCase(lambda: Trap(half_activated), NEXT, {"stem.0": "differs"}),
+    "uneven_chunks": TrapCase(lambda: Trap(uneven_chunks), BOTH),
+    "split_by_size": TrapCase(lambda: Trap(split_by_size), NEXT, {"stem.0": "differs"}),
+    "half_mask": TrapCase(lambda: Trap(half_mask), NEXT, {"stem.0": "operand"}),
+    "every_second_mask": TrapCase(lambda: Trap(every_second_mask), NEXT, {"stem.0": "index"}),
+    "filled": TrapCase(lambda: Trap(filled), NEXT, {"stem.0": "differs"}),
+    "pixels_by_width": TrapCase(lambda: Trap(pixels_by_width), NEXT, {"stem.0": "differs"}),
+    "pooled_by_width": TrapCase(lambda: Trap(pooled_by_width), NEXT, {"stem.0": "differs"}),
+    "branch_by_width": TrapCase(lambda: Trap(branch_by_width), NEXT, {"stem.0": "differs"}),
+    "scaled_by_width": TrapCase(lambda: Trap(lambda m, x: x * x.shape[1] ** -0.5), NEXT, {"stem.0": "differs"}),
+    "divided_by_width": TrapCase(lambda: Trap(lambda m, x: torch.tanh(x / x.shape[1])), NEXT, {"stem.0": "differs"}),
+    "summed_then_divided": TrapCase(
+        lambda: Trap(lambda m, x: x + x.sum((2, 3), keepdim=True) / x.shape[1]), NEXT, {"stem.0": "differs"}),
+    "loop_by_width": TrapCase(lambda: Trap(loop_by_width), NEXT, {"stem.0": "differs"}),
+    "one_by_one": TrapCase(lambda: Trap(one_by_one), NEXT, {"stem.0": "together"}),
+    "made_by_cumsum": TrapCase(lambda: Trap(sums_by_cumsum), NEXT, {"stem.0": "operand"}),
+    "made_by_linspace": TrapCase(
+        lambda: Trap(lambda m, x: x * torch.linspace(0, 1, x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)),
+        NEXT, {"stem.0": "operand"}),
+    "index_filled": TrapCase(lambda: Trap(index_filled), NEXT, {"stem.0": "operand"}),
+    "index_put": TrapCase(lambda: Trap(index_put), NEXT, {"stem.0": "operand"}),
+    "lower_triangle": TrapCase(lambda: Trap(masked_by_itself), NEXT, {"stem.0": "operand"}),
+    "even_summed": TrapCase(lambda: Trap(even_summed), NEXT, {"stem.0": "differs"}),
+    "sum_of_ones": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() * torch.ones(x.shape[1], dtype=x.dtype).sum()), NEXT, {"stem.0": "differs"}),
+    "norm_of_ones": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() / torch.ones(x.shape[1], dtype=x.dtype).norm()), NEXT, {"stem.0": "differs"}),
+    "full_of_width": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() / torch.full((1,), float(x.shape[1]), dtype=x.dtype)), NEXT, {"stem.0": "differs"}),
+    "tensor_of_width": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() / torch.sqrt(torch.tensor(float(x.shape[1])))), NEXT, {"stem.0": "differs"}),
+    "new_tensor_of_width": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() / x.new_tensor(x.shape[1])), NEXT, {"stem.0": "differs"}),
+    "power_of_width": TrapCase(lambda: Trap(lambda m, x: x.abs().add(1) ** (1 / x.shape[1])), NEXT, {"stem.0": "differs"}),
+    "clamped_by_width": TrapCase(lambda: Trap(lambda m, x: x.clamp(max=x.shape[1] / 24)), NEXT, {"stem.0": "differs"}),
+    "rolled_flat": TrapCase(lambda: Trap(lambda m, x: x + x.roll(1)), NEXT, {"stem.0": "operator"}),
+    "rolled_by_width": TrapCase(lambda: Trap(lambda m, x: x + x.roll(x.shape[1] // 4, 2)), NEXT, {"stem.0": "differs"}),
+    "even_channels": TrapCase(lambda: Trap(lambda m, x: x[:, ::2], 6), NEXT, {"stem.0": "index", "stem.0#2": "index"}),
+    "every_second_turn": TrapCase(lambda: Trap(accumulated), NEXT, {"stem.0": "index"}),
+    "last_four": TrapCase(lambda: Trap(lambda m, x: x[:, -4:], 4), {"stem.0": 8, "next.0": 9}, {"stem.0#2": "differs"}),
+    "padded_and_cut": TrapCase(
+        lambda: Trap(lambda m, x: F.pad(x, (0, 0, 0, 0, 2, -2))), {"stem.0": 10, "next.0": 9}, {"stem.0#2": "differs"}),
+    "padded_by_width": TrapCase(
+        lambda: Trap(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, x.shape[1] // 2)), 18), NEXT, {"stem.0": "differs"}),
+    "doubled_and_cut": TrapCase(lambda: Trap(lambda m, x: torch.cat([x, x], 1)[:, 6:18]), NEXT, {"stem.0": "differs"}),
+    "meshed": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat([x, torch.linspace(-1, 1, 8).view(1, 1, 1, 8).expand(len(x), 1, 8, 8)
+                                             .to(x.dtype)], 1), 13), BOTH),
+    "looked_up": TrapCase(
+        lambda: Trap(lambda m, x: x * m.table(torch.arange(2)).sum(0).view(1, -1, 1, 1), table=nn.Embedding(5, 12)), BOTH),
+    "looked_up_by_channel": TrapCase(
+        lambda: Trap(lambda m, x: x * m.table(torch.arange(x.shape[1])).view(1, -1, 1, 1), table=nn.Embedding(12, 1)),
+        NEXT, {"stem.0": "operand"}),
+    "blurred": TrapCase(lambda: Trap(blurred, kernel=torch.rand(1, 1, 3, 3)), NEXT, {"stem.0": "operand"}),
+    "blurred_by_buffer": TrapCase(
         lambda: Trap(lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=len(m.kernel)), kernel=torch.rand(12, 1, 3, 3)),
-        None),
-    "conditional": (
-        lambda: Trap(conditional, 7, route=nn.Linear(12, 3), experts=nn.Parameter(torch.randn(3, 7, 12, 3, 3))), "."),
-    "circular": (lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="circular")), "."),
-    "reflected": (lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="reflect")), None),
-    "channel_shuffle_module": (lambda: chain(unit(3, 12), nn.ChannelShuffle(3), unit(12, 9), Head(9)), "."),
-    "batch_statistics": (
-        lambda: chain(unit(3, 12), nn.BatchNorm2d(12, track_running_stats=False), unit(12, 9), Head(9)), None),
-    "norm_of_vectors": (
-        lambda: chain(unit(3, 12), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 5)), None),
-    "tensordot": (lambda: Trap(lambda m, x: torch.tensordot(x, m.fc.weight, ([1], [1])).permute(0, 3, 1, 2), 7,
-                               fc=nn.Linear(12, 7, bias=False)), None),
-    "above_the_median": (lambda: Trap(above_the_median), "."),
-    "dropped_channels": (lambda: chain(unit(3, 12), nn.Dropout2d(0.2), nn.AlphaDropout(0.1), unit(12, 9), Head(9)), None),
-    "modulated": (
-        lambda: Trap(modulated, 7, style=nn.Linear(12, 12), weight=nn.Parameter(torch.randn(1, 7, 12, 3, 3))), None),
-    "own_statistics": (lambda: Trap(own_statistics, mean=torch.zeros(12)), None),
-    "view_minus_one_4": (lambda: Trap(lambda m, x: x.view(len(x), -1, 4, 8, 8).sum(2), 3), None),
-    "view_4_minus_one": (lambda: Trap(lambda m, x: x.view(len(x), 4, -1, 8, 8).sum(1), 3), None),
-    "softmax_of_pairs": (
-        lambda: Trap(lambda m, x: x.view(len(x), -1, 2, 8, 8).softmax(2).reshape(len(x), -1, 8, 8)), None),
-    "instance_norm": (lambda: chain(unit(3, 12), nn.InstanceNorm2d(12, affine=True), unit(12, 9), Head(9)), None),
-    "instance_statistics": (
-        lambda: chain(unit(3, 12), nn.InstanceNorm2d(12, affine=True, track_running_stats=True), Head(12)), None),
-    "channels_last_flatten": (
-        lambda: Trap(lambda m, x: m.fc(x.permute(0, 2, 3, 1).flatten(1))[:, :, None, None], 6, fc=nn.Linear(768, 6)), None),
-    "rows_of_channels": (
+        BOTH),
+    "conditional": TrapCase(
+        lambda: Trap(conditional, 7, route=nn.Linear(12, 3), experts=nn.Parameter(torch.randn(3, 7, 12, 3, 3))),
+        {"trick.route": 3, "next.0": 9},
+        {"stem.0": "differs", "trick": "differs", "trick#2": "position", "trick#3": "position"}),
+    "circular": TrapCase(
+        lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="circular")),
+        {"trick.conv": 7, "next.0": 9}, {"stem.0": "position"}),
+    "reflected": TrapCase(
+        lambda: Trap(lambda m, x: m.conv(x), 7, conv=nn.Conv2d(12, 7, 3, padding=1, padding_mode="reflect")),
+        {"stem.0": 12, "trick.conv": 7, "next.0": 9}),
+    "channel_shuffle_module": TrapCase(
+        lambda: chain(unit(3, 12), nn.ChannelShuffle(3), unit(12, 9), Head(9)), {"0.0": 4, "2.0": 9}),
+    "batch_statistics": TrapCase(
+        lambda: chain(unit(3, 12), nn.BatchNorm2d(12, track_running_stats=False), unit(12, 9), Head(9)), {"0.0": 12, "2.0": 9}),
+    "norm_of_vectors": TrapCase(
+        lambda: chain(unit(3, 12), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 5)), {"0.0": 12}),
+    "tensordot": TrapCase(
+        lambda: Trap(lambda m, x: torch.tensordot(x, m.fc.weight, ([1], [1])).permute(0, 3, 1, 2), 7,
+                     fc=nn.Linear(12, 7, bias=False)), {"stem.0": 12, "trick.fc": 7, "next.0": 9}),
+    "above_the_median": TrapCase(lambda: Trap(above_the_median), NEXT, {"stem.0": "operator"}),
+    "dropped_channels": TrapCase(
+        lambda: chain(unit(3, 12), nn.Dropout2d(0.2), nn.AlphaDropout(0.1), unit(12, 9), Head(9)), {"0.0": 12, "3.0": 9}),
+    "modulated": TrapCase(
+        lambda: Trap(modulated, 7, style=nn.Linear(12, 12), weight=nn.Parameter(torch.randn(1, 7, 12, 3, 3))),
+        {"stem.0": 12, "trick": 7, "next.0": 9}),
+    "own_statistics": TrapCase(lambda: Trap(own_statistics, mean=torch.zeros(12)), BOTH),
+    "view_minus_one_4": TrapCase(lambda: Trap(lambda m, x: x.view(len(x), -1, 4, 8, 8).sum(2), 3), {"stem.0": 3, "next.0": 9}),
+    "view_4_minus_one": TrapCase(lambda: Trap(lambda m, x: x.view(len(x), 4, -1, 8, 8).sum(1), 3), {"stem.0": 3, "next.0": 9}),
+    "softmax_of_pairs": TrapCase(
+        lambda: Trap(lambda m, x: x.view(len(x), -1, 2, 8, 8).softmax(2).reshape(len(x), -1, 8, 8)),
+        {"stem.0": 6, "next.0": 9}),
+    "instance_norm": TrapCase(
+        lambda: chain(unit(3, 12), nn.InstanceNorm2d(12, affine=True), unit(12, 9), Head(9)), {"0.0": 12, "2.0": 9}),
+    "instance_statistics": TrapCase(
+        lambda: chain(unit(3, 12), nn.InstanceNorm2d(12, affine=True, track_running_stats=True), Head(12)), {"0.0": 12}),
+    "channels_last_flatten": TrapCase(
+        lambda: Trap(lambda m, x: m.fc(x.permute(0, 2, 3, 1).flatten(1))[:, :, None, None], 6, fc=nn.Linear(768, 6)),
+        {"stem.0": 12, "trick.fc": 6, "next.0": 9}),
+    "rows_of_channels": TrapCase(
         lambda: Trap(lambda m, x: m.fc(x.transpose(1, 2).reshape(len(x), 8, -1)).transpose(1, 2).unsqueeze(3), 6,
-                     fc=nn.Linear(96, 6)), None),
-    "sliced_weight": (
-        lambda: Trap(lambda m, x: F.conv2d(x, m.conv.weight[:9, :12]), 9, conv=nn.Conv2d(16, 14, 1, bias=False)), "."),
-    "einsum_weight": (
-        lambda: Trap(lambda m, x: torch.einsum("bchw,dc->bdhw", x, m.fc.weight), 7, fc=nn.Linear(12, 7, bias=False)), None),
-    "positions": (lambda: Trap(lambda m, x: x + m.table, table=torch.randn(1, 12, 8, 8)), None),
-    "unfolded": (lambda: Trap(lambda m, x: F.unfold(x, 3, padding=1).view(len(x), 108, 8, 8), 108), "im2col"),
-    "lstm": (lambda: Trap(lambda m, x: m.rnn(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unsqueeze(3), 7,
-                          rnn=nn.LSTM(12, 7, batch_first=True)), "."),
-    "gathered": (lambda: Trap(lambda m, x: x.gather(1, x.argsort(1))), "."),
-    "topk": (lambda: Trap(lambda m, x: x.topk(6, 1).values, 6), "topk"),
-    "scattered": (lambda: Trap(lambda m, x: torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x), "."),
-    "bilinear": (
+                     fc=nn.Linear(96, 6)), {"stem.0": 12, "trick.fc": 6, "next.0": 9}),
+    "sliced_weight": TrapCase(
+        lambda: Trap(lambda m, x: F.conv2d(x, m.conv.weight[:9, :12]), 9, conv=nn.Conv2d(16, 14, 1, bias=False)),
+        NEXT, {"stem.0": "differs"}),
+    "einsum_weight": TrapCase(
+        lambda: Trap(lambda m, x: torch.einsum("bchw,dc->bdhw", x, m.fc.weight), 7, fc=nn.Linear(12, 7, bias=False)),
+        {"stem.0": 12, "trick.fc": 7, "next.0": 9}),
+    "positions": TrapCase(lambda: Trap(lambda m, x: x + m.table, table=torch.randn(1, 12, 8, 8)), BOTH),
+    "unfolded": TrapCase(
+        lambda: Trap(lambda m, x: F.unfold(x, 3, padding=1).view(len(x), 108, 8, 8), 108),
+        NEXT, {"stem.0": "operator"}, "im2col"),
+    "lstm": TrapCase(
+        lambda: Trap(lambda m, x: m.rnn(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unsqueeze(3), 7,
+                     rnn=nn.LSTM(12, 7, batch_first=True)), NEXT, {"stem.0": "fails", "trick.rnn": "operator"}),
+    "gathered": TrapCase(lambda: Trap(lambda m, x: x.gather(1, x.argsort(1))), NEXT, {"stem.0": "operator"}),
+    "topk": TrapCase(lambda: Trap(lambda m, x: x.topk(6, 1).values, 6), NEXT, {"stem.0": "operator"}, "topk"),
+    "scattered": TrapCase(
+        lambda: Trap(lambda m, x: torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x),
+        NEXT, {"stem.0": "operator"}),
+    "bilinear": TrapCase(
         lambda: Trap(lambda m, x: m.both(x.mean((2, 3)), x.amax((2, 3)))[:, :, None, None], 6, both=nn.Bilinear(12, 12, 6)),
-        "trilinear"),
-    "checkpointed": (
+        NEXT, {"stem.0": "operator"}, "trilinear"),
+    "checkpointed": TrapCase(
         lambda: Trap(lambda m, x: checkpoint.checkpoint(m.inner, x, use_reentrant=False), 7, inner=unit(12, 7)),
-        None),
-    "training_only": (TrainingOnly, None),
-    "tied_fault": (TiedFault, "TiedFault"),
-    "own_weights": (OwnWeights, None),
-    "branching": (Branching, None),
+        {"stem.0": 12, "trick.inner.0": 7, "next.0": 9}),
+    "training_only": TrapCase(TrainingOnly, {"stem.0": 12, "next.0": 9, "aux.0": 8}),
+    "tied_fault": TrapCase(TiedFault, {"stem.0": 12, "b.0": 6, "grouped.0": 8}, {"a.0": "differs"}, "TiedFault"),
+    "own_weights": TrapCase(OwnWeights, {"weight": 9, "stem.0": 12}),
+    "branching": TrapCase(Branching, {"stem.0": 12, "a.0": 9}),
 }
 
 # Layers that mix the channels: inexact, and pinned with allow_inexact=False.

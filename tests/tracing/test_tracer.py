@@ -187,7 +187,7 @@ def test_a_forward_that_asks_for_values_is_run_on_real_tensors() -> None:
 
 @pytest.mark.parametrize("name", ["hard_coded_view", "split_by_numbers", "shuffle_fixed_width"])
 def test_only_the_group_at_fault_is_pinned(name: str) -> None:
-    graph = narrower.trace(TRAPS[name][0](), IMAGES)
+    graph = narrower.trace(TRAPS[name].make(), IMAGES)
     assert len([g for g in graph if g.pinned and "network output" not in str(g.pinned)]) == 1
 
 
