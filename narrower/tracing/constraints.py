@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..graph.types import PinCode, PinReason, Role, Step
-from .interpreter import CARRIED, Event, LabelInterpreter
+from ..surgery.copying import loose_tensors
+from .interpreter import CARRIED, Event, LabelInterpreter, mark_as_given
 from .labels import Axes, Axis, Carried, Ids, Label, PaddingAxis, fibres
 from .operators.data_dependent import Answer
 from .operators.interface import Call, at_channels, free_at, plain, tensors_in
@@ -26,6 +27,7 @@ class ConstraintCollector(LabelInterpreter):
     def __init__(self, model: nn.Module, axes: Axes, view_dims: Mapping[str, int],
                  answers: Sequence[Answer] | None = None) -> None:
         super().__init__(model, axes, answers)
+        mark_as_given(loose_tensors(model))  # once: the probes run the same copy of the model
         self.view_dims = view_dims  # the source line of a view that splits channels -> the dimension that shrinks with them
         self.pairs: list[tuple[Ids, Ids]] = []
         self.ties: list[Ids] = []

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
 from ..inputs import call_model, flatten_tensors
-from ..surgery.copying import loose_tensors
 from ..surgery.walk import modules_of, named_tensors
 from .labels import NOTHING, Axes, Axis, Carried, Ids, Label, along
 from .operators.call_counter import CallCounter
@@ -75,7 +74,6 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         self.tensors: dict[int, str] = {}
         for name, t in self.alive.items():
             self.tensors.setdefault(id(t), name)
-        mark_as_given(loose_tensors(model))
         convolutions = [(n, m) for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)]
         self.conv_groups = {f"{n}.weight".removeprefix("."): m.groups for n, m in convolutions}
         self.counter = CallCounter(self.alive.values())

@@ -28,11 +28,10 @@ class CallCounter:
         """The next call of the forward, with its numbers; to be asked for every call, once."""
         operator = operator_of(func)
         pool = product = -1
-        if operator.is_pooling(args):
+        if operator.pools != "never" and operator.is_pooling(args):
             pool, self.pools = self.pools, self.pools + 1
         if operator.matrix_product and not any(t.untyped_storage()._cdata in self.memory for t in tensors_in(args)[-2:]):
             product, self.products = self.products, self.products + 1
-        call = Call(operator, args, kwargs or {}, self.by_name[operator.name], self.calls, pool, product)
-        self.by_name[operator.name] += 1
-        self.calls += 1
-        return call
+        number, place = self.by_name[operator.name], self.calls
+        self.by_name[operator.name], self.calls = number + 1, place + 1
+        return Call(operator, args, kwargs or {}, number, place, pool, product)
