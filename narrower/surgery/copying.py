@@ -86,9 +86,7 @@ def restore_after(modules: Sequence[nn.Module]) -> Iterator[None]:
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors that modules hold as plain attributes."""
     for m in model.modules():
-        for value in m.__dict__.values():
-            if isinstance(value, Tensor):
-                yield value
+        yield from (v for name, v in m.__dict__.items() if name not in TABLES and isinstance(v, Tensor))
 
 
 CUSTOM = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")

@@ -116,12 +116,15 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
     def note_inputs(self, args: Any) -> None:
         """What the tensors among the arguments carry, and which parameters the forward has used."""
         self.touched = tuple(tensors_in(args))
-        self.given = tuple([getattr(t, CARRIED, None) or self.tensors.get(id(t)) or NOTHING for t in self.touched])
+        given: list[Carried | str] = []
         for t in self.touched:
-            if id(t) in self.tensors:
-                self.seen.add(self.tensors[id(t)])
-            elif t.is_meta and not hasattr(t, CARRIED):
+            carried, name = getattr(t, CARRIED, None), self.tensors.get(id(t))
+            if name is not None:
+                self.seen.add(name)
+            elif carried is None and t.is_meta:
                 raise Unseen("a tensor made without a call")  # PyTorch 2.14: new_tensor on meta tensors
+            given.append(carried or name or NOTHING)
+        self.given = tuple(given)
 
     def output(self, func: Any, call: Call, in_place: bool) -> Any:
         """The output of a call: what a forward on real values gave, or the shape alone, or what PyTorch computes."""

@@ -84,7 +84,7 @@ class Probe(LabelInterpreter):
         ids = self.unit[start:start + self.axes.size[key]]
         stay = self.cuts.get(name, {}).get(dim)
         if stay is not None:
-            ids = np.take_along_axis(ids.reshape(len(stay), -1), stay, axis=1).reshape(-1)
+            ids = ids[stay[0]] if len(stay) == 1 else np.take_along_axis(ids.reshape(len(stay), -1), stay, axis=1).reshape(-1)
         if len(ids) != size * blocks:
             # a depthwise weight: as many blocks as channels are left
             raise self.mismatch(f"{name} has another size when narrow", [ids])

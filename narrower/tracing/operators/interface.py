@@ -179,19 +179,25 @@ def is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
+NUMBERS = {int, float, bool, type(None)}  # isinstance of a Tensor is slow: it asks a metaclass
+
+
 def tensors_in(args: Any) -> list[Tensor]:
+    """The tensors in nested lists and tuples."""
     out: list[Tensor] = []
     for a in args:
-        if isinstance(a, Tensor):
-            out.append(a)
-        elif isinstance(a, (list, tuple)):
+        if type(a) in NUMBERS:
+            continue
+        if isinstance(a, (list, tuple)):
             out += tensors_in(a)
+        elif isinstance(a, Tensor):
+            out.append(a)
     return out
 
 
 def plain(args: Any) -> tuple[Any, ...]:
     """The arguments that are neither tensors nor lists of them."""
-    return tuple(a for a in args if not isinstance(a, Tensor) and not (isinstance(a, (list, tuple)) and tensors_in(a)))
+    return tuple(a for a in args if type(a) in NUMBERS or not tensors_in((a,)))
 
 
 def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim: int, what: str) -> tuple[Label, ...]:
