@@ -1,4 +1,4 @@
-"""recalibrate: BatchNorm statistics renewed from data."""
+"""recalibrate: estimate BatchNorm statistics again from data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .surgery.walk import in_eval_mode
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None = None) -> int:
-    """Renew the running statistics of every BatchNorm as the plain average over `batches` (or the first `images` samples).
+    """Reset the running statistics of every BatchNorm to the average over `batches` (or their first `images` samples).
 
-    A batch is whatever the model takes, or a pair whose first part is. Returns the number of samples used. Raises DataError
-    if there are no batches.
+    A batch is the model's input, or a pair (input, target). Returns the number of samples used. Raises DataError if there are
+    no batches.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:

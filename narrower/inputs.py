@@ -1,4 +1,4 @@
-"""What a model is given and gives back: nested tensors, batches, devices."""
+"""Inputs and outputs of models: nested tensors, batches, devices."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 
 def model_inputs(batch: Any, model: nn.Module) -> Any:
-    """What the model takes of a batch, on its device: the first part of a pair (inputs, targets), or all of it; a pair is both
-    where the model's forward needs two arguments."""
+    """The model's inputs from a batch, on the model's device.
+
+    Of a pair (inputs, targets) it is the first part. A pair of tensors is taken whole if `forward` needs two arguments. Any
+    other batch is taken whole.
+    """
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         needed = [p for p in inspect.signature(model.forward).parameters.values()
                   if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -24,7 +27,7 @@ def model_inputs(batch: Any, model: nn.Module) -> Any:
 
 
 def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
-    """What the model takes of each batch and how many samples that is, up to `images` of them in all."""
+    """The model's inputs from each batch, and their number of samples; at most `images` samples in total."""
     seen = 0
     for batch in batches:
         inputs = model_inputs(batch, model)
@@ -44,7 +47,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def map_tensors(x: Any, f: Callable[[Tensor], Any]) -> Any:
-    """`f` of every tensor in nested tuples, lists and dicts."""
+    """Apply `f` to every tensor in nested tuples, lists and dicts. Other values stay as they are."""
     if isinstance(x, Tensor):
         return f(x)
     if isinstance(x, dict):
@@ -53,7 +56,7 @@ def map_tensors(x: Any, f: Callable[[Tensor], Any]) -> Any:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """The model on a tensor, a tuple of positional or a dict of keyword arguments."""
+    """Call the model with a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
@@ -64,7 +67,7 @@ def shapes_of(x: Any) -> str:
 
 
 def flatten_tensors(x: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists, dicts and dataclasses."""
+    """All tensors in nested tuples, lists, dicts and dataclasses, in order."""
     if isinstance(x, Tensor):
         return [x]
     if isinstance(x, dict):

@@ -1,4 +1,4 @@
-"""measure: multiply-adds, parameters and latency of a module."""
+"""measure: multiply-adds, parameters and latency of a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .tracing.labels import Axes
 
 
 def macs_of(model: nn.Module, example_inputs: Any) -> float:
-    """Multiply-adds of the convolutions and linear layers for one sample (batch norm, activations and attention products
-    are not counted), by the same count as `trace` and `plan`."""
+    """Multiply-adds of convolutions and linear layers for one sample, counted as in `trace` and `plan`.
+
+    BatchNorm, activations and attention products are not counted.
+    """
     for kind in ("meta", "real"):
         staged = stage(model, example_inputs, kind)
         mode = ConstraintCollector(staged.model, Axes(), {})
@@ -34,8 +36,10 @@ def macs_of(model: nn.Module, example_inputs: Any) -> float:
 
 
 def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> dict[str, float]:
-    """{"macs", "params", "latency_ms"}: multiply-adds for one sample, parameters, and the median time of a forward on the
-    example inputs as they are (in eval mode, on the device where they lie), over about `seconds`."""
+    """Returns {"macs", "params", "latency_ms"}: multiply-adds for one sample, number of parameters, milliseconds per forward.
+
+    Latency is the median over about `seconds` of forwards in eval mode, on the example inputs with their batch size and device.
+    """
     times: list[float] = []
     with in_eval_mode(model), torch.inference_mode():
         for _ in range(3):

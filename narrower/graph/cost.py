@@ -1,7 +1,6 @@
-"""Channel counts to multiply-adds and parameters, in closed form.
+"""Multiply-adds and parameters as a function of the groups' widths, in closed form.
 
-The size of every tensor dimension is linear in the numbers of channels that the groups keep, and a cost is a sum over
-tensors of a coefficient times the product of its sizes.
+The size of every tensor dimension is linear in the widths. A cost is a sum over tensors: coefficient * product of sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,11 @@ CostKind = Literal["macs", "params"]
 
 
 class CostModel:
-    """Costs of a graph for given widths (channels kept of each free group, in the order of `graph.free`)."""
+    """Costs of a graph for given widths: the number of kept channels of each free group, in the order of `graph.free`.
+
+    Each row of `per_channel` is one dimension of a tensor: size = fixed + per_channel @ widths. The last row is always 1: it
+    pads tensors with fewer dimensions.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -45,7 +48,7 @@ class CostModel:
 
     @cached_property
     def terms(self) -> dict[CostKind, tuple[np.ndarray, np.ndarray, float]]:
-        """For each cost: the dimension rows of each tensor that can change, coefficients, and what cannot change."""
+        """For each cost: the dimensions (rows) of each tensor that can change, its coefficient, and the constant rest."""
         none = len(self.rows)
         width = max((len(d) for d in self.dims.values()), default=1)
         out: dict[CostKind, tuple[np.ndarray, np.ndarray, float]] = {}
@@ -74,7 +77,7 @@ class CostModel:
         return self.fixed + self.per_channel @ widths
 
     def cost(self, kind: CostKind, widths: np.ndarray) -> float:
-        """The whole cost at these widths: multiply-adds for one sample, or parameters."""
+        """The total cost at these widths: multiply-adds for one sample, or parameters."""
         table, coef, rest = self.terms[kind]
         return rest + float((coef * np.prod(self.sizes(widths)[table], axis=1)).sum())
 
@@ -92,7 +95,7 @@ class CostModel:
 
 
 class RunningCost:
-    """Costs that follow the widths step by step: each step looks only at the tensors that it changes."""
+    """Costs updated step by step. A step recomputes only the tensors that it changes."""
 
     def __init__(self, model: CostModel, kinds: tuple[CostKind, ...]) -> None:
         self.model, self.kinds = model, kinds
@@ -100,13 +103,13 @@ class RunningCost:
         self.sizes = model.sizes(self.widths)
         self.now = {k: model.cost(k, self.widths) for k in kinds}
         self.touched: dict[CostKind, list[np.ndarray]] = {}
-        for k in kinds:  # for each group the rows of the table that it changes
+        for k in kinds:  # the table rows that each group changes
             table, group = np.nonzero((model.per_channel[model.terms[k][0]] != 0).any(axis=1))
             self.touched[k] = np.split(table[np.argsort(group, kind="stable")], np.bincount(
                 group, minlength=len(model.names)).cumsum()[:-1])
 
     def changes(self, step: np.ndarray) -> Iterator[tuple[CostKind, float, np.ndarray, np.ndarray]]:
-        """For each cost what losing `step` channels (by group, most of them zero) saves, and the sizes that it changes."""
+        """For each cost: what removing `step` channels (one entry per group) saves, the dimensions that change, their sizes."""
         groups = np.nonzero(step)[0]
         for k in self.kinds:
             table, coef, _ = self.model.terms[k]
@@ -119,11 +122,11 @@ class RunningCost:
             yield k, float((coef[rows] * (np.prod(before, axis=1) - np.prod(after, axis=1))).sum()), ends, after
 
     def saved(self, step: np.ndarray) -> dict[CostKind, float]:
-        """What losing `step` channels would save."""
+        """What removing `step` channels would save."""
         return {k: value for k, value, *_ in self.changes(step)}
 
     def move(self, step: np.ndarray) -> None:
-        """Lose `step` channels; a negative step takes them back."""
+        """Remove `step` channels. A negative step puts them back."""
         for k, value, ends, after in list(self.changes(step)):
             self.now[k] -= value
             self.sizes[ends] = after

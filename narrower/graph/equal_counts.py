@@ -1,8 +1,8 @@
-"""Equal counts: which numbers of channels can go together.
+"""Equal counts: how many channels can be removed together.
 
-A tie says that several sets of channels must keep equally many. Channels of one group that stand in the same blocks of the
-same ties are interchangeable and form a *cell*; a tie is then a set of linear equations between the numbers of channels
-that the cells lose.
+A tie requires several sets of channels to keep equally many. Channels of one group that are in the same blocks of the same
+ties are interchangeable. They form a *cell*. A tie is then a set of linear equations between the numbers of channels that
+are removed from each cell.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """Cells that ties connect; `equations @ removed == 0` for the numbers of channels that the cells lose."""
+    """Cells connected by ties. `equations @ removed == 0` for the number of channels removed from each cell."""
 
     cells: tuple[Cell, ...]
     equations: np.ndarray
@@ -37,14 +37,14 @@ class Component:
         return np.array([len(c.channels) for c in self.cells])
 
     def removable(self, want: np.ndarray, most: np.ndarray) -> np.ndarray:
-        """Numbers to remove, as near to `want` as the ties allow, from 0 to `most` of each cell."""
+        """The numbers to remove that are nearest to `want` and satisfy the ties, from 0 to `most` for each cell."""
         want = np.minimum(want, most)
         if not len(self.equations) or not (self.equations @ want).any():
             return want
         return nearest_integers(self.equations, want, most)
 
     def moves(self) -> list[np.ndarray]:
-        """The smallest steps that keep all ties: numbers to remove from each cell at once."""
+        """The smallest steps that satisfy all ties. A step is the number of channels to remove from each cell at once."""
         n = len(self.cells)
         if not len(self.equations):
             return list(np.eye(n, dtype=np.int64))
@@ -63,7 +63,7 @@ class Component:
 
 def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray,
                      least: np.ndarray | None = None) -> np.ndarray:
-    """Integers x with equations @ x == 0, least <= x <= most, and the smallest sum of |x - want|; zeros if there are none."""
+    """Minimise sum |x - want| over integers x with equations @ x == 0 and least <= x <= most. Zeros if there is no such x."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     n = len(want)
@@ -89,7 +89,7 @@ KNOWN: WeakKeyDictionary[Graph, list[Component]] = WeakKeyDictionary()
 
 
 def components(graph: Graph, without: Collection[str] = ()) -> list[Component]:
-    """Cells of the free groups (but for those named), joined where a tie connects them."""
+    """The components of the free groups, except the groups named in `without`."""
     if without:
         return find_components(graph, [g for g in graph.free if g.name not in without])
     if graph not in KNOWN:
@@ -98,7 +98,7 @@ def components(graph: Graph, without: Collection[str] = ()) -> list[Component]:
 
 
 def find_components(graph: Graph, chosen: Sequence[ChannelGroup]) -> list[Component]:
-    # channels that stand in the same blocks of the same ties, equally often, have the same sum of the blocks' random numbers
+    # Each block gets a random number. Channels with equal sums over their blocks are in the same blocks, so they share a cell.
     rng = np.random.default_rng(0)
     marks = {g.name: np.zeros(g.size, dtype=np.uint64) for g in chosen}
     for tie in graph.ties:
@@ -133,7 +133,7 @@ def find_components(graph: Graph, chosen: Sequence[ChannelGroup]) -> list[Compon
 
 
 def split_components(cells: list[Cell], equations: Sequence[Mapping[int, float]]) -> list[Component]:
-    """Split cells and equations ({cell: coefficient}) into independent parts."""
+    """Split cells and equations ({cell: coefficient}) into connected components."""
     root = list(range(len(cells)))
 
     def find(k: int) -> int:

@@ -1,4 +1,4 @@
-"""The nouns: what `trace` finds in a network."""
+"""The result of `trace`: the graph, its channel groups, and what else is known of the forward."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Role = Literal["out", "in", "along"]
 
 
 PinCode = Literal[
-    "output",  # the network returns these channels, or the shape of its output depends on them
-    "operand",  # they meet a tensor that cannot shrink: a constant, a buffer, an input
-    "operator",  # an operator that is not known, or in a form that is not known
-    "index",  # single channels are taken by their numbers
-    "position",  # they are laid where they cannot be followed: kernel positions, scattered indices, writes into a part
-    "padding",  # channels of zeros that are there whatever is removed
-    "mixing",  # a layer mixes them in two dimensions, or (allow_inexact=False) at all
-    "together",  # all of them can only go together, or there is one only
-    "fails",  # the forward fails when narrow
-    "differs",  # the narrow forward does something else
+    "output",  # the network returns these channels, or its output shape depends on them
+    "operand",  # they are combined with a tensor that cannot shrink: a constant, a buffer or an input
+    "operator",  # an unknown operator, or an unsupported form of a known one
+    "index",  # the code selects single channels by index
+    "position",  # they move where they cannot be followed: kernel positions, scattered indices, partial writes
+    "padding",  # zero padding: its size does not depend on what is removed
+    "mixing",  # a layer mixes them in two dimensions (with allow_inexact=False: at all)
+    "together",  # they can only be removed all at once, or there is only one
+    "fails",  # the forward fails with fewer channels
+    "differs",  # the forward does something else with fewer channels
 ]
 
 
 @dataclass(frozen=True)
 class PinReason:
-    """Why channels cannot go: a code that decides, a text for people, and the module and source line where it was found."""
+    """Why channels cannot be removed. Programs compare `code`, people read `text`. `where`: module and source line."""
 
     code: PinCode
     text: str
@@ -43,8 +43,8 @@ class PinReason:
 class ChannelMap:
     """Where the channels of one group are along an axis: `channels[n]` occupies `positions[n]`.
 
-    A channel may occupy several positions, or none. The axis is a dimension of an activation, of a tensor (`Slice`), the
-    rows of a compactor, or the numbers that a stored value counts.
+    A channel may occupy several positions, or none. The axis is a dimension of an activation or a tensor (`Slice`), the rows
+    of a compactor, or the range that a stored number counts.
     """
 
     group: str
@@ -56,9 +56,9 @@ class ChannelMap:
 class Slice(ChannelMap):
     """Where the channels of a group are along dimension `dim` of a parameter or buffer.
 
-    `role`: "out" makes the channels, "in" reads them, "along" has one entry for each (BatchNorm, bias, depthwise filters).
-    `blocks`: the number of groups of a grouped convolution that reads other channels in each of them. Positions then count
-    through all of them: block * size + position.
+    `role`: "out" produces the channels, "in" reads them, "along" has one entry per channel (BatchNorm, bias, depthwise
+    filters). `blocks`: the number of groups of a grouped convolution whose groups read different channels. A position is then
+    group * size + position within the group.
     """
 
     tensor: str
@@ -69,11 +69,11 @@ class Slice(ChannelMap):
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that live and die by the same indices.
+    """Channels with shared indices: removing channel k removes it from every slice.
 
-    `pinned` is the reason why none can go, or None. `exact` is False where some layer normalises or pools across the
-    channels: removal then changes that layer by definition (its reference sees the surviving channels only).
-    `layers` names the modules that make the channels; the first names the group.
+    `pinned`: why no channel can be removed, or None. `exact`: False if a layer normalises or pools across the channels.
+    Removal then changes that layer by definition, and `verify` compares with the layer on the surviving channels. `layers`:
+    the modules that produce the channels. The first gives the group its name.
     """
 
     name: str
@@ -85,15 +85,17 @@ class ChannelGroup:
 
     @property
     def free(self) -> bool:
-        """Whether its channels can go."""
+        """Whether its channels can be removed."""
         return self.pinned is None
 
 
 @dataclass(frozen=True, eq=False)
 class MapSource:
-    """Where feature maps can be seen in a forward pass: at the input of the convolution with that weight (or of that number in
-    the forward, if its weight is computed there), or of the pooling of that number. `consumers` counts the convolutions
-    that read them."""
+    """Where to read feature maps in a forward pass: at the input of a convolution or of a pooling.
+
+    `weight`: the convolution's parameter, or the convolution's number in the forward if its weight is computed there, or None
+    for a pooling. `pool`: the pooling's number in the forward. `consumers`: how many convolutions read the maps.
+    """
 
     weight: str | int | None
     pool: int
@@ -103,8 +105,10 @@ class MapSource:
 
 @dataclass(frozen=True, eq=False)
 class Mixer:
-    """A call that mixes channels (a layer norm, a mean over channels): `operator`'s call with that number, dimension
-    `dim` of its input with `size` entries."""
+    """A call that mixes channels, such as a layer norm or a mean over channels.
+
+    It is call number `number` of `operator`. It mixes dimension `dim` of its input, which has `size` entries.
+    """
 
     operator: str
     number: int
@@ -115,9 +119,11 @@ class Mixer:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A product of activations that sums over channels: by its number among all products without a parameter (whether a linear
-    layer is `mm` or `bmm` depends on strides). Its first factor has `members` at the positions of an array of `shape`, which
-    broadcasts to it."""
+    """A matrix product of two activations that sums over channels.
+
+    `number` counts all products without a parameter, `mm` and `bmm` alike: which of them runs depends on strides. `members`
+    are positions in an array of `shape`, which broadcasts to the first factor.
+    """
 
     number: int
     shape: tuple[int, ...]
@@ -126,15 +132,17 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class Tie:
-    """Sets of channels that must keep equally many: each block is {group name: channel indices, with repetition}."""
+    """Sets of channels that must keep equally many. A block is {group name: channel indices, with repetition}."""
 
     blocks: tuple[Mapping[str, np.ndarray], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A number that a module stores (an attribute, or `entry` of a tuple or list), which counts channels: `size` in the
-    dense network, less those of `members` that go."""
+    """A number that a module stores and that counts channels: an attribute, or `entry` of a tuple or list.
+
+    It is `size` in the dense network, minus the removed channels of `members` in the narrow one.
+    """
 
     module: str
     attribute: str
@@ -144,9 +152,12 @@ class Edit:
 
 
 class Step(NamedTuple):
-    """One operator call of the traced forward: activations by number, parameters and buffers by name (None for arguments that
-    are no tensor); the other arguments (`rest` in their order, `options` by keyword); what came out, whether that has
-    channels, and the first module that returned it as it is; whether it is of the train forward."""
+    """One operator call of the traced forward.
+
+    `inputs`: an activation by number, a parameter or buffer by name, None for an argument that is not a tensor. `rest`: the
+    other positional arguments. `options`: keyword arguments. `outputs`: activations by number. `labelled`: whether they have
+    channels. `module`: the first module that returned them unchanged. `training`: whether this is the train forward.
+    """
 
     name: str
     inputs: tuple[int | str | None, ...]
@@ -162,11 +173,10 @@ class Step(NamedTuple):
 class Graph:
     """All channel groups of a network, and the sizes that costs need.
 
-    `shapes` has every parameter and buffer; `uses` the number of times that each element of a convolution or linear
-    weight is used for one sample, so that macs = sum(uses * elements). `computed` names the parameter behind each
-    convolution (by its number in the forward) that does not read one as it is. `steps` are the calls of the forward, in order
-    (of the eval forward, then of the train forward where that was traced too). `edits` are numbers that modules store and that
-    follow the widths. `created` names biases that layers were given since, for constants.
+    `shapes`: of every parameter and buffer. `uses`: how often each element of a convolution or linear weight is used for one
+    sample, so that macs = sum(uses * elements). `computed`: {number of a convolution in the forward: parameter from which its
+    weight is computed}. `steps`: the calls of the eval forward, then of the train forward if it was traced. `edits`: numbers
+    that modules store and that depend on the widths. `created`: biases that were added after tracing, to absorb constants.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -220,7 +230,7 @@ class Graph:
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns under a header: the first and last to the left, numbers to the right."""
+    """Rows as aligned text under a header. The first and last column are left-aligned, the others right-aligned."""
     widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     last = len(widths) - 1
 
@@ -232,4 +242,4 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 class Scores(dict[str, Tensor]):
-    """{group name: Tensor[size]}: one score for each channel of each free group; higher is kept."""
+    """{group name: Tensor[size]}: one score per channel of each free group. High scores are kept."""

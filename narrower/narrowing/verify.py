@@ -1,4 +1,4 @@
-"""verify: is the narrow network the dense one with those channels removed?"""
+"""verify: check that the narrow network computes what the dense one does without the removed channels."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from ..tracing.operators.interface import tensors_in
 
 
 class Verification(NamedTuple):
-    """Largest difference of the outputs, relative to how much the masked dense network's vary over the batch (to the largest
-    of them where there is one sample only, or where it is no more than rounding)."""
+    """`error`: the largest relative difference of the outputs (see `largest_difference`). `tolerance`: what was allowed."""
 
     error: float
     tolerance: float
@@ -41,14 +40,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torc
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, *,
            dtype: torch.dtype | None = torch.float64, tolerance: float | None = None) -> Verification:
-    """Compare `small` with `model` in which nothing reads the removed channels any more, in eval mode.
+    """Compare the outputs of `small` with those of the masked dense network, in eval mode.
 
-    The reference is the dense network with the weights that read removed channels set to zero; layers that mix channels see the
-    surviving ones only. `dtype=None` computes in the model's own. `tolerance` is relative to how much the outputs vary
-    over the batch (to the largest where there is one sample, or where the difference is no more than rounding in float64).
+    The masked dense network is `model` with every weight that reads a removed channel set to zero. Layers that mix channels
+    see only the surviving ones. `dtype`: of the computation; None takes the model's own. `tolerance`: relative to the variation
+    of the outputs over the batch. It is relative to the largest output if there is only one sample, or if the difference is
+    float64 rounding.
 
-    Raises VerifyError if the outputs differ by more (or if rounding alone makes such a difference: nothing can be told then),
-    have other shapes, or are not finite.
+    Raises VerifyError if the outputs differ by more, have other shapes, or are not finite. Also if rounding alone could
+    cause the difference: these inputs then decide nothing.
     """
     kept = Kept(plan.graph, plan.keep)
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -90,7 +90,10 @@ ROUNDING = 2e-13  # of the largest output, in float64
 
 
 def largest_difference(want: Sequence[Tensor], have: Sequence[Tensor]) -> float:
-    """The largest difference: of the largest output where it may be rounding, else of how much outputs vary over the batch."""
+    """The largest difference, divided by the variation of the outputs over the batch.
+
+    Divided by the largest output instead if the outputs do not vary, or if the difference is float64 rounding.
+    """
     worst = 0.0
     for a, b in zip(want, have, strict=True):
         if not a.is_floating_point() or not a.numel():
@@ -121,7 +124,7 @@ def mask_consumers(model: nn.Module, kept: Kept) -> nn.Module:
 
 
 class Survivors(TorchDispatchMode):
-    """Evaluates the calls that mix channels on the surviving channels only, and puts zeros elsewhere."""
+    """Runs calls that mix channels on the surviving channels only, and fills the other channels with zeros."""
 
     def __init__(self, kept: Kept, held: Iterable[Tensor]) -> None:
         super().__init__()
@@ -135,12 +138,12 @@ class Survivors(TorchDispatchMode):
         call = self.counter.count(func, args, kwargs)
         mixer = self.mixers.get((call.name, call.number))
         if call.name == "convolution" and call.number in self.unread:
-            # its weight is computed from one with zeros: the zeros may be gone, so what it reads becomes zero
+            # Its weight is computed from a masked one and may no longer be zero there. So its input is masked.
             gone = torch.as_tensor(self.unread[call.number], device=args[0].device)
             args = (args[0].index_fill(1, gone, 0), *args[1:])
         product = self.products.get(call.product)
         if product is not None:
-            first = len(tensors_in(args)) - 2  # a summand may come before the factors
+            first = len(tensors_in(args)) - 2  # addmm and baddbmm have a summand before the factors
             args = (*args[:first], args[first] * self.left(product, args[first]), *args[first + 1:])
         if mixer is None:
             return func(*args, **(kwargs or {}))
@@ -156,9 +159,9 @@ class Survivors(TorchDispatchMode):
         return (scatter(out[0], x, mixer.dim, stays), *out[1:])
 
     def left(self, product: Product, x: Tensor) -> Tensor:
-        """One where a channel stays, zero where it goes, to be multiplied with the first factor `x`."""
+        """A mask for the first factor `x`: one where a channel stays, zero where it is removed."""
         stays = self.kept.mask_along(product.members, int(np.prod(product.shape))).reshape(product.shape)
-        if len(stays) > 1:  # images times heads: there may be more images now
+        if len(stays) > 1:  # images * heads: the batch may be larger than the traced one
             stays = stays[np.arange(len(x)) % len(stays)]
         return torch.as_tensor(stays, dtype=x.dtype, device=x.device)
 
@@ -167,7 +170,7 @@ class Survivors(TorchDispatchMode):
 
 
 def unread(kept: Kept, weight: str) -> np.ndarray:
-    """The input channels that the narrow convolution with that weight does not have."""
+    """The removed input channels of the convolution with this weight."""
     gone = [~kept.axis_mask(tensor, dim) for (tensor, dim), slices in kept.graph.by_axis.items()
             if tensor == weight and slices[0].role == "in"]
     return np.nonzero(np.concatenate(gone, axis=None))[0] if gone else np.zeros(0, dtype=np.int64)

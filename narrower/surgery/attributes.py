@@ -1,4 +1,4 @@
-"""Numbers that modules store and that follow the widths: read and write them."""
+"""Read and write numbers that modules store and that depend on the widths."""
 
 from __future__ import annotations
 

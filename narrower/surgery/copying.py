@@ -1,4 +1,4 @@
-"""Copies of a model: on meta tensors, with real weights, with other tensors."""
+"""Copy a model: on meta tensors, with its real weights, or with other tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fresh_copy(t: Tensor) -> Tensor:
 
 
 def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    """The tensors of the model, or PlanError if they are not those that were traced."""
+    """The parameters and buffers of the model. Raises PlanError if their names or shapes differ from the traced model."""
     tensors, traced = named_tensors(model), graph.shapes
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
     odd = sorted(n for n in {*shapes, *traced} if shapes.get(n) != traced.get(n))[:3]
@@ -37,7 +37,7 @@ def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
 
 
 class Stage(NamedTuple):
-    """A copy of the model that can be run, its inputs, and its tensors."""
+    """A runnable copy of the model, its inputs, and its tensors by name."""
 
     model: nn.Module
     inputs: Any
@@ -45,7 +45,7 @@ class Stage(NamedTuple):
 
 
 def stage(model: nn.Module, inputs: Any, kind: str) -> Stage:
-    """A copy of `model` on meta tensors, or with its real weights (shared) and buffers (copied)."""
+    """A copy of `model` in eval mode. `kind` "meta": on meta tensors. "real": its weights (shared), its buffers (copied)."""
     memo: dict[int, Tensor] = {}
     for t in (*named_tensors(model).values(), *loose_tensors(model)):
         if kind == "meta":
@@ -61,12 +61,12 @@ def stage(model: nn.Module, inputs: Any, kind: str) -> Stage:
     return Stage(skeleton, given, named_tensors(skeleton))
 
 
-TABLES = frozenset(vars(nn.Module()))  # of every module: parameters, hooks and the like
+TABLES = frozenset(vars(nn.Module()))  # attributes of every module: parameters, hooks and so on
 
 
 @contextmanager
 def restore_after(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """What a forward stores in its modules must not change the next one."""
+    """Restore the attributes and hooks of modules afterwards, so that one forward does not affect the next."""
     before = [(m.__dict__, m.__dict__.copy()) for m in modules]
     kept = [(v, v.copy()) for table, _ in before for k, v in table.items() if type(v) in (dict, list) and k not in TABLES]
     kept += [(hooks, hooks.copy()) for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
@@ -97,11 +97,11 @@ SIMPLE = {*PLAIN}  # the same, for the exact type
 
 
 def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
-    """A deep copy in which the tensors with these ids are replaced and not copied.
+    """A deep copy that uses `tensors` ({id of a tensor: replacement}) in place of these tensors.
 
-    The same as copy.deepcopy with a memo, but several times faster: it copies the tables of a module itself and hands only what
-    is not plain to copy.deepcopy. Modules with a `__deepcopy__` or `__reduce__` of their own go there whole. What modules keep
-    until they are trained, such as tables made of their parameters, the copy has to make anew.
+    Like copy.deepcopy with a memo, but several times faster: it copies the dicts of modules itself and leaves only other
+    objects to copy.deepcopy. Modules with their own `__deepcopy__` or `__reduce__` go to copy.deepcopy whole. Modules that
+    override `train` are switched to train mode and back, so that they drop values cached from the old parameters.
     """
     try:
         new = copy_module(model, dict(tensors))
@@ -120,7 +120,7 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 
 @cache
 def copies_itself(kind: type) -> bool:
-    """Whether a class of modules says itself how it is copied."""
+    """Whether a module class defines its own copying."""
     own = [c for c in kind.__mro__ if c is not object and not c.__module__.startswith("torch.nn.")]
     return any(n in vars(c) for c in own for n in CUSTOM)
 
@@ -145,7 +145,7 @@ def copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if kind is dict or kind is OrderedDict:
         new: Any = kind()
-        if value:  # most tables of a module are empty
+        if value:  # most dicts of a module are empty
             memo[id(value)] = new
             for k, v in value.items():
                 new[k if type(k) in SIMPLE else copy.deepcopy(k, memo)] = v if type(v) in SIMPLE else copy_value(v, memo)

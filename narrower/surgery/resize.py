@@ -1,4 +1,4 @@
-"""Slice tensors, and fit a module to tensors of other shapes."""
+"""Slice tensors, and fit a model to tensors of other shapes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def format_of(t: Tensor) -> torch.memory_format:
 
 
 def slice_tensor(t: Tensor, cut: Cut) -> Tensor:
-    """The part of `t` that stays; same dtype, device and memory format."""
+    """The part of `t` that stays, with the same dtype and device."""
     if t.is_meta:  # only the shape matters
         return torch.empty([cut[d].shape[1] if d in cut else n for d, n in enumerate(t.shape)], dtype=t.dtype, device="meta")
-    # the blocks are parts of the dense dimension 0, so dimensions with several blocks go first
+    # Blocks split the dense dimension 0, so dimensions with several blocks are cut before it changes.
     for dim, positions in sorted(cut.items(), key=lambda item: -len(item[1])):
         index = torch.as_tensor(positions, device=t.device)
         if len(index) == 1:
@@ -37,8 +37,10 @@ def slice_tensor(t: Tensor, cut: Cut) -> Tensor:
 
 
 def mirrored_attributes(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The attributes of a module that repeat the shapes of its tensors, as they should be now; `dense` gives the shapes
-    of its own tensors before."""
+    """The attributes of a module that repeat the shapes of its tensors, with their new values.
+
+    `dense`: the earlier shapes of its own tensors, by attribute name.
+    """
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
     old = dense.get("weight", shape)
@@ -68,7 +70,7 @@ def mirrored_attributes(module: nn.Module, dense: Mapping[str, tuple[int, ...]])
 
 
 def takes_bias(model: nn.Module, weight: str) -> bool:
-    """Whether the layer with this weight has no bias and would use one: torch's own convolutions and linear layers."""
+    """Whether the layer with this weight has no bias and can get one. True for torch's own convolutions and linear layers."""
     owner, _, leaf = weight.rpartition(".")
     module = model.get_submodule(owner)
     own = type(module).forward.__module__.startswith("torch.nn.modules.")
@@ -76,7 +78,7 @@ def takes_bias(model: nn.Module, weight: str) -> bool:
 
 
 def give_bias(model: nn.Module, name: str) -> None:
-    """Give the layer that should hold the bias `name` one of zeros, as long as its weight makes channels."""
+    """Create the bias `name`: zeros, one entry per row of its layer's weight."""
     module = model.get_submodule(name.rpartition(".")[0])
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -84,7 +86,7 @@ def give_bias(model: nn.Module, name: str) -> None:
 
 
 def add_biases(model: nn.Module, graph: Graph, weights: Iterable[str]) -> Graph:
-    """Give the layers with these weights a bias of zeros, in place. Returns the graph with these biases."""
+    """Add a bias of zeros to the layers with these weights, in place. Returns the graph with these biases."""
     names = {w: f"{w.removesuffix('weight')}bias" for w in sorted(weights)}
     for name in names.values():
         give_bias(model, name)
@@ -96,7 +98,7 @@ def add_biases(model: nn.Module, graph: Graph, weights: Iterable[str]) -> Graph:
 
 
 class Change(NamedTuple):
-    """An attribute or tensor that was replaced, and its value before."""
+    """An attribute or tensor that was replaced, and its old value."""
 
     module: nn.Module
     attribute: str
@@ -104,11 +106,10 @@ class Change(NamedTuple):
 
 
 def fit(model: nn.Module, tensors: Mapping[str, Tensor], dense: Mapping[str, tuple[int, ...]] | None = None) -> list[Change]:
-    """Put `tensors` (by parameter or buffer name, other shapes allowed) into `model`, in place, and update the attributes
-    that mirror their shapes. Tied tensors must be the same object under each of their names. `dense`
-    gives the shapes before, if the tensors are already there. Returns what was replaced.
+    """Put `tensors` ({parameter or buffer name: tensor}) into `model`, in place, and update attributes that repeat shapes.
 
-    Raises StorageError for a name that the model does not have.
+    Shapes may differ from before. Tied tensors must be one object under all their names. `dense`: the earlier shapes, needed
+    if the model holds the tensors already. Returns what was replaced. Raises StorageError for an unknown name.
     """
     changes: list[Change] = []
     by_owner: dict[str, dict[str, Tensor]] = {}
@@ -131,7 +132,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], dense: Mapping[str, tup
             store[leaf] = t  # type: ignore[assignment]
         for attribute, value in mirrored_attributes(module, before).items():
             changes.append(Change(module, attribute, getattr(module, attribute)))
-            if attribute in module.__dict__:  # nn.Module's own way takes ten times as long
+            if attribute in module.__dict__:  # setattr of nn.Module takes ten times as long
                 module.__dict__[attribute] = value
             else:
                 setattr(module, attribute, value)
@@ -139,7 +140,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor], dense: Mapping[str, tup
 
 
 def undo(changes: list[Change]) -> None:
-    """Take a fit back."""
+    """Undo the changes of `fit`."""
     for module, name, value in reversed(changes):
         if name in module._parameters:
             module._parameters[name] = value

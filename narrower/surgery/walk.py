@@ -1,4 +1,4 @@
-"""Modules and tensors of a model by name, and modes that are put back."""
+"""Modules and tensors of a model by name, and context managers that restore its state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module gets its own mode back."""
+    """Eval mode inside. Every module gets its own mode back afterwards."""
     with keep_modes(model):
         model.eval()
         yield
@@ -19,7 +19,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def pause_collector() -> Iterator[None]:
-    """Without garbage collection: a full one, set off by many small objects, can take longer than a trace."""
+    """No garbage collection inside: a full collection, triggered by many small objects, can take longer than a trace."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -31,7 +31,7 @@ def pause_collector() -> Iterator[None]:
 
 @contextmanager
 def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Every module gets its own mode, train or eval, back."""
+    """Every module gets its own mode (train or eval) back afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     try:
         yield
@@ -41,7 +41,7 @@ def keep_modes(model: nn.Module) -> Iterator[None]:
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module under each of its names: `named_modules(remove_duplicate=False)`, several times as fast."""
+    """Every module under each of its names. Like `named_modules(remove_duplicate=False)`, but several times faster."""
     out: list[tuple[str, nn.Module]] = []
 
     def visit(name: str, module: nn.Module) -> None:
