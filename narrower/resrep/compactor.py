@@ -20,12 +20,12 @@ class Compactor(nn.Module):
     """A 1x1 convolution that starts as the identity.
 
     `weight` is `(K, C)` for a full compactor, `(blocks, K / blocks, C / blocks)` for a block-diagonal and `(K,)` for a
-    diagonal one. K = C at first. `rows` `(K,)` and `columns` `(C,)` are the rows and input channels of the dense network
-    that are left, ascending.
+    diagonal one. K = C at first. `rows` `(K,)` and `columns` `(C,)` are the remaining rows and input channels of the dense
+    network, ascending.
 
-    Buffers, `(K,)` each: `chosen` rows are shrunk to zero, `gone` rows are zero for good, `penalised` is 1 for a row that the
-    penalty acts on and 0 for others. `variance` follows the variance of the output over batch and space. It is measured on
-    a quarter of a training batch, at least 16 samples, and empty where no BatchNorm needs it.
+    Buffers, `(K,)` each: `chosen` rows are being shrunk to zero. `gone` rows stay zero. `penalised` is 1 for rows with a
+    penalty and 0 for others. `variance` is a running variance of the output over batch and space. It is measured on a quarter
+    of a training batch (at least 16 samples) and is empty if no BatchNorm needs it.
     """
 
     chosen: Tensor
@@ -38,7 +38,7 @@ class Compactor(nn.Module):
         self.dim = site.dim
         self.rows = self.columns = np.arange(site.size)
         self.following = True  # whether the next forward in train mode updates `variance`
-        self.shrinking = False  # whether there are chosen rows, known without asking the device
+        self.shrinking = False  # whether there are chosen rows, known without a device sync
         self.frozen = False  # merged already: the identity, which no longer trains
         ones = torch.ones(site.size, dtype=like.dtype, device=like.device)
         self.weight = nn.Parameter(diagonal(ones, site))
@@ -73,12 +73,12 @@ class Compactor(nn.Module):
             self.variance.lerp_(found.to(self.variance.dtype), 0.25)
 
     def choose(self, rows: Tensor) -> None:
-        """Choose these rows (bool, `(K,)`), and keep those chosen that are zero already."""
+        """Choose these rows (bool, `(K,)`). Rows that are zero already stay chosen."""
         self.chosen.copy_(rows.to(self.chosen.device) | self.gone)
         self.shrinking |= bool(self.chosen.any())
 
     def restrict(self, rows: np.ndarray, columns: np.ndarray, weight: Tensor | None = None) -> Swap:
-        """Keep only some of the dense `rows` and `columns`. `weight` replaces the weight; by default its part is kept."""
+        """Keep only these dense `rows` and `columns`. `weight`: the new weight (None: the part of the old one)."""
         old = self.weight
         part = partial(submatrix, rows=np.searchsorted(self.rows, rows), columns=np.searchsorted(self.columns, columns))
         new = part(old.detach()) if weight is None else weight.to(old.dtype)
@@ -115,7 +115,7 @@ def remove_compactor(module: nn.Module) -> None:
 
 
 def submatrix(weight: Tensor, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """Some rows and columns of a compactor's weight; of a block-diagonal one equally many of each block."""
+    """Some rows and columns of a compactor's weight: equally many from each block if it is block-diagonal."""
     def at(index: np.ndarray) -> Tensor:
         return torch.as_tensor(index, device=weight.device)
 
@@ -153,7 +153,7 @@ def unit_rows(weight: Tensor) -> Tensor:
 
 
 def resrep_gradient(grad: Tensor, weight: Tensor, chosen: Tensor, strength: Tensor) -> Tensor:
-    """The gradient of a compactor (section 3.3, eq. 14): the task's, reset to zero on chosen rows, and the penalty's.
+    """The gradient of a compactor (section 3.3, eq. 14): the task's gradient, zero on chosen rows, plus the penalty's.
 
     `grad` and `weight` have the compactor's shape; `chosen` (bool) and `strength` have one entry per row, `(K,)`.
     """
@@ -161,7 +161,7 @@ def resrep_gradient(grad: Tensor, weight: Tensor, chosen: Tensor, strength: Tens
 
 
 def rows_at_zero(new: Tensor, old: Tensor, chosen: Tensor, threshold: float) -> Tensor:
-    """The chosen rows (bool, `(K,)`) that have reached zero: the step from `old` to `new` has turned them around, or they are
-    shorter than `threshold`."""
+    """The chosen rows (bool, `(K,)`) that have reached zero: the step from `old` to `new` reversed their direction, or their
+    norm is below `threshold`."""
     along = new * old if new.dim() == 1 else (new * old).flatten(0, -2).sum(1)
     return chosen & ((along <= 0) | (row_norms(new) < threshold))

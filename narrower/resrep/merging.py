@@ -1,4 +1,4 @@
-"""Merge a compactor into the layer and BatchNorm before it: pure functions over tensors."""
+"""Merge a compactor into the layer and BatchNorm before it. Pure functions over tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .placement import Site
 
 
 def apply_compactor(q: Tensor, t: Tensor) -> Tensor:
-    """A compactor's weight on a tensor whose first dimension holds its C input channels."""
+    """Apply a compactor's weight to a tensor `(C, ...)`, where C is its number of input channels. Returns `(K, ...)`."""
     if q.dim() == 1:
         return q.view(-1, *(1,) * (t.dim() - 1)) * t
     if q.dim() == 2:
@@ -21,7 +21,7 @@ def apply_compactor(q: Tensor, t: Tensor) -> Tensor:
 
 
 def scaled_layer(q: Tensor, weight: Tensor, site: Site) -> Tensor:
-    """The weight of a layer without BatchNorm, its compactor merged."""
+    """The weight of a layer without BatchNorm, with its compactor merged."""
     if not site.transposed:
         return apply_compactor(q, weight)
     if q.dim() == 2:
@@ -32,14 +32,14 @@ def scaled_layer(q: Tensor, weight: Tensor, site: Site) -> Tensor:
 
 def merge_tensors(q: Tensor, site: Site, t: Mapping[str, Tensor], eps: float, variance: Tensor,
            rest: Tensor | None = None) -> dict[str, Tensor]:
-    """The tensors of a site's layer and BatchNorm with its compactor merged: they compute the same in eval mode.
+    """The tensors of a site's layer and BatchNorm with its compactor `q` merged. In eval mode they compute the same.
 
-    `t` has what the site has of `weight`, `bias` (the layer's) and `gamma`, `beta`, `mean`, `var` (the BatchNorm's), all
-    float64; `rest` `(K,)` is the diagonal of a compactor that will stand behind from now on (ones if None).
+    `t` (float64): the layer's `weight` and `bias`, the BatchNorm's `gamma`, `beta`, `mean` and `var`, as far as the site has
+    them. `variance` `(K,)`: of the compactor's output. `rest` `(K,)`: the diagonal of the compactor that follows from now on
+    (None: ones).
 
-    With D = diag(gamma / sqrt(var + eps)), the convolution Q D W and the mean Q D mean give the compactor's output around
-    zero, whose `variance` makes the new running variance; rows are scaled to the length that they had in W, so that
-    training goes on with the same steps.
+    Let D = diag(gamma / sqrt(var + eps)). The new weight is Q D W, the new mean is Q D mean, and the new running variance is
+    `variance`. Rows are then scaled to the norm that they had in W, so that training continues with steps of the same size.
     """
     if site.norm is None:
         q = q if rest is None else q / rows_like(rest, q)

@@ -1,4 +1,4 @@
-"""Where compactors stand, and which of their rows must be zero for a channel to go."""
+"""Where compactors are inserted, and which of their rows must be zero before a channel can be removed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CompactorKind = Literal["full", "block", "diagonal"]
 
 @dataclass(frozen=True)
 class Site:
-    """A compactor's place: behind the output of `module`, the `size` channels in dimension `dim` there.
+    """A compactor's place: at the output of `module`, on the `size` channels of dimension `dim`.
 
-    `norm` names the BatchNorm that the compactor is merged into, `weight` and `bias` the layer. Where there is a BatchNorm,
-    a full or block-diagonal compactor is merged into both, a diagonal one into the BatchNorm alone. `blocks`: the groups of
-    the convolution.
+    `norm`: the BatchNorm that it is merged into. `weight`, `bias`: of the layer. If there is a BatchNorm, a full or
+    block-diagonal compactor is merged into both, a diagonal one into the BatchNorm alone. `blocks`: the groups of the
+    convolution.
     """
 
     module: str
@@ -58,10 +58,10 @@ class Constant(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the compactors of a graph stand.
+    """Where the compactors of a graph are.
 
-    `sites`: by module. `rows`: {group: {module: the compactor's rows that must be zero for the group's channels to go}}.
-    `reasons`: why the other free groups have no compactors. `constants`: what must be folded when channels go.
+    `sites`: by module. `rows`: {group: {module: compactor rows that must be zero before the group's channels are removed}}.
+    `reasons`: why the other free groups have no compactors. `constants`: what must be folded when channels are removed.
     """
 
     sites: Mapping[str, Site]
@@ -71,14 +71,14 @@ class Placement:
 
 
 def place(graph: Graph, scope: Scope, takes_bias: Callable[[str], bool] = lambda weight: False) -> Placement:
-    """Sites and rows for the free groups of a graph; `scope="inner"` leaves out the channels that several layers make.
+    """Sites and rows for the free groups of a graph. `scope="inner"` leaves out channels that several layers produce.
 
     `takes_bias`: whether the layer with a weight can be given a bias.
     """
     found = propagate(graph, takes_bias, lambda producer: ZERO)
     sites = find_sites(graph, found)
     needed, constants, obstacles = rows_needed(graph, found), constants_met(found), obstacles_met(graph, found)
-    # a gate only scales the channels, a depthwise convolution only filters them
+    # A gate only scales the channels, and a depthwise convolution only filters them. They do not count as layers here.
     passive = {s.weight for p in found.gates for s in sites.get(p.module, ())}
     passive |= {c.layer.weight for c in found.consumers if isinstance(c.layer, Depthwise)}
     reasons = {}
@@ -94,9 +94,9 @@ def place(graph: Graph, scope: Scope, takes_bias: Callable[[str], bool] = lambda
 
 
 def prepare(model: nn.Module, graph: Graph, scope: Scope, without: Collection[str] = ()) -> tuple[Graph, Placement]:
-    """The compactors' places on a model, and its graph.
+    """The placement of compactors on a model, and its graph.
 
-    A layer without bias that must take constants is given one of zeros, in place. Groups in `without` give no cause for that.
+    A layer without bias that must take constants gets a bias of zeros, in place; not for groups in `without`.
     """
     found = place(graph, scope, partial(takes_bias, model))
     missing = {c.reader.weight for c in found.constants if c.reader.kind == "new bias" and c.group not in without}
@@ -118,7 +118,7 @@ def site_of(producer: Producer, shapes: Shapes) -> Site:
 
 
 def compactor_kind(producer: Producer, shapes: Shapes) -> CompactorKind:
-    """Diagonal where only a scale can be merged, or where more would cost more than the convolution itself."""
+    """Diagonal if only a scale can be merged, or if a full compactor would cost more than the convolution itself."""
     layer, norm = producer.layer, producer.norm
     if layer is None or (norm is not None and (not layer.module or f"{norm}.running_mean" not in shapes)):
         return "diagonal"
@@ -130,7 +130,7 @@ def compactor_kind(producer: Producer, shapes: Shapes) -> CompactorKind:
 
 
 def find_sites(graph: Graph, found: Propagation) -> dict[str, set[Site]]:
-    """The compactors that each module would need: one, or several if it returns the outputs of different layers."""
+    """The compactors that each module needs: one, or several if it returns the outputs of different layers."""
     sites: dict[str, set[Site]] = {}
     for producer in found.producers:
         if producer.axis in graph.by_axis:
@@ -164,7 +164,7 @@ def obstacles_met(graph: Graph, found: Propagation) -> dict[str, str]:
 
 
 def constants_met(found: Propagation) -> list[Constant]:
-    """What layers take, each once: the constants other than zero that they read where rows are zero."""
+    """The non-zero constants that layers read if rows are zero, each once."""
     met = {(layer, group): float(value) for activation, layer in found.consumers if isinstance(layer, Reader)
            for group, value in activation.values.items() if value != 0}
     return [Constant(reader, group, value) for (reader, group), value in met.items()]
@@ -172,7 +172,7 @@ def constants_met(found: Propagation) -> list[Constant]:
 
 def reason_against(group: ChannelGroup, rows: Mapping[str, ChannelMap], sites: Mapping[str, Collection[Site]],
                    obstacle: str | None, makers: int) -> str | None:
-    """Why a group can have no compactors, None if it can. `makers`: how many layers make its channels."""
+    """Why a group cannot have compactors, or None. `makers`: how many layers produce its channels."""
     if not group.exact:
         return "a layer mixes these channels: without a channel of zeros its output would change"
     if obstacle is not None:

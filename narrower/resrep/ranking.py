@@ -1,4 +1,4 @@
-"""Which channels ResRep removes: the lowest rows of all compactors, until the masked network meets the budget."""
+"""Which channels ResRep removes: those with the lowest compactor rows, until the network without them meets the budget."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ Masks = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The channels that compactors can remove, and the budget: what may remain of each cost (`targets`).
+    """The channels that compactors can remove, and the budget.
 
-    `placement` has the compactors and, for each group, the rows that must be zero. `parts` are the components of these groups.
+    `placement`: the compactors and, for each group, the rows that must be zero. `parts`: the components of these groups.
+    `targets`: the largest value of each cost that the budget allows.
     """
 
     cost: CostModel
@@ -48,11 +49,11 @@ class Candidates:
         return next(iter(self.targets))
 
     def share(self, kept: Kept) -> float:
-        """The share of the dense cost that remains with the channels that are kept."""
+        """The cost with only the kept channels, as a share of the dense cost."""
         return self.costs(kept)[self.kind] / self.cost.cost(self.kind, self.cost.dense)
 
     def costs(self, kept: Kept) -> dict[CostKind, float]:
-        """The costs that the budget limits, with the channels that are kept."""
+        """The costs that the budget limits, with only the kept channels."""
         return {kind: self.cost.cost(kind, widths(self.cost, kept.keep)) for kind in self.targets}
 
     def meets_budget(self, kept: Kept) -> bool:
@@ -61,9 +62,9 @@ class Candidates:
     def choose(self, norms: Mapping[str, np.ndarray], most: float = math.inf) -> tuple[Masks, dict[CostKind, float]]:
         """Choose channels, lowest first, until the network without them meets the budget or `most` are chosen.
 
-        `norms` has an array per group. Ranking "norm": the lowest of all go first (section 3.3 of the paper); where ties let
-        channels go only together, their mean counts. "share": as in `plan`, the smallest share of its group's sum for the
-        cost saved. One channel of every cell of a group stays. Returns the chosen channels, and the costs without them.
+        `norms`: {group: array (size,)}. Ranking "norm": the lowest norm of all groups first (section 3.3 of the paper).
+        Channels tied together count with their mean. "share": as in `plan`, the smallest share of the group's sum per cost
+        saved. At least one channel of every cell stays. Returns the chosen channels, and the costs without them.
         """
         return self.choose_until(self.targets, norms, most, self.ranking)
 
@@ -89,13 +90,13 @@ class Candidates:
         return chosen, dict(running.now)
 
     def count(self) -> int:
-        """About how many channels the budget asks for: those chosen by random numbers."""
+        """An estimate of how many channels must be removed: the number chosen for random norms."""
         rng = np.random.default_rng(0)
         chosen, _ = self.choose({n: rng.random(self.graph[n].size) for n in self.placement.rows})
         return sum(int(c.sum()) for c in chosen.values())
 
     def check_reachable(self) -> None:
-        """Raise BudgetError if the network with one channel of everything costs too much."""
+        """Raise BudgetError if even the smallest network, with one channel of every cell, exceeds the budget."""
         equal = {n: np.ones(self.graph[n].size) for n in self.placement.rows}
         least = self.choose_until(dict.fromkeys(self.targets, 0.0), equal, math.inf, "norm")[1]
         for kind, target in self.targets.items():
@@ -108,7 +109,10 @@ class Candidates:
                     f"({least[kind] / dense:.1%})" + (f". Left alone: {others}" if others else ""))
 
     def remaining(self, alive: Masks, before: Kept) -> Kept:
-        """The channels that stay when all but the `alive` go, as far as ties let them. What is gone `before` goes first."""
+        """The channels that stay if all but the `alive` ones are removed, as far as ties allow.
+
+        If ties allow only some, those that were removed `before` go first.
+        """
         removed: list[tuple[str, np.ndarray]] = []
         for part in self.parts:
             zero = [c.channels[~alive[c.group][c.channels]] for c in part.cells]
@@ -120,10 +124,10 @@ class Candidates:
 
     def by_channel(self, values: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray],
                    fill: float) -> dict[str, list[np.ndarray]]:
-        """Values of compactor rows as values of channels: {group: an array (size,) for each of its sites}.
+        """Convert values of compactor rows into values of channels: {group: one array (size,) per site}.
 
-        `values` and `rows` (the dense rows that are left) by site. `fill` is the value of rows that are not left. Of several
-        rows of one site that belong to one channel the largest counts; nan where a site has no row of the channel.
+        `values`, `rows`: by site, the values of its remaining rows and their dense indices. `fill`: the value of other rows. If
+        several rows of a site belong to one channel, the largest value counts. nan if a site has no row of the channel.
         """
         out: dict[str, list[np.ndarray]] = {}
         for group, maps in self.placement.rows.items():
@@ -145,7 +149,7 @@ def without_groups(placement: Placement, reasons: Mapping[str, str]) -> Placemen
 
 
 def tied_parts(graph: Graph, placement: Placement) -> tuple[list[Component], Placement]:
-    """The components of which every group has compactors, and their placement: tied groups go together or not at all."""
+    """The components whose groups all have compactors, and their placement. The other components are left out whole."""
     parts, reasons = [], {}
     for part in components(graph):
         groups = {c.group for c in part.cells}
@@ -158,7 +162,7 @@ def tied_parts(graph: Graph, placement: Placement) -> tuple[list[Component], Pla
 
 
 def priors(graph: Graph, placement: Placement, scores: Mapping[str, Tensor] | None) -> dict[str, np.ndarray]:
-    """Scores relative to the mean of their group; ones if there are none. Raises PlanError for scores of another graph."""
+    """Scores divided by the mean of their group. Ones if `scores` is None. Raises PlanError for scores of another graph."""
     if scores is None:
         return {n: np.ones(graph[n].size) for n in placement.rows}
     values = checked_scores(graph, scores, {g.name for g in graph.free} - placement.rows.keys())

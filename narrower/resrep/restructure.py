@@ -23,17 +23,17 @@ from .placement import Placement, Site
 Mode = Literal["cut", "fold", "freeze", "merge"]
 """What `restructure` does with compactors.
 
-`cut`: only drop their rows; the layers before full and block-diagonal compactors keep their channels.
-`fold`: merge full and block-diagonal compactors, and begin anew with diagonals of their row norms; so these layers narrow too.
+`cut`: only drop their rows. The layers before full and block-diagonal compactors keep their channels.
+`fold`: merge full and block-diagonal compactors, and start again with diagonals of their row norms. These layers get narrower.
 `freeze`: merge all compactors and keep them as identities that no longer train.
 `merge`: merge all compactors and remove them.
 """
 
-SHORTEST = 1e-4  # the least that a diagonal compactor starts with
+SHORTEST = 1e-4  # the smallest initial value of a diagonal compactor
 
 
 class Merged(NamedTuple):
-    """A tensor with a compactor merged into it, and the dense positions that this gives one of its dimensions."""
+    """A tensor with a compactor merged into it, and the dense positions along the changed dimension."""
 
     value: Tensor
     rows: Cut

@@ -1,4 +1,4 @@
-"""The schedule of ResRep: when rows are chosen, and how fast they go."""
+"""The schedule of ResRep: when rows are chosen, and how fast they shrink to zero."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ Ranking = Literal["share", "norm"]
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How rows are chosen and sent to zero. None: it follows from the number of steps.
+    """How compactor rows are chosen and shrunk to zero. None: derived from the number of steps.
 
-    strength: the penalty on every row (lambda of the paper). warmup_steps: steps before the first choice. mask_interval: steps
-    between choices. rows_per_update: how many more channels each choice may take (theta). forget_steps: steps in which a
-    chosen row shrinks from one to zero, whatever the learning rate; 0: by `strength` alone, as published. momentum: of the
-    compactors (SGD). lr_scale: their learning rate relative to the network's; None: such that with their momentum they move
-    as fast as the network's weights do (at ten times that, as published, short trainings do not recover). threshold: the
-    length below which a chosen row is zero. rest: once the budget is reached, the compactors stay as they are and the network
-    alone trains on (there is nothing left to forget; the paper goes on). ranking: by which channels are chosen, "norm" as
-    published, or "share": as in `plan`, the smallest share of their group for the cost that they save.
+    - strength: penalty on every row (lambda of the paper).
+    - warmup_steps: steps before the first choice.
+    - mask_interval: steps between choices.
+    - rows_per_update: how many more channels each choice may take (theta of the paper).
+    - forget_steps: steps in which a chosen row shrinks from norm one to zero, at any learning rate. 0: `strength` alone shrinks
+      it, as published.
+    - momentum: of the compactors, for SGD.
+    - lr_scale: learning rate of the compactors relative to the network's. None: they move as fast as the network's weights
+      despite their higher momentum. Ten times that, as published, is too fast for short trainings.
+    - threshold: a chosen row with a smaller norm counts as zero.
+    - rest: once the budget is reached, only the network trains on. In the paper the compactors train on too.
+    - ranking: "norm" as published: lowest norm first. "share" as in `plan`: smallest share of the group's sum per cost saved.
     """
 
     strength: float = 1e-4
@@ -41,8 +45,10 @@ class Forgetting:
         return Forgetting(1e-4, 5 * steps_per_epoch, 200, 4.0, 0, 0.99, 1.0, 1e-5, False, "norm")
 
     def over(self, steps: int, channels: int) -> Forgetting:
-        """Every None (but `lr_scale`) filled in for that many steps and channels that must go: chosen from 5 % to 20 % of the
-        steps, gone a little later, so that two thirds of the steps are left to the narrow network."""
+        """Fill in every None (except `lr_scale`) for this many steps and this many channels to remove.
+
+        Channels are chosen from 5 % to 20 % of the steps and zero soon after. Two thirds of the steps train the narrow network.
+        """
         warmup = round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps
         interval = min(200, max(1, round(0.005 * steps))) if self.mask_interval is None else self.mask_interval
         updates = max(1, (round(0.2 * steps) - warmup) / interval)
@@ -54,8 +60,11 @@ class Forgetting:
         )
 
     def pulls(self, lr: float, momentum: float, decoupled: bool = False) -> tuple[float, float]:
-        """The penalty on rows that stay, and on chosen ones, which takes them from one to zero in `forget_steps` at this
-        learning rate and momentum; decoupled from the gradient: the lengths that they lose in a step."""
+        """The penalties on other rows and on chosen rows.
+
+        The second shrinks a row from norm one to zero in `forget_steps`. If `decoupled` from the gradient, both are the norm
+        that a row loses in one step.
+        """
         lr, momentum = max(lr, 1e-12), 0.0 if decoupled else momentum
         unit = lr if decoupled else 1.0
         slow = self.strength * unit
@@ -63,6 +72,8 @@ class Forgetting:
 
 
 def decouples_penalty(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the penalty is applied to the weights directly, as AdamW does with weight decay: adaptive optimizers rescale
-    gradients, which would undo it. SGD does not."""
+    """Whether the penalty is applied to the weights directly, as AdamW does with weight decay.
+
+    Adaptive optimizers rescale gradients, which would undo the penalty. SGD does not.
+    """
     return not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD)

@@ -1,4 +1,4 @@
-"""ResRep: compactors on a model, the schedule of their masks, the rule for their gradients, and the merge.
+"""ResRep: insert compactors into a model, train them towards a budget, and merge them.
 
 Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting" (ICCV 2021).
 """
@@ -34,23 +34,23 @@ from .schedule import Forgetting, decouples_penalty
 FORMAT = 2
 
 Phase = Literal["forgetting", "resting", "frozen"]
-"""`forgetting`: rows are chosen and shrink to zero. `resting`: the budget is reached, so the compactors stay as they are and
-the network alone trains on. `frozen`: `shrink` has merged all compactors for good."""
+"""`forgetting`: rows are chosen and shrink to zero. `resting`: the budget is reached, and only the network trains on.
+`frozen`: `shrink` has merged all compactors for good."""
 
 
 class ResRep:
-    """Compactors behind the layers of `model` (which is changed, in place), and their training to a budget.
+    """Insert compactors behind the layers of `model`, in place, and train them towards a budget.
 
-    The model computes what it did before. Train it as usual, with an optimizer over `param_groups` to which `attach` was
-    called. Between steps `shrink` removes channels that are zero already. `merge` gives the narrow network.
+    At first the model computes what it did before. Train it as usual, with an optimizer over `param_groups` that was passed to
+    `attach`. Between steps `shrink` removes channels that are zero already. `merge` returns the narrow network.
 
-    `macs`, `params`: what may remain, as for `plan`. `steps`: optimizer steps of the whole training; the schedule follows
-    from it. `scope="inner"`: channels that one layer makes, as in the paper; "all": residual streams too. `exclude`: patterns
-    of groups to leave out. `scores`: what is known of the channels beforehand; row norms are multiplied by a channel's score
-    relative to its group's mean. `settings`: see `Forgetting`.
+    `macs`, `params`: the budget, as for `plan`. `steps`: optimizer steps of the whole training; they determine the schedule.
+    `scope`: "inner" for channels that one layer produces, as in the paper; "all" for residual streams too. `exclude`: patterns
+    of groups to leave alone. `scores`: row norms are multiplied by a channel's score, divided by the mean of its group.
+    `settings`: see `Forgetting`.
 
-    Raises PlanError if the model is not the one that was traced or nothing can be compacted, BudgetError for a budget below
-    the least that can be reached, ConfigError for settings out of range.
+    Raises PlanError if the model is not the traced one or has nothing to compact, BudgetError for a budget that cannot be
+    reached, ConfigError for settings out of range.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
@@ -83,8 +83,8 @@ class ResRep:
         self.insert_compactors()
 
     def find_places(self, graph: Graph, scope: Scope, exclude: Sequence[str]) -> tuple[CostModel, list[Component]]:
-        """Find where compactors go, and give layers the biases that this needs. Returns the costs of the network, and the
-        components of the groups that can be compacted. Raises PlanError if there are none."""
+        """Find the sites of compactors, and add the biases that they need. Returns the costs of the network, and the components
+        of the groups that can be compacted. Raises PlanError if there are none."""
         excluded = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
         self.graph, found = prepare(self.model, graph, scope, excluded)
         parts, self.placement = tied_parts(self.graph, without_groups(found, dict.fromkeys(excluded, "excluded")))
@@ -94,7 +94,7 @@ class ResRep:
         return CostModel(self.graph), parts
 
     def insert_compactors(self) -> None:
-        """Put compactors into the model, as submodules of the modules that they stand behind."""
+        """Insert each compactor as a submodule of the module whose output it takes."""
         named = named_tensors(self.model)
         for name, site in self.placement.sites.items():
             variance = None
@@ -113,9 +113,11 @@ class ResRep:
 
     def param_groups(self, lr: float, weight_decay: float = 0.0, momentum: float | None = None,
                      **options: Any) -> list[dict[str, Any]]:
-        """Two parameter groups for an optimizer: the network's own, and the compactors' (no weight decay; for SGD, that is
-        where `momentum` is given, their own momentum, and the rate that goes with it). A loop that sets rates itself
-        multiplies by the group's `lr_scale`."""
+        """Two parameter groups for an optimizer: the network's and the compactors'.
+
+        Compactors have no weight decay. Give `momentum` for SGD: compactors then get their own momentum, and a learning rate
+        to match. A training loop that sets learning rates must multiply them by the group's `lr_scale`.
+        """
         forgetting = [c.weight for c in self.compactors().values()]
         own = {id(w) for w in forgetting}
         remembering = [p for p in self.model.parameters() if id(p) not in own]
@@ -129,8 +131,8 @@ class ResRep:
         return [first, second]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let every step of `optimizer` follow the rule. Raises ConfigError if it lacks a compactor, decays one, or one was
-        attached before."""
+        """Apply ResRep's gradient rule in every step of `optimizer`, by hooks. Raises ConfigError if it lacks a compactor or
+        decays one, or if an optimizer was attached before."""
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a ResRep has one optimizer")
         group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
@@ -145,17 +147,17 @@ class ResRep:
         optimizer.register_step_post_hook(self.after_step)
 
     def shrink(self, *, fold: bool = True, ema: Sequence[nn.Module] = ()) -> float:
-        """Remove the channels whose rows are zero from the running network. Returns the share of the dense MACs (or
-        parameters) that remains. Call it between steps, with no graph held.
+        """Remove the channels whose rows are zero from the network in training. Returns the remaining share of the dense MACs
+        (or parameters). Call it between steps, while no autograd graph is held.
 
-        With `fold` compactors are merged into their layers and begin anew as diagonals of their row norms, so that these
-        layers get narrower too; once the budget is reached all are merged for good. In eval mode the network computes the
-        same. In train mode its BatchNorms take their variance from the compactors' running one. Without `fold`, only rows and
-        what reads them go, and training goes on exactly as it would have.
+        With `fold`, compactors are merged into their layers and start again as diagonals of their row norms, so these layers
+        get narrower too. Once the budget is reached, all are merged for good. Outputs in eval mode stay the same. In train mode
+        BatchNorms get their variance from the compactors' running variance. Without `fold`, only rows and their readers are
+        removed, and training continues exactly as without `shrink`.
 
-        The optimizer follows (momentum and the like are sliced), and so do learning rate schedulers. `ema`: averaged copies of
-        the model, such as timm's `ModelEmaV3.module`, which lose the same channels. Rebuild DistributedDataParallel around
-        the model afterwards.
+        Optimizer state (such as momentum) is sliced too, and learning rate schedulers stay valid. `ema`: averaged copies of the
+        model, such as timm's `ModelEmaV3.module`, from which the same channels are removed. Rebuild DistributedDataParallel
+        around the model afterwards.
         """
         kept = self.remaining()
         mode: Mode = "cut" if not fold else "freeze" if self.phase == "resting" else "fold"
@@ -170,12 +172,14 @@ class ResRep:
         return self.reached()
 
     def waiting(self) -> float:
-        """The share of the dense network that `shrink` would remove now; 1 when it can merge the compactors for good."""
+        """The share of the dense network that `shrink` would remove now. 1 if it can merge the compactors for good."""
         return 1.0 if self.phase == "resting" else self.candidates.share(self.kept) - self.reached()
 
     def merge(self, model: nn.Module | None = None) -> nn.Module:
-        """The narrow network: plain modules, every compactor merged. `model` is an averaged copy to take instead of the trained
-        one; neither is changed. In eval mode it computes what was trained, to rounding. Warns if the budget is not reached."""
+        """The narrow network: plain modules, with every compactor merged. In eval mode it equals the trained one to rounding.
+
+        `model`: an averaged copy to merge instead of the trained model. Neither is changed. Warns if the budget is not reached.
+        """
         source = self.model if model is None else model
         small = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
         kept = self.remaining()
@@ -190,12 +194,15 @@ class ResRep:
         return small
 
     def reached(self) -> float:
-        """The share of the dense MACs (or parameters) that remains without the channels that are zero."""
+        """The cost without the channels that are zero, as a share of the dense MACs (or parameters)."""
         return self.candidates.share(self.remaining())
 
     def progress(self) -> dict[str, float]:
-        """Shares of the dense network: `masked` (without chosen channels) and `reached` (without those that are zero), of the
-        budget's kind; `chosen` and `zero` channels; the least and mean norm of the rows that stay."""
+        """Figures for a log.
+
+        `masked`, `reached`: the cost without chosen channels, and without zero channels, as shares of the dense network's.
+        `chosen`, `zero`: numbers of channels. `least_norm`, `mean_norm`: of the rows that stay.
+        """
         kind, norms, chosen, kept = self.candidates.kind, self.norms(), self.chosen_channels(), self.remaining()
         stay = np.concatenate([norms[n][~chosen[n]] for n in norms])
         return {
@@ -216,13 +223,13 @@ class ResRep:
     # ------------------------------------------------------------------------------------------------ state
 
     def run_settings(self) -> dict[str, Any]:
-        """What a state must agree on with the ResRep that loads it."""
+        """The settings that must agree between a saved state and the ResRep that loads it."""
         return {"format": FORMAT, "steps": self.steps, "budget": dict(self.budget), "scope": self.scope,
                 "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.placement.rows}}
 
     def state_dict(self) -> dict[str, Any]:
-        """Schedule, counters, masks and the shapes that shrinking has left; tensors and plain values only. Weights are in the
-        model's own state dict, momentum in the optimizer's."""
+        """Schedule, counters, masks and current shapes, as tensors and plain values. Weights are in the model's own state dict,
+        momentum in the optimizer's."""
         return self.run_settings() | {
             "step": self.step, "phase": self.phase, "masked": dict(self.masked),
             "keep": {n: k.tolist() for n, k in self.kept.keep.items()},
@@ -231,8 +238,8 @@ class ResRep:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken, on a fresh ResRep around the dense model: the model gets the shapes that it had
-        then, and an attached optimizer its parameters. Load the model's and the optimizer's own state dicts after this.
+        """Restore `state` on a fresh ResRep around the dense model. The model gets the saved shapes, and an attached optimizer
+        the new parameters. Afterwards load the state dicts of the model and of the optimizer.
 
         Raises StorageError for another format, budget, schedule or model.
         """
@@ -259,7 +266,7 @@ class ResRep:
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        """The pre-hook: choose when it is time, then turn every compactor's gradient into the rule's."""
+        """The optimizer's pre-hook: update the masks when due, then apply the rule to every compactor's gradient."""
         if getattr(optimizer, "grad_scale", None) is not None:
             raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the rule "
                               "cannot see them: make it with fused=False to use a GradScaler")
@@ -290,7 +297,7 @@ class ResRep:
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        """The post-hook: a chosen row that the step has turned around is zero from now on."""
+        """The optimizer's post-hook: a chosen row that the step has reversed or made tiny is zero from now on."""
         self.step += 1
         decoupled = decouples_penalty(optimizer)
         for name, c in self.compactors().items() if self.phase != "frozen" else ():
@@ -311,13 +318,13 @@ class ResRep:
                     value.masked_fill_(zero, 0)
 
     def strengths(self, c: Compactor, group: Mapping[str, Any], decoupled: bool) -> Tensor:
-        """The penalty of each row `(K,)`; where it is decoupled from the gradient, the length that the row loses in a step."""
+        """The penalty of each row `(K,)`. If `decoupled` from the gradient: the norm that the row loses in one step."""
         slow, fast = self.settings.pulls(float(group["lr"]), group.get("momentum", 0.0), decoupled)
         penalty = c.penalised * slow
         return torch.where(c.chosen, fast, penalty) if c.shrinking else penalty
 
     def update_masks(self) -> None:
-        """Choose anew (section 3.3): the lowest rows of all compactors, at most theta of them, up to the budget."""
+        """Choose again (section 3.3): the lowest rows of all compactors, at most theta more than before, up to the budget."""
         s = self.settings
         updates = (self.step - s.warmup_steps) // s.mask_interval + 1  # type: ignore[operator]
         most = math.floor(updates * s.rows_per_update + 1e-9)  # type: ignore[operator]
@@ -334,35 +341,35 @@ class ResRep:
 
     @property
     def follow_every(self) -> int:
-        """The number of steps from one measurement of the output's variance to the next."""
+        """The number of steps between measurements of the output variance."""
         return min(8, max(1, self.steps // 100))
 
     def compactors(self) -> dict[str, Compactor]:
-        """The compactors in the model, by the module that they stand behind."""
+        """The compactors in the model, by the name of the module that they follow."""
         return {name: compactor_at(self.model, name) for name in self.placement.sites}
 
     def row_maps(self) -> Iterator[tuple[str, ChannelMap]]:
-        """The rows of each compactor that the channels of each group need to be zero."""
+        """(site, rows): the compactor rows that must be zero before channels of a group can be removed."""
         for maps in self.placement.rows.values():
             yield from maps.items()
 
     def by_channel(self, of: Callable[[Compactor], Tensor], fill: float) -> dict[str, list[np.ndarray]]:
-        """A value of each compactor row, by group: an array (size,) for each site. `fill` for rows that are not left."""
+        """A value of each compactor row, by group: one array (size,) per site. `fill`: the value of removed rows."""
         compactors = self.compactors()
         return self.candidates.by_channel({n: of(c).double().cpu().numpy() for n, c in compactors.items()},
                                           {n: c.rows for n, c in compactors.items()}, fill)
 
     def norms(self) -> dict[str, np.ndarray]:
-        """The root mean square, over the rows of a channel, of their norms."""
+        """For each channel the root mean square of the norms of its rows."""
         found = self.by_channel(lambda c: row_norms(c.weight.detach()), 0.0)
         return {g: np.sqrt(np.nanmean(np.square(rows), axis=0)) for g, rows in found.items()}
 
     def chosen_channels(self) -> dict[str, np.ndarray]:
-        """The channels that are to go, a bool for each."""
+        """For each channel whether it is to be removed."""
         return {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(lambda c: c.chosen, 1.0).items()}
 
     def remaining(self) -> Kept:
-        """The channels that stay: all but those whose every row is zero, as far as ties let them go."""
+        """The channels that stay. A channel is removed if all its rows are zero and the ties allow it."""
         alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(lambda c: ~c.gone, 0.0).items()}
         return self.candidates.remaining(alive, self.kept)
 
