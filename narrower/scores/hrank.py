@@ -21,7 +21,7 @@ from ..tracing.operators.call_counter import CallCounter
 from .matrix_rank import rank
 from .weights import magnitude
 
-SETTLED = 0.965  # share of kept channels on which half the images and all of them agree
+SETTLED = 0.965  # stop if the plans from half the images and from all of them share this part of the kept channels
 
 FIRST_CHECK = 128  # images
 
@@ -31,19 +31,17 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
           macs: float | None = None, params: float | None = None) -> Scores:
     """The average rank of each channel's feature maps (Lin et al., "HRank", CVPR 2020, eq. 4 and 5).
 
-    A channel's map is what its consumers' convolutions read (normalised, activated, added), or, where a pooling lies in
-    between, what enters the pooling; with several poolings, what enters the last that reads more than single pixels. It is
-    averaged over the consumers where there are several, and over images. Maps of one row or column have rank 0 or 1. The rank
-    is `torch.linalg.matrix_rank`'s on the map in float32. Channels with equal ranks are told apart by their place: the lower
-    index goes first. Groups without maps (behind a flatten, or between linear layers) get their L2 magnitude. One forward
-    pass serves all layers.
+    A channel's map is the input of the convolutions that read it: after BatchNorm, activation and addition. If a pooling is in
+    between, it is the input of the pooling; of several poolings, the last with a window larger than one pixel. Ranks are those
+    of `torch.linalg.matrix_rank` on float32 maps, averaged over images and over the convolutions. Maps of one row or column
+    have rank 0 or 1. Of channels with equal ranks, the one with the lower index is removed first. Groups without maps (after a
+    flatten, or between linear layers) get their L2 magnitude. One forward pass measures all layers.
 
-    `batches` gives what the model takes, or pairs whose first part is. All of them are used, or the first `images`
-    samples; told the budget as well (`macs=` or `params=`, as for `plan`), it stops once the channels that `plan` would
-    keep have settled: those of half the images and those of all agree.
+    `batches`: model inputs, or pairs (inputs, targets). All are used, or the first `images` samples. With a budget (`macs` or
+    `params`, as for `plan`) it stops early, once the plans from half the images and from all of them nearly agree.
 
-    Returns mean ranks, between 0 and min(H, W), as they are: `plan` relates them to the other channels of their group.
-    Raises DataError if there are no batches or a map is not finite.
+    Returns mean ranks, from 0 to min(H, W), not normalised: `plan` compares them within their group. Raises DataError if there
+    are no batches or a map is not finite.
     """
     averages = Averages(graph)
     seen, check = 0, FIRST_CHECK
@@ -64,14 +62,14 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
 
 
 class Averages:
-    """Sums of ranks for each channel, weighted by the number of consumers."""
+    """Running averages of ranks per channel, weighted by the number of images and consumers."""
 
     def __init__(self, graph: Graph) -> None:
         self.sums = {g.name: np.zeros(g.size) for g in graph.free}
         self.weights = {g.name: np.zeros(g.size) for g in graph.free}
 
     def add(self, members: Iterable[ChannelMap], ranks: np.ndarray, weight: float) -> None:
-        """`ranks`: mean rank at each position of the tensor; `weight`: images times consumers."""
+        """`ranks`: mean rank at each position of the tensor. `weight`: images times consumers."""
         for m in members:
             if m.group in self.sums:
                 np.add.at(self.sums[m.group], m.channels, weight * ranks[m.positions])
@@ -79,7 +77,7 @@ class Averages:
 
 
 class Maps(TorchDispatchMode):
-    """Takes the ranks of the maps while a forward runs; no map is kept."""
+    """Measures the ranks of feature maps during a forward. No map is stored."""
 
     def __init__(self, model: nn.Module, graph: Graph, averages: Averages) -> None:
         super().__init__()
@@ -128,6 +126,6 @@ def scores_of(model: nn.Module, graph: Graph, averages: Averages) -> Scores:
 
 
 def agreement(first: Keep, second: Keep) -> float:
-    """The share of channels that `second` keeps and `first` keeps too."""
+    """The share of the channels kept by `second` that `first` keeps too."""
     same = sum(len(np.intersect1d(first[n], second[n], assume_unique=True)) for n in second)
     return same / sum(len(kept) for kept in second.values())

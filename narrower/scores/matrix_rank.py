@@ -1,9 +1,9 @@
-"""The rank of many small matrices at once: the integers of `torch.linalg.matrix_rank`, without a singular value.
+"""The rank of many small matrices at once: the same integers as `torch.linalg.matrix_rank`, without an SVD.
 
-The rank of A is the number of singular values above tau, hence the number of positive eigenvalues of A A^T - tau^2 I,
-hence (Sylvester's law of inertia) the number of positive pivots of its LDL^T elimination. In float64 the rounding of
-A A^T stays some hundred times below tau^2. There are no row exchanges, so that one elimination serves a batch, laid out
-fastest; a map with a pivot close to zero, where rounding could decide, goes to the SVD.
+The rank of A is the number of singular values above tau. This is the number of positive eigenvalues of A A^T - tau^2 I. By
+Sylvester's law of inertia it is the number of positive pivots of its LDL^T elimination. In float64 the rounding error of A A^T
+is about a hundred times below tau^2. Elimination without row exchanges runs on a whole batch at once, with the batch as the
+fastest dimension. Maps with a pivot so close to zero that rounding could decide go to the SVD.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from . import matrix_rank_numba
 
 _EPS = torch.finfo(torch.float32).eps
 
-_PANEL = 16  # pivots eliminated with the batch fastest, before one matrix product updates the rest
+_PANEL = 16  # pivots eliminated at a time, before one matrix product updates the rest
 
-_GUARD = 0.9  # in tau^2: a rank-deficient row leaves a pivot <= -tau^2, so what lies between is a singular value at tau
+_GUARD = 0.9  # in units of tau^2: a dependent row gives a pivot <= -tau^2, so smaller absolute values are near tau
 
-_SMALL = 128  # rows up to which the compiled count is the faster one
+_SMALL = 128  # up to this many rows the compiled version is faster
 
 _FAINT = 1e-70  # below this norm of A A^T its square underflows
 
-# A block that was once allocated (untouched) and freed teaches glibc to keep blocks of up to its size for the next chunk,
-# where it would hand them back to the system: page faults can double the time. Of no consequence elsewhere.
-_KEPT = 24 * 2**20  # bytes; glibc learns up to 32 MB
+# After a block of this size was allocated and freed once, glibc keeps freed blocks up to this size for the next chunk. It would
+# return them to the system otherwise, and page faults can double the time. No effect with other allocators.
+_KEPT = 24 * 2**20  # bytes; glibc adapts up to 32 MB
 
 
 def rank(maps: Tensor) -> Tensor:
     """Rank of each map, as `torch.linalg.matrix_rank` counts it on float32 maps.
 
-    A singular value counts if it exceeds max(H, W) * eps * sigma_max, eps being float32's: maps of any floating dtype
-    are read as float32. Where a singular value equals the tolerance up to float32 rounding the two may differ
+    A singular value counts if it exceeds max(H, W) * eps * sigma_max, where eps is float32's. Maps of any floating dtype are
+    read as float32. If a singular value equals the tolerance up to float32 rounding, the two functions may differ
     (`benchmarks/rank.py` counts how often).
 
     Args:
@@ -72,10 +72,10 @@ def rank(maps: Tensor) -> Tensor:
 
 
 def _in_threads(work: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], workers: int) -> list[Tensor]:
-    """Chunks side by side: torch's own threads would meet at a barrier after each of a chunk's hundred short steps."""
+    """Chunks in parallel, one thread each. torch's own threads would synchronise after each of a chunk's many short steps."""
     if min(workers, len(chunks)) < 2:
         return [work(chunk) for chunk in chunks]
-    try:  # the number of threads belongs to the thread that sets it, and to threads that start afterwards
+    try:  # a thread's setting applies to itself and to threads that start later
         return list(_pool(workers).map(work, chunks))
     finally:
         torch.set_num_threads(workers)
@@ -83,7 +83,7 @@ def _in_threads(work: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], work
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
-    """Threads that stay: what they have allocated once is theirs, where new ones would ask the system for pages each time."""
+    """A thread pool that is reused, because its threads keep their memory. New threads would get new pages each time."""
     return ThreadPoolExecutor(workers, "narrower-rank", initializer=torch.set_num_threads, initargs=(1,))
 
 
@@ -98,7 +98,7 @@ def _count(maps: Tensor) -> Tensor:
     gram = _gram(double)
     norm = torch.linalg.matrix_norm(gram)
     tau2 = _largest_eigenvalue(gram, norm) * (maps.shape[-1] * _EPS) ** 2
-    tau2 = torch.where(norm == 0, 1.0, tau2)  # a map of zeros: -I has no positive pivot, and needs no SVD
+    tau2 = torch.where(norm == 0, 1.0, tau2)  # a map of zeros: -I has no positive pivot, so no SVD is needed
     gram.diagonal(dim1=1, dim2=2).sub_(tau2[:, None])
     pivots = _pivots(gram)
     ranks = (pivots > 0).sum(0)
@@ -107,7 +107,7 @@ def _count(maps: Tensor) -> Tensor:
 
 
 def _count_one_by_one(maps: Tensor) -> Tensor:
-    """The same, matrix_rank_numba."""
+    """The same with matrix_rank_numba."""
     assert matrix_rank_numba.count is not None
     single = maps.float().contiguous()
     ranks = torch.empty(len(single), dtype=torch.int64)
@@ -117,7 +117,7 @@ def _count_one_by_one(maps: Tensor) -> Tensor:
 
 
 def _with_doubtful(maps: Tensor, ranks: Tensor, clear: Tensor) -> Tensor:
-    """Ranks of which those that are not clear come from the SVD."""
+    """Replace the ranks that are not clear by those of the SVD."""
     doubtful = (~clear).nonzero()[:, 0]
     if len(doubtful):
         rest = maps[doubtful]
@@ -131,14 +131,14 @@ def _gram(a: Tensor) -> Tensor:
     """A A^T of each matrix (B, n, m)."""
     if a.device.type != "cpu" or a.shape[1] < 24:
         return torch.bmm(a, a.mT)
-    matrices = a.numpy()  # one small product after the other, which takes half the time of a batch of them
+    matrices = a.numpy()  # a loop over small products takes half the time of torch.bmm
     return torch.from_numpy(np.matmul(matrices, matrices.transpose(0, 2, 1)))
 
 
 def _largest_eigenvalue(gram: Tensor, norm: Tensor) -> Tensor:
-    """Largest eigenvalue of each positive semidefinite matrix (B, n, n), 0 to 1.5 % too high; `norm` is |G|_F.
+    """An upper bound, 0 to 1.5 % too high, of the largest eigenvalue of each positive semidefinite matrix (B, n, n).
 
-    In float32, which is several times faster: it is wanted to a percent only.
+    `norm` is |G|_F. Computed in float32, which is several times faster and precise enough.
     """
     unit = (gram / torch.where(norm == 0, 1.0, norm)[:, None, None]).float()
     return norm * _largest_of_unit(unit, 8).double() * (1 + 1e-5)
@@ -147,8 +147,8 @@ def _largest_eigenvalue(gram: Tensor, norm: Tensor) -> Tensor:
 def _largest_of_unit(unit: Tensor, squarings: int) -> Tensor:
     """The same for matrices with |G|_F = 1 (or 0).
 
-    |G^2|_F / |G|_F <= lambda <= |G^2|_F^(1/2). Bounds within a factor 1.1 place the upper one within 1.5 % (0.75 % of
-    tau). Where they are further apart, lambda(G)^2 = lambda(G^2) is sought in the same way: that halves the error.
+    |G^2|_F / |G|_F <= lambda <= |G^2|_F^(1/2). If these bounds are within a factor of 1.1, the upper one is within 1.5 %
+    (0.75 % of tau). Otherwise recurse with lambda(G)^2 = lambda(G^2), which halves the error.
     """
     square = torch.bmm(unit, unit)
     size = torch.linalg.matrix_norm(square)

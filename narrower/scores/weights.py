@@ -1,4 +1,4 @@
-"""Scores that need weights alone, or one backward pass."""
+"""Scores from weights alone, or from weights and gradients."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..surgery.walk import in_eval_mode, named_tensors
 
 
 def filters(group: ChannelGroup, tensors: dict[str, Tensor]) -> list[tuple[Slice, Tensor]]:
-    """The layers that make a group's channels: each slice with its weights as rows, shape (positions, rest)."""
+    """The layers that produce a group's channels: each slice with its weights as rows, shape (positions, rest)."""
     out = []
     for s in group.slices:
         if s.role == "out":
             w = tensors[s.tensor].detach().float()
-            if s.blocks > 1:  # a transposed grouped convolution: (in, out / groups, ...) in blocks of the first
+            if s.blocks > 1:  # transposed grouped convolution: (in, out / groups, ...), blocks split dimension 0
                 w = w.unflatten(0, (s.blocks, -1)).transpose(1, s.dim + 1).flatten(0, 1)
                 rows = w.flatten(1)
             else:
@@ -30,13 +30,13 @@ def filters(group: ChannelGroup, tensors: dict[str, Tensor]) -> list[tuple[Slice
 
 
 def per_channel(values: Tensor, s: Slice, size: int) -> Tensor:
-    """Sum of the values at a slice's positions for each channel; shape (size,)."""
+    """For each channel the sum of the values at its positions in a slice. Shape (size,)."""
     index = torch.as_tensor(s.channels, device=values.device)
     return torch.zeros(size, device=values.device, dtype=values.dtype).index_add(0, index, values)
 
 
 def averaged(graph: Graph, each: Callable[[ChannelGroup], list[Tensor]]) -> Scores:
-    """For every free group the mean of its layers' scores, each layer's brought to a mean of one."""
+    """For every free group the mean of its layers' scores. Each layer is first scaled to a mean of one."""
     out = Scores()
     for g in graph.free:
         parts = each(g)
@@ -49,8 +49,10 @@ def averaged(graph: Graph, each: Callable[[ChannelGroup], list[Tensor]]) -> Scor
 
 
 def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
-    """The L_p norm of each filter (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, use p=1), averaged over
-    the layers that make the channel after bringing each layer's mean to one."""
+    """The L_p norm of each filter (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, with p=1).
+
+    Averaged over the layers that produce the channel. Each layer is first scaled to a mean of one. Raises PlanError for p <= 0.
+    """
     if p <= 0:
         raise PlanError(f"magnitude takes a norm p above 0, not {p}")
     tensors = named_tensors(model)
@@ -62,8 +64,8 @@ def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
 
 
 def fpgm(model: nn.Module, graph: Graph) -> Scores:
-    """The sum of distances from a filter to the others of its layer: near the geometric median is replaceable (He et al.,
-    "Filter Pruning via Geometric Median", CVPR 2019, eq. 4), averaged over layers as in `magnitude`."""
+    """The sum of distances from a filter to the others of its layer (He et al., "Filter Pruning via Geometric Median",
+    CVPR 2019, eq. 4). A filter near the geometric median can be replaced by others. Averaged over layers as in `magnitude`."""
     tensors = named_tensors(model)
 
     def each(g: ChannelGroup) -> list[Tensor]:
@@ -73,7 +75,7 @@ def fpgm(model: nn.Module, graph: Graph) -> Scores:
 
 
 def bn_scale(model: nn.Module, graph: Graph) -> Scores:
-    """|gamma| of the BatchNorms on a channel (Liu et al., "Network Slimming", ICCV 2017), averaged over them as they are.
+    """|gamma| of a channel's BatchNorms (Liu et al., "Network Slimming", ICCV 2017), averaged over them without scaling.
 
     Raises PlanError for a free group without a BatchNorm.
     """
@@ -90,11 +92,11 @@ def bn_scale(model: nn.Module, graph: Graph) -> Scores:
 
 
 def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> Scores:
-    """The squared first-order change of the loss when a filter goes: (sum over the filter of gradient * weight)^2, summed
+    """The squared first-order change of the loss if a filter is removed: (sum over the filter of gradient * weight)^2, summed
     over batches and layers (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8).
 
-    `batches` gives pairs (inputs, targets); `loss(output, targets)` a scalar. Gradients of the model are put back as they were.
-    Raises DataError if there are no batches.
+    `batches`: pairs (inputs, targets). `loss(output, targets)`: a scalar. Gradients of the model are not touched. Raises
+    DataError if there are no batches.
     """
     tensors = named_tensors(model)
     wanted = {s.tensor for g in graph.free for s in g.slices if s.role == "out"}
@@ -124,6 +126,6 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
 
 
 def random(graph: Graph, seed: int = 0) -> Scores:
-    """Uniform random scores: the baseline that a method must beat."""
+    """Uniform random scores: a baseline."""
     generator = torch.Generator().manual_seed(seed)
     return Scores({g.name: torch.rand(g.size, generator=generator) for g in graph.free})

@@ -1,10 +1,9 @@
-"""Channel ids beside a tensor, and how data movement acts on them.
+"""Channel ids of a tensor, and how data movement acts on them.
 
-A `Label` gives every position of a tensor the id of the channel that lives there, in an integer array of the same
-rank with size 1 in each dimension along which the id does not change. One dimension is *free*: it shrinks when channels
-are removed. Ids may change along other (fixed) dimensions too, as in (heads, channels of a head); then each fibre along
-the free dimension must keep equally many channels. A tensor carries no label (an input), one (an activation) or
-several (a weight: one per channel dimension).
+A `Label` is an integer array with the tensor's number of dimensions. It gives the channel id at every position. It has size 1
+in dimensions along which the id is constant. One dimension is *free*: it shrinks when channels are removed. If ids vary along
+other dimensions too, as in (heads, channels of a head), each fibre along the free dimension must keep equally many channels.
+A tensor has no label (an input), one (an activation) or several (a weight: one per channel dimension).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Axis(NamedTuple):
 
 
 class PaddingAxis(NamedTuple):
-    """Channels that a call adds: by its operator, its number among the calls of that operator, and the part that they are."""
+    """Channels that a call adds. `number`: of the call among those of its operator. `part`: which of its added blocks."""
 
     operator: str
     number: int
@@ -37,7 +36,7 @@ class PaddingAxis(NamedTuple):
 
 
 class Label(NamedTuple):
-    """Channel ids of one tensor; `axis` names the parameter dimension while the tensor is still that parameter."""
+    """Channel ids of one tensor. `axis`: the parameter dimension, as long as the tensor is the unchanged parameter."""
 
     ids: Ids
     free: int
@@ -45,9 +44,11 @@ class Label(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """All that is known of one tensor: labels, whether its values are the same everywhere (or random), whether it is a
-    view that shares memory, the pooling (its number in the forward) that it comes from, and along which dimensions its values
-    are even, because it was expanded there."""
+    """All that is known of one tensor during a trace.
+
+    `uniform`: its values are the same everywhere, or random. `view`: it shares memory with another tensor. `pool`: the number
+    of the pooling that it comes from, or -1. `even`: dimensions along which its values are equal because it was expanded.
+    """
 
     labels: tuple[Label, ...] = ()
     uniform: bool = False
@@ -60,7 +61,7 @@ NOTHING = Carried()
 
 
 class Axes:
-    """Ids for the dimensions of parameters and buffers, handed out when first met, in the order of execution."""
+    """Assigns channel ids to the dimensions of parameters and buffers at first use, in order of execution."""
 
     def __init__(self) -> None:
         self.start: dict[Axis | PaddingAxis, int] = {}
@@ -81,14 +82,14 @@ class Axes:
 
 
 def along(ids: Ids, ndim: int, dim: int) -> Ids:
-    """A flat array of ids laid along `dim` of a tensor with `ndim` dimensions."""
+    """A flat array of ids, reshaped to lie along `dim` of a tensor with `ndim` dimensions."""
     shape = [1] * ndim
     shape[dim] = -1
     return ids.reshape(shape)
 
 
 def expanded(ids: Ids, dim: int, size: int) -> Ids:
-    """`ids` with its real size in `dim` (stride 0 where it does not change)."""
+    """`ids` broadcast to the tensor's real size in `dim`."""
     if ids.shape[dim] == size:
         return ids
     shape = list(ids.shape)
@@ -101,14 +102,14 @@ def permuted(label: Label, order: Sequence[int]) -> Label:
 
 
 def aligned(label: Label, ndim: int) -> Label:
-    """The label with leading dimensions of size 1 up to `ndim`, as broadcasting does."""
+    """The label with leading dimensions of size 1 added up to `ndim`, as in broadcasting."""
     missing = ndim - label.ids.ndim
     return Label(label.ids.reshape((1,) * missing + label.ids.shape), label.free + missing, label.axis)
 
 
 @lru_cache(maxsize=4096)
 def matching_blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
-    """The smallest runs old[i0:i1], new[j0:j1] with equal products, in order: a view acts on each by itself."""
+    """The smallest runs old[i0:i1], new[j0:j1] with equal products, in order. A view acts on each run independently."""
     out: list[tuple[int, int, int, int]] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -130,7 +131,8 @@ def matching_blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[in
 
 @lru_cache(maxsize=4096)
 def varying_dims(old: tuple[int, ...], varies: tuple[bool, ...], new: tuple[int, ...]) -> tuple[bool, ...]:
-    """Along which dimensions of a view `new` of `old` something changes that changes in `old` where `varies` says."""
+    """For each dimension of the view `new` of `old`: whether values vary along it that vary along the `varies` dimensions of
+    `old`."""
     if sum(varies) == 0:
         return (False,) * len(new)
     small = [n if v else 1 for n, v in zip(old, varies, strict=True)]
@@ -139,10 +141,9 @@ def varying_dims(old: tuple[int, ...], varies: tuple[bool, ...], new: tuple[int,
 
 
 def reshaped(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Label, tuple[int, ...]]:
-    """The label of a view from shape `old` to `new`, and the dimensions over which its free one has been spread.
+    """The label of a view from shape `old` to `new`, and the dimensions over which the free one is spread.
 
-    More than one such dimension means that the view splits the channels; the label's `free` is then the last of them,
-    and the caller decides.
+    If there are several, the view splits the channels. The label's `free` is then the last of them, and the caller decides.
     """
     ids, free = label.ids, label.free
     shape: list[int] = []
@@ -168,7 +169,7 @@ def reshaped(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[
 
 
 def faster_dims(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> list[int]:
-    """Dimensions behind the free one along which ids change too, and which a view merges with it."""
+    """Dimensions after the free one along which ids vary too, and which a view merges with it."""
     if sum(n > 1 for n in label.ids.shape) < 2:
         return []
     for i0, i1, j0, j1 in matching_blocks(old, new):
@@ -178,7 +179,7 @@ def faster_dims(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> lis
 
 
 def joined(parts: Sequence[Ids], dim: int, sizes: Sequence[int]) -> Ids:
-    """Ids of a concatenation along `dim`, where the parts have their real `sizes`."""
+    """Ids of a concatenation along `dim`. `sizes`: the real sizes of the parts there."""
     full = [expanded(p, dim, n) for p, n in zip(parts, sizes, strict=True)]
     shape = [max(p.shape[d] for p in full) for d in range(full[0].ndim)]
     wide = []
@@ -190,17 +191,17 @@ def joined(parts: Sequence[Ids], dim: int, sizes: Sequence[int]) -> Ids:
 
 
 def fibres(label: Label) -> Ids:
-    """Shape (fibres, size): the ids along the free dimension, one row for each index of the others."""
+    """The ids along the free dimension, one row for each index of the other dimensions. Shape (fibres, size)."""
     moved = np.moveaxis(label.ids, label.free, -1)
     return moved.reshape(-1, moved.shape[-1])
 
 
 def collapsed(label: Label, dims: Sequence[int], unite: Callable[[Ids, Ids], None]) -> Label:
-    """Unite the ids along `dims`: what stands there is mixed by the operator."""
+    """Unite the ids along `dims`, because the operator mixes these positions, and drop these dimensions to size 1."""
     ids = label.ids
     for d in dims:
         if ids.shape[d] > 1:
             rows = np.moveaxis(ids, d, 0)
-            unite(rows[:-1], rows[1:])  # neighbours: most rows of a grouped weight are alike
+            unite(rows[:-1], rows[1:])  # neighbours are enough, and most rows of a grouped weight are equal
             ids = ids.take([0], axis=d)
     return Label(ids, label.free, label.axis)

@@ -1,7 +1,7 @@
-"""Numbers that modules have stored at construction and that must follow the widths: split sizes, shapes, channel counts.
+"""Numbers that modules store at construction and that depend on the widths: split sizes, shapes, channel counts.
 
-Where a probe fails, the module in which the failing call runs may hold the dense size in an attribute. Candidates are those of
-its numbers that equal a number of channels of an operand or result of the call. A probe decides.
+If a probe fails, the module that runs the failing call may store a dense size in an attribute. Candidates are its numbers that
+equal a channel count of an operand or result of the call. Another probe decides.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .interpreter import Event
 from .labels import Axes, Axis, Ids, Label, along, fibres
 
 Sizes = dict[Place, Ids]
-"""{a number that a module stores: the channel ids that it counts}."""
+"""{place of a stored number: the channel ids that it counts}."""
 
 Way = Literal["whole", "first", "everywhere"]
-"""What a number counts: all channels of an operand (or successive parts of them), the first of them, or all its channel ids in
-every dimension."""
+"""What a number counts. "whole": all channels of an operand, or a list of successive parts. "first": its first channels.
+"everywhere": its channel ids in all dimensions."""
 
 WAYS: tuple[Way, ...] = ("whole", "first", "everywhere")
 
 
 def proposals(names: Sequence[str], modules: Mapping[str, nn.Module], log: Sequence[Event], failed: int,
               axes: Axes) -> Iterator[Sizes]:
-    """Stored sizes that may mend the call number `failed`, most likely first.
+    """Stored sizes that may repair call number `failed`, most likely first.
 
-    Each proposal is for one attribute of one of the modules called `names`, and for the same attribute of all other modules of
-    its class: they are taken to count the same at the same call of their own.
+    Each proposal is for one attribute of a module in `names`, and for the same attribute of all modules of its class. It is
+    assumed to count the same thing at the same call of each of them.
     """
     for name in names:
         module = modules[name]
@@ -62,13 +62,13 @@ def same(a: Sizes, b: Sizes) -> bool:
 
 
 def number_attributes(module: nn.Module) -> list[str]:
-    """The attributes that hold numbers above one, without those that `fit` sets anyway."""
+    """The attributes with numbers above one, except those that `fit` sets anyway."""
     skip = mirrored_attributes(module, {})
     return [n for n, v in vars(module).items() if n not in skip and any(x > 1 for x in entries(v).values())]
 
 
 def labels_of(event: Event, axes: Axes) -> list[Label]:
-    """The labels of the operands of a call and of its results; of a parameter, one for each of its dimensions."""
+    """The labels of the operands and results of a call. A parameter has one label per dimension."""
     out: list[Label] = []
     for given in (*event.inputs, *event.carried):
         if not isinstance(given, str):
@@ -81,7 +81,7 @@ def labels_of(event: Event, axes: Axes) -> list[Label]:
 
 
 def counted(attribute: Place, module: nn.Module, labels: Sequence[Label], way: Way) -> Sizes:
-    """What the numbers of an attribute may count of the labels of a call."""
+    """The numbers of an attribute, with the channel ids of the call's labels that they may count."""
     values = entries(getattr(module, attribute.attribute, None))
     out: Sizes = {}
     for label in labels:
