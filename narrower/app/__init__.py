@@ -1,7 +1,7 @@
-"""What the commands do, stage by stage, without printing: usable from Python with the dataclasses of `config`.
+"""The commands without printing, stage by stage. They can be used from Python with the dataclasses of `config`.
 
-`prune` is: open the images, make the network and load or train it, trace, score, plan, narrow, verify, recalibrate
-BatchNorm, fine-tune; evaluated dense, right after the cut, and at the end.
+`prune`: open the images, load or train the network, trace, score, plan, narrow, verify, recalibrate BatchNorm, fine-tune. The
+network is evaluated dense, after the cut, and at the end.
 """
 
 from .job import Job, Reporter, Settings, open_images, open_job

@@ -1,4 +1,4 @@
-"""The command line: the only file that parses and prints."""
+"""The command line. Only this file parses arguments and prints."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Group = TypeVar("Group")
 
 
 class Terminal(Reporter):
-    """Lines on stdout, also kept in the run's log; progress on stderr."""
+    """Prints lines on stdout and into the run's log. Shows progress on stderr."""
 
     def __init__(self) -> None:
         self.out = Console(highlight=False, soft_wrap=True)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.run: Run | None = None
-        self.quiet = False  # in all but one of several processes
+        self.quiet = False  # set in all processes except the first
         self._bars: list[Progress] = []
 
     def print(self, what: Any, *, error: bool = False) -> None:
@@ -71,7 +71,7 @@ class Terminal(Reporter):
         return self.err.status(description)
 
     def close(self) -> None:
-        """Take away bars that an error has left."""
+        """Remove the progress bars that an error has left."""
         for bar in self._bars:
             bar.stop()
 
@@ -120,7 +120,7 @@ def stage_line(row: dict[str, Any]) -> str:
 
 
 def comparison(result: Result) -> Table:
-    """The table at the end: dense against narrow."""
+    """The final table: the dense and the narrow network side by side."""
     dense, narrow = result.dense, result.narrow
     table = Table(title="dense against narrow")
     for name in ("", "dense", "narrow", "change"):
@@ -146,7 +146,7 @@ def ratios(dense: Figures, narrow: Figures) -> list[float]:
 
 
 def begin(settings: Settings, terminal: Terminal, *names: str) -> Job:
-    """Check the output folder, then find the images and complete the settings."""
+    """Check the output folder, open the images and complete the settings."""
     given = settings.run
     accelerator = make_accelerator(given.device)
     terminal.quiet = not accelerator.is_main_process
@@ -229,7 +229,7 @@ EXAMPLES = {
 
 
 def make_parser(defaults: dict[str, dict[str, Any]]) -> ArgumentParser:
-    """The parser of all commands; `defaults` by command go before those of the dataclasses."""
+    """The parser of all commands. `defaults` ({command: {option: value}}) override those of the dataclasses."""
     parser = ArgumentParser(prog="narrower", description="Take a trained CNN, give back a narrower one.")
     parser.add_argument("--version", action="version", version=f"narrower {narrower.__version__}")
     commands = parser.add_subcommands(required=True)
@@ -250,7 +250,7 @@ def make_parser(defaults: dict[str, dict[str, Any]]) -> ArgumentParser:
 
 
 def add_options(parser: ArgumentParser, group: type, only: Sequence[str], title: str) -> None:
-    """A flag for each field (of those in `only`) of a dataclass of `config`."""
+    """Add a flag for each field of a dataclass of `config`. `only`: these fields; empty for all."""
     section = parser.add_argument_group(title)
     hints = get_type_hints(group, include_extras=True)
     for item in fields(group):
@@ -268,7 +268,7 @@ def add_options(parser: ArgumentParser, group: type, only: Sequence[str], title:
 
 
 def _element(hint: Any) -> Any:
-    """The type within `list[...]` or `list[...] | None`, else None."""
+    """The element type of `list[...]` or `list[...] | None`. None for other types."""
     for part in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         if get_origin(part) is list:
             return get_args(part)[0]
@@ -276,7 +276,7 @@ def _element(hint: Any) -> Any:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Settings, Namespace]:
-    """The command, its settings, and what else was said. A run that is named gives the defaults."""
+    """The command, its settings, and all parsed options. If a run folder is named, its settings are the defaults."""
     given = make_parser(DEFAULTS).parse_args(list(arguments))
     name: str = given.subcommand
     folder = given[name].get("resume") or given[name].get("run")
@@ -293,7 +293,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, Namespace]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 2 for what narrower cannot do, 130 for Ctrl-C."""
+    """Run a command. Returns the exit code: 0, 2 for an error of narrower, 130 for Ctrl-C."""
     terminal = Terminal()
     try:
         name, settings, chosen = parse(sys.argv[1:] if arguments is None else arguments)
@@ -310,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def message(error: NarrowerError) -> str:
-    """The error's own words; a reading process has put its traceback around them."""
+    """The error's own message, without the traceback that a data loader process adds around it."""
     text = str(error)
     return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if "Original Traceback" in text else text
 

@@ -1,7 +1,7 @@
-"""The settings of the command line; one frozen dataclass per group of flags, flag names as in timm's `train.py`.
+"""The settings of the command line: one frozen dataclass per group of flags. Flag names are those of timm's `train.py`.
 
-A field is a flag (`batch_size` is `--batch-size`) and a key of the YAML that `--config` reads. It is annotated with
-what `--help` says, and perhaps a short flag.
+A field is a flag (`batch_size` is `--batch-size`) and a key of the YAML file that `--config` reads. Its annotation has the help
+text and, for some, a short flag.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a command works with: its settings, images, folder, device, and whom it tells."""
+"""The context of a command: settings, images, run folder, device and reporter."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ class Settings:
     prune: PruneConfig = field(default_factory=PruneConfig)
 
     def flat(self) -> dict[str, Any]:
-        """One level of plain values, as in `config.yaml`; without what concerns one start only."""
+        """All settings in one dict, as in `config.yaml`. Options that concern a single start are reset."""
         groups = (self.model, self.data, self.train, self.run, self.prune)
         values = {key: value for group in groups for key, value in asdict(group).items()}
         return values | {"output": None, "overwrite": False, "resume": None}
 
 
 class Reporter:
-    """What a command tells while it works; this one keeps silent."""
+    """Receives the progress of a command. This base class shows nothing."""
 
     def watch(self, iterable: Iterable[Any], description: str = "", total: int = 0) -> Iterable[Any]:
         """Show progress through `iterable`, of `total` images."""
         return iterable
 
     def busy(self, description: str) -> AbstractContextManager[Any]:
-        """Show that something is going on."""
+        """Show that work is going on."""
         return nullcontext()
 
     def note(self, text: str) -> None:
-        """Show a line about what is going on."""
+        """Show a line of text."""
 
     def tell(self, row: dict[str, Any]) -> None:
-        """A stage or an epoch is done; `row` has its name, figures and seconds, and perhaps a `text` to show."""
+        """A stage or an epoch is done. `row`: its name, figures and seconds, and optionally a `text` to show."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command at work: the settings, the images, where to compute, write and report."""
+    """The context of one command: settings, images, run folder, device and reporter."""
 
     settings: Settings
     data: ImageData
@@ -79,7 +79,7 @@ class Job:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """The number of this process, and how many there are."""
+        """(rank of this process, number of processes)."""
         return shard_of(self.accelerator)
 
     def tell(self, row: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Job:
 
     @contextmanager
     def stage(self, name: str, busy: str = "") -> Iterator[dict[str, Any]]:
-        """Time a stage; what is put into the dictionary goes into its row."""
+        """Time a stage and report it. Values put into the yielded dict become part of its row."""
         facts: dict[str, Any] = {}
         begin = time.perf_counter()
         with self.report.busy(busy) if busy else nullcontext():
@@ -101,7 +101,7 @@ class Job:
     def train(
         self, model: nn.Module, stage: str, file: str, config: TrainConfig, resrep: narrower.ResRep | None = None
     ) -> float:
-        """Train in place, or go on from the checkpoint `file`; the top-1 after the last epoch."""
+        """Train in place, or continue from the checkpoint `file`. Returns the top-1 (percent) after the last epoch."""
         last: dict[str, Any] = {}
 
         def log(row: dict[str, Any]) -> None:
@@ -111,12 +111,12 @@ class Job:
         with self.stage(stage) as facts:
             context = TrainContext(self.accelerator, stage, self.run.folder / file, log, self.report.watch)
             train(model, self.data, config, context, seed=self.settings.run.seed, resrep=resrep)
-            facts["top1"] = last["top1"] if last else self.evaluate(model)  # no epochs were asked for
+            facts["top1"] = last["top1"] if last else self.evaluate(model)  # zero epochs
         return facts["top1"]
 
 
 def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Reporter) -> Job:
-    """Find the images and complete the settings: with what these and the network say, and with absolute paths."""
+    """Open the images, and complete the settings from them and from the network. Paths become absolute."""
     data = open_images(settings, report)
     channels, height, width = data.input_size
     reading = reading_of(settings)
@@ -146,7 +146,11 @@ def absolute(path: str | None) -> str | None:
 
 
 def reading_of(settings: Settings) -> Reading:
-    """How images are read: as the settings say, else as the network expects, else as ImageNet's."""
+    """How to read images: from the settings, else what the network expects, else ImageNet's values.
+
+    Raises:
+        ConfigError: the number of channels is not 1 or 3, or `mean` or `std` have another length.
+    """
     given = settings.data
     expected = expected_images(settings.model.model)
     channels = settings.model.in_chans
@@ -167,7 +171,7 @@ def reading_of(settings: Settings) -> Reading:
 
 
 def open_images(settings: Settings, report: Reporter) -> ImageData:
-    """The images that the settings name; the digits where they name none."""
+    """The images that the settings name. The default is the digits."""
     given = settings.data
     return open_data(
         given.dataset or ("" if given.data_dir else "digits"), given.data_dir, reading_of(settings),

@@ -1,4 +1,4 @@
-"""Networks of a command: made, loaded, checked, measured and saved."""
+"""Create, load, check, measure and save the networks of a command."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
     """Run the network once.
 
     Raises:
-        TraceError: it fails on such images.
-        ConfigError: it does not give one logit per class.
+        TraceError: it fails on images of this shape.
+        ConfigError: its output is not one logit per class.
     """
     shape = tuple(example.shape)
     try:
@@ -48,7 +48,7 @@ def check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
 
 
 def load_dense(job: Job) -> nn.Module:
-    """The dense network with the weights that the settings name (checkpoint or published), else its initial ones."""
+    """The dense network with the weights that the settings name (checkpoint or published). The default is initial weights."""
     given = job.settings.model
     torch.manual_seed(job.settings.run.seed)
     model = dense_network(given, pretrained=given.pretrained)
@@ -59,7 +59,7 @@ def load_dense(job: Job) -> nn.Module:
 
 
 def from_run(job: Job, folder: Path) -> nn.Module:
-    """The network that a run left: narrow after `prune`, dense after `train`."""
+    """The network that a run saved: narrow after `prune`, dense after `train`."""
     return read_run(folder, job.settings.model).to(job.accelerator.device)
 
 
@@ -71,7 +71,7 @@ def read_run(folder: Path, config: ModelConfig) -> nn.Module:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a network is and costs: top-1 in percent, MACs and parameters, MB of weights, ms for one image."""
+    """Accuracy and costs of a network: top-1 in percent, MACs, parameters, MB of weights, ms for one image."""
 
     top1: float
     macs: float
@@ -81,8 +81,10 @@ class Figures:
 
 
 def figures(example: Tensor, *networks: tuple[nn.Module, float], rounds: int = 3) -> list[Figures]:
-    """The figures of networks whose top-1 is known. They are timed in turn, `rounds` times, and the least is taken: what
-    else the machine does weighs on all alike."""
+    """The figures of networks with known top-1.
+
+    Latency is the minimum of `rounds` measurements. The networks take turns, so that other load affects all of them equally.
+    """
     costs = [[narrower.measure(model, example, seconds=0.3) for model, _ in networks] for _ in range(rounds)]
     found = []
     for (model, top1), cost in zip(networks, zip(*costs, strict=True), strict=True):
@@ -95,7 +97,7 @@ def figures(example: Tensor, *networks: tuple[nn.Module, float], rounds: int = 3
 def inspect_network(
     settings: Settings, folder: Path | None = None, report: Reporter | None = None
 ) -> tuple[narrower.Graph, Figures]:
-    """`narrower inspect`: the groups and costs of a network, or of the one that a run left; it needs no images."""
+    """`narrower inspect`: the groups and costs of a network, or of the network that a run saved. Needs no images."""
     given = settings.model
     expected = expected_images(given.model).get("large", 32 if given.model in CIFAR_MODELS else 224)
     size = settings.data.img_size or expected
@@ -107,7 +109,7 @@ def inspect_network(
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state dict beside the old file, then take its place."""
+    """Write the state dict to a temporary file, then replace `path` by it."""
     part = path.with_name(path.name + ".part")
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, part)
     part.replace(path)

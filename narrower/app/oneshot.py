@@ -1,4 +1,4 @@
-"""The one-shot methods: score every channel once, cut, and renew the BatchNorm statistics."""
+"""The one-shot methods: score every channel once, cut, and recalibrate BatchNorm."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .config import PruneConfig
 from .job import Job
 
 LOOKING = ("hrank", "taylor")
-"""Methods that look at images."""
+"""Methods whose scores need images."""
 
 
 def score(
     given: PruneConfig, model: nn.Module, graph: narrower.Graph, images: Iterable[Batch], seed: int = 0
 ) -> narrower.Scores:
-    """The scores of the method that the settings name, from images where it needs them."""
+    """The scores of the configured method. `images` are read only if it needs them."""
     methods: dict[str, Callable[[], narrower.Scores]] = {
         "hrank": lambda: narrower.hrank(model, graph, images, macs=given.macs, params=given.params),
         "taylor": lambda: narrower.taylor(model, graph, images, F.cross_entropy),
@@ -33,12 +33,12 @@ def score(
 
 
 def trial_scores(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> narrower.Scores:
-    """Scores without images, to try the plan before anything is trained."""
+    """Scores without images, to check that a plan is possible before anything is trained."""
     return narrower.random(graph) if given.method in LOOKING else score(given, model, graph, [])
 
 
 def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores) -> narrower.Plan:
-    """The plan that the settings ask for."""
+    """The plan for the configured request."""
     return narrower.plan(
         graph, scores, macs=given.macs, params=given.params, remove=given.remove,
         round_to=given.round_to, exclude=given.exclude, min_channels=given.min_channels,
@@ -46,7 +46,7 @@ def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores
 
 
 def agreed(job: Job, plan: narrower.Plan) -> narrower.Plan:
-    """The first process's plan, in all of them: ties may break differently elsewhere."""
+    """The plan of the first process, in every process. Equal scores may be ordered differently in another process."""
     if job.accelerator.num_processes == 1:
         return plan
     from accelerate.utils import broadcast_object_list
@@ -56,7 +56,7 @@ def agreed(job: Job, plan: narrower.Plan) -> narrower.Plan:
 
 
 def sample(job: Job, count: int) -> Iterator[Batch]:
-    """`count` training images, not augmented, drawn by the seed, on the device."""
+    """`count` random training images (by the run's seed), not augmented, on the device."""
     config = job.settings.train
     order = mix(job.settings.run.seed, "sample")
     for x, y in batches(job.data.train, min(config.batch_size, count), order=order, workers=config.workers):
@@ -68,7 +68,7 @@ def sample(job: Job, count: int) -> Iterator[Batch]:
 
 
 def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
-    """Score, plan, narrow, verify and recalibrate: the one-shot methods."""
+    """Score, plan, narrow, verify and recalibrate. Returns the narrow network."""
     given = job.settings.prune
     with job.stage("score") as facts:
         images = job.report.watch(sample(job, given.images), f"scoring ({given.method})", given.images)

@@ -21,7 +21,7 @@ from .resrep_run import check, train_resrep
 
 @dataclass(frozen=True)
 class Result:
-    """Dense against narrow; `cut_top1` is the accuracy after the cut and before fine-tuning."""
+    """Figures of the dense and the narrow network. `cut_top1`: top-1 after the cut and before fine-tuning."""
 
     dense: Figures
     narrow: Figures
@@ -30,7 +30,7 @@ class Result:
 
 
 def train_dense(job: Job) -> float:
-    """`narrower train`: train the dense network and save it. Its top-1."""
+    """`narrower train`: train the dense network and save it. Returns its top-1."""
     model = load_dense(job)
     _ = job.data.train, job.data.val
     job.run.claim(job.settings.flat())
@@ -40,7 +40,7 @@ def train_dense(job: Job) -> float:
 
 @contextmanager
 def save_at_end(job: Job, save: Callable[[], object]) -> Iterator[None]:
-    """Save at the end, or when Ctrl-C ends it early; not what another error has left. One process of several does."""
+    """Save at the end and on Ctrl-C, but not after another error. Only the first of several processes saves."""
     try:
         yield
     except KeyboardInterrupt:
@@ -52,11 +52,11 @@ def save_at_end(job: Job, save: Callable[[], object]) -> Iterator[None]:
 
 
 def prune(job: Job) -> Result:
-    """`narrower prune`: see the top of this file. Goes on where a run that is resumed stopped.
+    """`narrower prune`. A resumed run continues where it stopped.
 
     Raises:
-        NarrowerError: whatever cannot be done; before training starts where that can be known.
-        KeyboardInterrupt: Ctrl-C; what was trained is in the run folder.
+        NarrowerError: something cannot be done. If possible, this is found before training starts.
+        KeyboardInterrupt: Ctrl-C. What was trained is in the run folder.
     """
     model = load_dense(job)
     with job.stage("trace", busy="tracing") as facts:
@@ -65,11 +65,11 @@ def prune(job: Job) -> Result:
         )  # fmt: skip
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
     trains = job.settings.prune.method == "resrep"
-    if trains:  # what cannot be done fails before training
+    if trains:  # fail before training if it cannot be done
         check(job, model, graph)
     else:
         make_plan(job.settings.prune, graph, trial_scores(job.settings.prune, model, graph))
-    _ = job.data.train, job.data.val  # and so do images in memory that cannot be read
+    _ = job.data.train, job.data.val  # and if images cannot be read
     job.run.claim(job.settings.flat())
     dense_top1 = prepare_dense(job, model)
     folder = job.run.folder
@@ -93,7 +93,10 @@ def prune(job: Job) -> Result:
 
 
 def prepare_dense(job: Job, model: nn.Module) -> float:
-    """Train the dense network where it came without weights, or take the one that this run has trained. Its top-1."""
+    """Give the dense network its weights: load those that this run has trained, or train it if the settings name none.
+
+    Returns its top-1.
+    """
     given, file = job.settings.model, job.run.folder / run_folder.DENSE
     if not given.checkpoint and not given.pretrained:
         if not (job.run.resume and file.exists()):

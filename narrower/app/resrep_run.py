@@ -1,4 +1,4 @@
-"""ResRep: train the network with compactors towards the budget, then merge."""
+"""`--method resrep`: train the network with compactors towards the budget, then merge them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MERGED = 1e-3  # largest difference of the merged network, relative to the outpu
 def compacted(
     given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, scores: narrower.Scores | None = None
 ) -> narrower.ResRep:
-    """Compactors on `model`, as the settings say; `scores`: what is known of its channels.
+    """Insert compactors into `model` as the settings say. `scores`: multiply the row norms when channels are chosen.
 
     Raises:
-        ConfigError: a setting of `--forgetting` that there is not.
+        ConfigError: `--forgetting` has an unknown setting.
         PlanError: nothing can be compacted, or the budget cannot be reached.
     """
     try:
@@ -43,14 +43,14 @@ def compacted(
 
 
 def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
-    """Fail now rather than after the dense network has been trained."""
+    """Check that ResRep is possible, before the dense network is trained. Raises as `compacted`."""
     if job.settings.train.epochs < 1:
         raise ConfigError("--method resrep needs --epochs: it works by training")
     compacted(job.settings.prune, copy.deepcopy(model), graph, 1)
 
 
 def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
-    """Train a copy of `model` with compactors, shrinking on the way, and merge it. What Ctrl-C leaves is merged and saved."""
+    """Train a copy of `model` with compactors, shrink it during training, and merge it. On Ctrl-C it is merged and saved."""
     config = job.settings.train
     steps = len(batches(job.data.train, config.batch_size, order=0, shard=job.shard, workers=config.workers))
     given = job.settings.prune
@@ -82,7 +82,7 @@ def difference(trained: nn.Module, merged: nn.Module, images: Any) -> float:
     """The largest difference of the outputs in eval mode, relative to the largest output.
 
     Raises:
-        VerifyError: it is more than rounding explains.
+        VerifyError: the difference is too large for rounding.
     """
     want, have = (net.to(images.device).eval()(images).float() for net in (trained, merged))
     error = float((want - have).abs().max() / want.abs().max().clamp_min(1e-12))

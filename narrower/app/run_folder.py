@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, metrics and log, and who may write there.
+"""The folder of a run: its settings, metrics and log. Only one process writes there.
 
 | file                  | what                                                                         |
 |-----------------------|------------------------------------------------------------------------------|
@@ -28,18 +28,18 @@ FILES = (MODEL, PLAN, CONFIG, METRICS, LOG, DENSE, DENSE_CHECKPOINT, CHECKPOINT)
 
 
 class Run:
-    """A run folder. Nothing is written before `claim`; until then rows and log lines wait in memory."""
+    """A run folder. Rows and log lines are kept in memory until `claim`, and written from then on."""
 
     def __init__(self, folder: Path, *, resume: bool = False, overwrite: bool = False, writes: bool = True) -> None:
         """
         Args:
-            folder: where; made by `claim`.
-            resume: go on with the run that is there.
-            overwrite: replace the run that is there (by `claim`; other files in the folder stay).
-            writes: False in all but one of several processes.
+            folder: its path. `claim` creates it.
+            resume: continue the run in this folder.
+            overwrite: let `claim` replace the run in this folder. Other files there stay.
+            writes: True in the first process, False in the others.
 
         Raises:
-            ConfigError: the folder holds a run already, or none to go on with, or is no folder.
+            ConfigError: the folder already holds a run, or has no run to resume, or is a file.
         """
         self.folder = folder
         self.resume = resume
@@ -63,7 +63,7 @@ class Run:
         return [name for name in FILES if (self.folder / name).exists()]
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder, remove the run that is there, write the settings and what has waited.
+        """Create the folder, remove an old run from it, and write the settings and the rows and lines kept so far.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -82,7 +82,7 @@ class Run:
             self._append(name, text)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Add a row to the metrics; an epoch that is there already (it was evaluated again) is left out."""
+        """Add a row to the metrics, except for an epoch that has a row already (it was evaluated again)."""
         if "epoch" in row:
             if (row["stage"], row["epoch"]) in self._epochs:
                 return
@@ -90,11 +90,11 @@ class Run:
         self._append(METRICS, json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
 
     def print(self, text: str) -> None:
-        """Add to the log what was printed."""
+        """Add printed text to the log."""
         self._append(LOG, text)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics so far; a last line that a crash cut off is left out."""
+        """The metrics so far. A line that a crash cut off is skipped."""
         try:
             lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
@@ -122,7 +122,7 @@ class Run:
 
 
 def default_folder(*parts: str) -> Path:
-    """`runs/<time>-<part>-<part>` under the current folder; a number is added where two runs begin in one second."""
+    """`runs/<time>-<part>-<part>` in the current folder. A number is added if this folder exists already."""
     safe = ["".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts]
     base = Path("runs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), *safe])
     folder, number = base, 1

@@ -1,7 +1,7 @@
-"""Images as a network reads them: in memory, file by file, or as a stream; and batches of them.
+"""Images in memory, read file by file, or from a stream; and batches of them.
 
-How an image is augmented, and where it comes in an epoch, is a pure function of (seed, epoch, index): a run that was
-interrupted goes on exactly as it would have.
+Augmentation and order are pure functions of (seed, epoch, index). A resumed run therefore gives the same result as one that
+was never interrupted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TensorImages(Dataset[Batch]):
-    """Images in memory, uint8 `[N, C, H, W]`; `moves` `[N, 3]` says how each is shifted (y, x) and whether mirrored."""
+    """Images in memory, uint8 `[N, C, H, W]`. `moves` `[N, 3]`: the shift (y, x) of each image, and whether it is mirrored."""
 
     images: Tensor
     labels: Tensor
@@ -48,7 +48,7 @@ class TensorImages(Dataset[Batch]):
         return len(self.labels)
 
     def augmented(self, seed: int, epoch: int) -> TensorImages:
-        """The same images, each padded, cropped at random and mirrored with probability `flip`."""
+        """The same images, padded, randomly cropped, and mirrored with probability `flip`."""
         draw = torch.Generator().manual_seed(mix(seed, epoch, "augment"))
         shifts = torch.randint(0, 2 * self.pad + 1, (len(self), 2), generator=draw)
         mirror = torch.rand(len(self), 1, generator=draw) < self.flip
@@ -69,7 +69,7 @@ class TensorImages(Dataset[Batch]):
 
 
 def move(images: Tensor, moves: Tensor, pad: int) -> Tensor:
-    """Pad `[N, C, H, W]` with zeros, cut `H x W` at (y, x) = `moves[:, :2]`, mirror where `moves[:, 2]`; one gather."""
+    """Pad `[N, C, H, W]` with zeros, crop `H x W` at (y, x) = `moves[:, :2]`, mirror if `moves[:, 2]`. One gather for all."""
     count, _, height, width = images.shape
     padded = F.pad(images, (pad, pad, pad, pad))
     rows = moves[:, 0, None] + torch.arange(height)
@@ -81,7 +81,7 @@ def move(images: Tensor, moves: Tensor, pad: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LazyImages(Dataset[Batch]):
-    """Images read one by one and transformed; `key` = (seed, epoch) asks for the training transform and seeds it."""
+    """Images that are read and transformed one by one. `key` = (seed, epoch) selects and seeds the training transform."""
 
     source: Source
     transform: Callable[[Any], Tensor]
@@ -101,14 +101,14 @@ class LazyImages(Dataset[Batch]):
         if self.key is None:
             return self.transform(image), label
         seed = mix(*self.key, index)
-        random.seed(seed)  # the transforms draw from both
+        random.seed(seed)  # the transforms use both generators
         torch.manual_seed(seed)
         return self.training(image), label
 
 
 @dataclass(frozen=True)
 class StreamImages(IterableDataset[Batch]):
-    """A data set of timm's that can only be iterated (webdataset, tfds); its order is its own."""
+    """A data set of timm that can only be iterated (webdataset, tfds). It decides the order itself."""
 
     plain: Any
     training: Any
@@ -130,7 +130,7 @@ Images = TensorImages | LazyImages | StreamImages
 
 @dataclass(frozen=True)
 class Files:
-    """Image files and their labels, opened in the given PIL mode."""
+    """Image files and their labels, converted to a PIL mode."""
 
     paths: list[str]
     labels: list[int]
@@ -152,7 +152,7 @@ class Files:
 
 
 def mix(*parts: object) -> int:
-    """A seed from any parts, the same on every machine."""
+    """A seed computed from any values, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
 
 
@@ -168,13 +168,13 @@ def batches(
     """Batches of `images`, in their own order or shuffled by the seed `order`.
 
     Args:
-        images: what to read.
-        batch_size: images per batch and process; the last batch may be smaller.
-        order: seed of the shuffling, for training: all processes get as many batches, none of a single image.
-            None keeps the order, and every image.
-        start: the first batches to leave out (a resumed epoch).
-        shard: (rank, number of processes): each takes every n-th image.
-        workers: reading processes; images in memory need none.
+        images: the images to read.
+        batch_size: images per batch and process. The last batch may be smaller.
+        order: seed of the shuffling, for training. All processes then get equally many batches, and no batch has one image.
+            None keeps the order and all images.
+        start: number of batches to skip, for a resumed epoch.
+        shard: (rank, number of processes). Each process takes every n-th image.
+        workers: number of reader processes. Not used for images in memory.
     """
     if isinstance(images, StreamImages):
         return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_signals_of_a_worker)
@@ -183,7 +183,7 @@ def batches(
     if draw is None:
         index = torch.arange(count)
     else:
-        index = torch.randperm(count, generator=draw)[: count - count % shard[1]]  # as many steps in every process
+        index = torch.randperm(count, generator=draw)[: count - count % shard[1]]  # equally many steps in every process
     chunks = [chunk.tolist() for chunk in index[shard[0] :: shard[1]].split(batch_size)]
     if draw is not None and len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks.pop()  # BatchNorm cannot train on one image
@@ -197,5 +197,5 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _signals_of_a_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not what training has made of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one handles it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # undo the handler that training has installed

@@ -1,6 +1,6 @@
-"""Where images come from: digits (embedded, no network needed), a folder in ImageFolder layout, or a name of timm's.
+"""Data sets: digits (included in scikit-learn), a folder in ImageFolder layout, or a data set of timm by name.
 
-Images of at most 64 px are decoded once into a uint8 tensor and augmented in batches; larger ones are read as they are
+Images of at most 64 px are decoded once into a uint8 tensor and augmented in batches. Larger images are read when they are
 needed, with timm's transforms.
 """
 
@@ -25,7 +25,7 @@ from .images import Files, Images, LazyImages, Source, StreamImages, TensorImage
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SMALL = 64  # pixels; up to here a data set fits in memory, and decoding it every epoch would cost more than training
+SMALL = 64  # pixels: such data sets fit in memory, and decoding them every epoch would take longer than training
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test", "eval")}
 Watch = Callable[..., Any]
 """Wraps an iterable to show progress: `watch(iterable, description, total)`."""
@@ -41,13 +41,13 @@ class Reading:
     """How images become tensors.
 
     Attributes:
-        size: pixels; None keeps small images as they are and brings others to `large`.
-        large: see there.
+        size: pixels. None keeps the size of small images and resizes others to `large`.
+        large: pixels.
         channels: 3 (RGB) or 1 (grey).
         mean, std: per channel, of pixels in [0, 1].
         flip: probability that a training image is mirrored.
         crop_pct, interpolation: how large images are resized for evaluation, as in timm.
-        cache: folder for decoded small images; None keeps them in memory only.
+        cache: folder for decoded small images. None keeps them in memory only.
     """
 
     size: int | None = None
@@ -67,7 +67,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images for training and evaluation; pixels are read when `train` or `val` is first asked for."""
+    """Images for training and evaluation. Pixels are read at the first access of `train` or `val`."""
 
     name: str
     num_classes: int
@@ -87,18 +87,18 @@ def open_data(
     dataset: str = "", root: str | Path | None = None, reading: Reading | None = None, *, download: bool = False,
     num_classes: int | None = None, watch: Watch = silent,
 ) -> ImageData:  # fmt: skip
-    """Find a data set: "digits", a folder (no name) or a name that timm's `create_dataset` takes.
+    """Open a data set: "digits", a folder, or a name that timm's `create_dataset` takes.
 
     Args:
-        dataset: "digits", "" or "folder" for `root` itself, else a name of timm's such as "torch/cifar10".
-        root: the folder; for timm's names where the data are or go.
+        dataset: "digits", or "" or "folder" for the folder `root`, else a name of timm such as "torch/cifar10".
+        root: the folder with the images. For a name of timm, where the data are stored or downloaded to.
         reading: size, channels and normalisation of the images.
-        download: let timm fetch the data.
-        num_classes: needed where a data set does not tell.
+        download: let timm download the data.
+        num_classes: needed if the data set does not provide it.
         watch: shows the progress of decoding.
 
     Raises:
-        DataError: nothing is there, classes differ between the splits, or an image cannot be read.
+        DataError: there are no images, classes differ between the splits, or an image cannot be read.
         ConfigError: a package or setting is missing.
     """
     reading = reading or Reading()
@@ -120,9 +120,9 @@ def digits(
     test_size: float = 1 / 3,
     seed: int = 0,
 ) -> ImageData:
-    """The 1,797 8x8 digits that scikit-learn ships with, enlarged to `size` px, in a stratified split.
+    """The 1,797 8x8 digits of scikit-learn, enlarged to `size` px, in a stratified split.
 
-    Shifted by a pixel or two in training, never mirrored.
+    Training shifts them by up to size / 8 pixels and never mirrors them.
     """
     try:
         from sklearn.datasets import load_digits
@@ -158,7 +158,7 @@ def folder(root: Path, reading: Reading, watch: Watch = silent) -> ImageData:
 
 
 def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
-    """The images of one split, and its classes in timm's order (natural: 2 before 10)."""
+    """The images of one split, and its classes in timm's natural order (2 before 10)."""
     try:
         from timm.data.readers.reader_image_folder import find_images_and_targets
     except ImportError as error:
@@ -182,7 +182,7 @@ def from_timm(
     name: str, root: str | Path | None, reading: Reading, *, download: bool = False, num_classes: int | None = None,
     watch: Watch = silent,
 ) -> ImageData:  # fmt: skip
-    """A data set that timm's `create_dataset` knows by `name`; its splits are called "train" and "validation" there."""
+    """A data set of timm's `create_dataset`, with its splits "train" and "validation"."""
     try:
         from timm.data import create_dataset
     except ImportError as error:
@@ -218,7 +218,7 @@ def _count_classes(dataset: Any) -> int | None:
 
 
 def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Reading, watch: Watch) -> ImageData:
-    """Choose between memory, files and stream by the size of the images."""
+    """Keep small images in memory, read large ones file by file, and iterate over streams."""
     stream = isinstance(parts["train"], IterableDataset)
     size = (reading.size, reading.size) if reading.size else _size(parts["train"], stream, reading.large)
     height, width = size
@@ -237,7 +237,7 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
 
 
 def _size(source: Source, stream: bool, large: int) -> tuple[int, int]:
-    """Height and width of the images where a sample of them is small and alike, else `large`."""
+    """Height and width of the images if a sample of them has one small size. Otherwise `large` for both."""
     if stream:
         return large, large
     sizes = {source[index][0].size for index in range(0, len(source), max(1, len(source) // 32))}
@@ -258,13 +258,13 @@ def _transforms(size: tuple[int, int, int], reading: Reading) -> tuple[Callable[
 
 
 def _decoded(source: Source, size: tuple[int, int], reading: Reading, watch: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-    """All images as uint8 `[N, C, H, W]` and their labels, from the cache where it has them."""
+    """All images as uint8 `[N, C, H, W]`, and their labels. Read from the cache if possible."""
     file = _cache_file(source, size, reading)
     if file is not None and file.is_file() and isinstance(source, Files):
         try:
             return torch.from_numpy(np.load(file)).permute(0, 3, 1, 2), torch.tensor(source.labels)
         except (OSError, ValueError):
-            pass  # a damaged cache is made anew
+            pass  # replace a damaged cache
     pixels = np.empty((len(source), *size, reading.channels), dtype=np.uint8)
     labels = np.empty(len(source), dtype=np.int64)
 
@@ -290,7 +290,10 @@ def _fitted(image: Any, size: tuple[int, int], mode: str) -> np.ndarray[Any, Any
 
 
 def _cache_file(source: Source, size: tuple[int, int], reading: Reading) -> Path | None:
-    """Named by what decides the pixels: paths, sizes and times of the files, and how they are read."""
+    """The cache file. Its name is a hash of all that determines the pixels: paths, sizes and times of the files, and `reading`.
+
+    None if nothing is cached.
+    """
     if reading.cache is None or not isinstance(source, Files):
         return None
     stats = [(path, stat.st_size, stat.st_mtime_ns) for path in source.paths for stat in [os.stat(path)]]
@@ -305,4 +308,4 @@ def _store(file: Path, pixels: np.ndarray[Any, Any]) -> None:
             np.save(stream, pixels)
         part.replace(file)
     except OSError:
-        pass  # no room or no right to write: the images are in memory all the same
+        pass  # disk full or no permission: the images are in memory anyway

@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR networks of the two papers here, timm's, torchvision's and the user's own.
+"""Networks by name: the CIFAR networks of the two papers, those of timm and torchvision, and the user's own.
 
 | name                                             | comes from                                        |
 |--------------------------------------------------|---------------------------------------------------|
@@ -53,13 +53,13 @@ def make_model(
 
     Args:
         name: a CIFAR network, `torchvision/NAME`, `module:factory`, `file.py:factory`, or a timm name.
-        num_classes: outputs; None leaves the network's own number.
-        pretrained: load published weights (timm and torchvision; a factory of one's own must have the argument).
+        num_classes: number of outputs. None keeps the network's default.
+        pretrained: load published weights (timm, torchvision, or a factory with an argument `pretrained`).
         in_channels: channels of the images.
         kwargs: passed on to the factory.
 
     Raises:
-        ConfigError: the name is unknown, its library is missing, or the network cannot be made that way.
+        ConfigError: the name is unknown, its library is missing, or the factory fails with these arguments.
     """
     if ":" in name:
         return _own(name, num_classes, pretrained, in_channels, kwargs)
@@ -73,7 +73,7 @@ def make_model(
 
 
 def expected_images(name: str) -> dict[str, Any]:
-    """How timm's network of that name reads images (`large`: pixels, mean, std, crop_pct, interpolation); else {}."""
+    """How a network of timm reads images: {large (pixels), mean, std, crop_pct, interpolation}. {} for other names."""
     if ":" in name or "/" in name or name in CIFAR_MODELS:
         return {}
     try:
@@ -82,7 +82,7 @@ def expected_images(name: str) -> dict[str, Any]:
         return {}
     try:
         known = get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag: make_model says so
+    except RuntimeError:  # an unknown tag: make_model raises an error with advice
         return {}
     if known is None:
         return {}
@@ -146,7 +146,7 @@ def _torchvision(
 
 
 def _new_head(name: str, model: nn.Module, num_classes: int) -> nn.Module:
-    """Replace the last linear layer of a pretrained torchvision network where its number of classes is another."""
+    """Replace the last linear layer of a pretrained torchvision network if its number of classes differs."""
     linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise ConfigError(f"torchvision/{name} ends in no linear layer: its weights fit its own classes only")
@@ -158,7 +158,7 @@ def _new_head(name: str, model: nn.Module, num_classes: int) -> nn.Module:
 
 
 def _own(name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]) -> nn.Module:
-    """Call the user's factory, with those of our arguments that its signature has."""
+    """Call the user's factory with those of our arguments that its signature accepts."""
     factory = _import(name)
     parameters = inspect.signature(factory).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -181,9 +181,9 @@ def _import(name: str) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             if "" not in sys.path:
-                sys.path.insert(0, "")  # a console script does not look in the current folder
+                sys.path.insert(0, "")  # a console script does not import from the current folder
             module = importlib.import_module(where)
-    except Exception as error:  # whatever the user's file raises on import
+    except Exception as error:  # the user's file may raise anything
         raise ConfigError(f"cannot import {where!r} for --model {name}: {type(error).__name__}: {error}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
