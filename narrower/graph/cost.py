@@ -5,7 +5,7 @@ The size of every tensor dimension is linear in the widths. A cost is a sum over
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Literal
 
@@ -28,20 +28,13 @@ class CostModel:
         self.names = [g.name for g in graph.free]
         self.column = {name: k for k, name in enumerate(self.names)}
         self.dense = np.array([g.size for g in graph.free], dtype=np.float64)
-        rows: dict[tuple[str, int], int] = {}
-        entries: list[tuple[int, int, float]] = []
+        axes = list(dict.fromkeys((s.tensor, s.dim) for g in graph.free for s in g.slices))
+        rows = {axis: row for row, axis in enumerate(axes)}
+        self.per_channel = np.zeros((len(axes) + 1, len(self.names)))
         for k, g in enumerate(graph.free):
             for s in g.slices:
-                row = rows.setdefault((s.tensor, s.dim), len(rows))
-                entries.append((row, k, len(s.positions) / (s.blocks * g.size)))
-        self.per_channel = np.zeros((len(rows) + 1, len(self.names)))
-        for row, k, n in entries:
-            self.per_channel[row, k] += n
-        full = np.ones(len(rows) + 1)
-        for (tensor, dim), row in rows.items():
-            full[row] = graph.shapes[tensor][dim]
-        self.fixed = full - self.per_channel @ self.dense
-        self.rows = rows
+                self.per_channel[rows[s.tensor, s.dim], k] += len(s.positions) / (s.blocks * g.size)
+        self.fixed = np.array([*(graph.shapes[tensor][dim] for tensor, dim in axes), 1.0]) - self.per_channel @ self.dense
         self.dims: dict[str, list[int]] = {}
         for (tensor, _), row in rows.items():
             self.dims.setdefault(tensor, []).append(row)
@@ -49,29 +42,22 @@ class CostModel:
     @cached_property
     def terms(self) -> dict[CostKind, tuple[np.ndarray, np.ndarray, float]]:
         """For each cost: the dimensions (rows) of each tensor that can change, its coefficient, and the constant rest."""
-        none = len(self.rows)
-        width = max((len(d) for d in self.dims.values()), default=1)
+        width = max((len(rows) for rows in self.dims.values()), default=1)
+        padded = {tensor: rows + [len(self.fixed) - 1] * (width - len(rows)) for tensor, rows in self.dims.items()}
         out: dict[CostKind, tuple[np.ndarray, np.ndarray, float]] = {}
-        weights: dict[CostKind, Mapping[str, float]] = {
-            "macs": self.graph.uses, "params": dict.fromkeys(self.graph.parameters, 1.0),
-        }
-        for kind, per_element in weights.items():
-            index, coefficients, rest = [], [], 0.0
-            for tensor, n in per_element.items():
-                shape = self.graph.shapes[tensor]
-                total = n * float(np.prod(shape, dtype=np.float64))
-                used = self.dims.get(tensor)
-                if not used:
-                    rest += total
-                    continue
-                index.append(used + [none] * (width - len(used)))
-                coefficients.append(total)
-            table = np.array(index, dtype=np.int64).reshape(-1, width)
-            coef = np.array(coefficients, dtype=np.float64)
-            if len(table):
-                coef = coef / np.prod(self.sizes(self.dense)[table], axis=1)
-            out[kind] = table, coef, rest
+        kinds: tuple[CostKind, ...] = ("macs", "params")
+        for kind in kinds:
+            dense = self.dense_costs(kind)
+            table = np.array([padded[t] for t in dense if t in padded], dtype=np.int64).reshape(-1, width)
+            coef = np.array([cost for t, cost in dense.items() if t in padded], dtype=np.float64)
+            rest = sum(cost for t, cost in dense.items() if t not in padded)
+            out[kind] = table, coef / np.prod(self.sizes(self.dense)[table], axis=1), rest
         return out
+
+    def dense_costs(self, kind: CostKind) -> dict[str, float]:
+        """The cost of each tensor of the dense network."""
+        per_element = self.graph.uses if kind == "macs" else dict.fromkeys(self.graph.parameters, 1.0)
+        return {t: n * float(np.prod(self.graph.shapes[t], dtype=np.float64)) for t, n in per_element.items()}
 
     def sizes(self, widths: np.ndarray) -> np.ndarray:
         return self.fixed + self.per_channel @ widths
@@ -83,15 +69,8 @@ class CostModel:
 
     def by_tensor(self, kind: CostKind, widths: np.ndarray) -> dict[str, float]:
         """The cost of each tensor."""
-        sizes = self.sizes(widths)
-        out = {}
-        for tensor in self.graph.uses if kind == "macs" else self.graph.parameters:
-            n = self.graph.uses.get(tensor, 0.0) if kind == "macs" else 1.0
-            value = n * float(np.prod(self.graph.shapes[tensor], dtype=np.float64))
-            for row in self.dims.get(tensor, ()):
-                value *= sizes[row] / (self.fixed[row] + self.per_channel[row] @ self.dense)
-            out[tensor] = value
-        return out
+        shares = self.sizes(widths) / self.sizes(self.dense)
+        return {t: cost * float(np.prod(shares[self.dims.get(t, [])])) for t, cost in self.dense_costs(kind).items()}
 
 
 class RunningCost:
