@@ -109,27 +109,20 @@ def find_components(graph: Graph, chosen: Sequence[ChannelGroup]) -> list[Compon
     cells: list[Cell] = []
     cell_of: dict[str, np.ndarray] = {}
     for g in chosen:
-        _, first, inverse = np.unique(marks[g.name], return_index=True, return_inverse=True)
-        rank = np.argsort(np.argsort(first))  # cells in the order of their first channels
-        cell_of[g.name] = rank[inverse.reshape(-1)] + len(cells)
-        order = np.argsort(cell_of[g.name], kind="stable")
-        ends = np.cumsum(np.bincount(rank[inverse.reshape(-1)]))
-        cells += [Cell(g.name, part) for part in np.split(order, ends[:-1])]
-    sizes = [len(c.channels) for c in cells]
-    rows: list[dict[int, float]] = []
+        _, at, inverse = np.unique(marks[g.name], return_index=True, return_inverse=True)
+        cell = np.argsort(np.argsort(at))[inverse.reshape(-1)]  # numbered in the order of their first channels
+        cell_of[g.name] = cell + len(cells)
+        cells += [Cell(g.name, part) for part in np.split(np.argsort(cell, kind="stable"), np.cumsum(np.bincount(cell))[:-1])]
+    equations: list[dict[int, float]] = []
     for tie in graph.ties:
-        lines: list[dict[int, float]] = []
-        for block in tie.blocks:
-            line: dict[int, float] = {}
-            for name, channels in block.items():
-                if name in cell_of:
-                    line |= {k: n / sizes[k] for k, n in Counter(cell_of[name][channels].tolist()).items()}
-            lines.append(line)
-        for line in lines[1:]:
-            row = {k: line.get(k, 0.0) - lines[0].get(k, 0.0) for k in line.keys() | lines[0].keys()}
-            if row := {k: row[k] for k in sorted(row) if row[k]}:
-                rows.append(row)
-    return split_components(cells, rows)
+        # for each block, the share of every cell's channels that it has
+        first, *others = [
+            {k: n / len(cells[k].channels) for name, channels in block.items() if name in cell_of
+             for k, n in Counter(cell_of[name][channels].tolist()).items()} for block in tie.blocks]
+        for shares in others:
+            differences = {k: shares.get(k, 0.0) - first.get(k, 0.0) for k in sorted(shares.keys() | first.keys())}
+            equations.append({k: d for k, d in differences.items() if d})
+    return split_components(cells, [e for e in equations if e])
 
 
 def split_components(cells: list[Cell], equations: Sequence[Mapping[int, float]]) -> list[Component]:
