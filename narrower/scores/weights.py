@@ -35,16 +35,18 @@ def per_channel(values: Tensor, s: Slice, size: int) -> Tensor:
     return torch.zeros(size, device=values.device, dtype=values.dtype).index_add(0, index, values)
 
 
-def averaged(graph: Graph, each: Callable[[ChannelGroup], list[Tensor]]) -> Scores:
-    """For every free group the mean of its layers' scores. Each layer is first scaled to a mean of one."""
-    out = Scores()
+def averaged(model: nn.Module, graph: Graph, score: Callable[[Tensor], Tensor], root: float = 1) -> Scores:
+    """For every free group the mean of its layers' scores. Each layer is first scaled to a mean of one.
+
+    `score`: from filters, shape (filters, rest), to one number each. Those of a channel are summed, then the `root` is taken.
+    """
+    out, tensors = Scores(), named_tensors(model)
     for g in graph.free:
-        parts = each(g)
-        total = torch.zeros(g.size)
-        for p in parts:
-            p = p.detach().float().cpu()
-            total += p / p.mean().clamp_min(1e-20) / len(parts)
-        out[g.name] = total
+        layers = filters(g, tensors)
+        out[g.name] = torch.zeros(g.size)
+        for s, rows in layers:
+            found = per_channel(score(rows), s, g.size).pow(1 / root).cpu()
+            out[g.name] += found / found.mean().clamp_min(1e-20) / len(layers)
     return out
 
 
@@ -55,23 +57,13 @@ def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
     """
     if p <= 0:
         raise PlanError(f"magnitude takes a norm p above 0, not {p}")
-    tensors = named_tensors(model)
-
-    def each(g: ChannelGroup) -> list[Tensor]:
-        return [per_channel(rows.abs().pow(p).sum(1), s, g.size).pow(1 / p) for s, rows in filters(g, tensors)]
-
-    return averaged(graph, each)
+    return averaged(model, graph, lambda rows: rows.abs().pow(p).sum(1), p)
 
 
 def fpgm(model: nn.Module, graph: Graph) -> Scores:
     """The sum of distances from a filter to the others of its layer (He et al., "Filter Pruning via Geometric Median",
     CVPR 2019, eq. 4). A filter near the geometric median can be replaced by others. Averaged over layers as in `magnitude`."""
-    tensors = named_tensors(model)
-
-    def each(g: ChannelGroup) -> list[Tensor]:
-        return [per_channel(torch.cdist(rows[None], rows[None])[0].sum(1), s, g.size) for s, rows in filters(g, tensors)]
-
-    return averaged(graph, each)
+    return averaged(model, graph, lambda rows: torch.cdist(rows[None], rows[None])[0].sum(1))
 
 
 def bn_scale(model: nn.Module, graph: Graph) -> Scores:
