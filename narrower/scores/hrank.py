@@ -111,18 +111,10 @@ class Maps(TorchDispatchMode):
 
 
 def scores_of(model: nn.Module, graph: Graph, averages: Averages) -> Scores:
-    out = Scores()
-    missing = []
-    for g in graph.free:
-        weights = averages.weights[g.name]
-        if weights.all():
-            out[g.name] = torch.from_numpy(averages.sums[g.name] / weights).float()
-        else:
-            missing.append(g.name)
-    if missing:
-        by_weight = magnitude(model, graph)
-        out.update({name: by_weight[name] for name in missing})
-    return out
+    """Mean ranks. Groups without maps get their L2 magnitude."""
+    ranked = {name: torch.from_numpy(averages.sums[name] / weights).float()
+              for name, weights in averages.weights.items() if weights.all()}
+    return Scores({**({} if len(ranked) == len(graph.free) else magnitude(model, graph)), **ranked})
 
 
 def agreement(first: Keep, second: Keep) -> float:
