@@ -146,25 +146,20 @@ def reshaped(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> tuple[
     If there are several, the view splits the channels. The label's `free` is then the last of them, and the caller decides.
     """
     ids, free = label.ids, label.free
-    shape: list[int] = []
+    shape = [1] * len(new)
     spread: tuple[int, ...] = ()
-    pieces: list[tuple[slice, ...]] = []
+    index = [slice(None)] * len(new)
     full = list(ids.shape)
     for i0, i1, j0, j1 in matching_blocks(old, new):
-        o, n = old[i0:i1], new[j0:j1]
         varies = tuple(ids.shape[d] > 1 for d in range(i0, i1))
         if any(varies):
-            full[i0:i1] = o
-            keep = varying_dims(o, varies, n)
+            o, n = old[i0:i1], new[j0:j1]
+            full[i0:i1], shape[j0:j1] = o, n
+            index[j0:j1] = [slice(None) if v else slice(0, 1) for v in varying_dims(o, varies, n)]
             if i0 <= free < i1:
                 only_free = tuple(d == free for d in range(i0, i1))
                 spread = tuple(j0 + d for d, v in enumerate(varying_dims(o, only_free, n)) if v)
-            shape += n
-            pieces.append(tuple(slice(None) if k else slice(0, 1) for k in keep))
-        else:
-            shape += [1] * (j1 - j0)
-            pieces.append((slice(None),) * (j1 - j0))
-    ids = np.broadcast_to(ids, full).reshape(shape)[tuple(s for piece in pieces for s in piece)]
+    ids = np.broadcast_to(ids, full).reshape(shape)[tuple(index)]
     return Label(ids, spread[-1] if spread else -1, label.axis), spread
 
 
@@ -182,12 +177,7 @@ def joined(parts: Sequence[Ids], dim: int, sizes: Sequence[int]) -> Ids:
     """Ids of a concatenation along `dim`. `sizes`: the real sizes of the parts there."""
     full = [expanded(p, dim, n) for p, n in zip(parts, sizes, strict=True)]
     shape = [max(p.shape[d] for p in full) for d in range(full[0].ndim)]
-    wide = []
-    for p in full:
-        target = list(shape)
-        target[dim] = p.shape[dim]
-        wide.append(np.broadcast_to(p, target))
-    return np.concatenate(wide, axis=dim)
+    return np.concatenate([np.broadcast_to(p, [*shape[:dim], p.shape[dim], *shape[dim + 1:]]) for p in full], axis=dim)
 
 
 def fibres(label: Label) -> Ids:
