@@ -67,13 +67,9 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         super().__init__()
         self.axes, self.answers, self.asked = axes, answers, 0
         modules = modules_of(model)
-        self.modules: dict[int, str] = {}
-        for name, m in modules:
-            self.modules.setdefault(id(m), name)
+        self.modules = {id(m): name for name, m in reversed(modules)}  # the first name of each
         self.alive = named_tensors(model)
-        self.tensors: dict[int, str] = {}
-        for name, t in self.alive.items():
-            self.tensors.setdefault(id(t), name)
+        self.tensors = {id(t): name for name, t in reversed(self.alive.items())}
         convolutions = [(n, m) for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)]
         self.conv_groups = {f"{n}.weight".removeprefix("."): m.groups for n, m in convolutions}
         self.counter = CallCounter(self.alive.values())
