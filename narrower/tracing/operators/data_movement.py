@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -91,18 +92,13 @@ def split(r: RuleContext, call: Call) -> Sequence[Carried]:
     x = call.args[0]
     dim = normal(call.args[2] if len(call.args) > 2 else call.kwargs.get("dim", 0), x.ndim)
     sizes = [t.shape[dim] for t in call.out]
-    out: list[Carried] = []
+    ends = list(accumulate(sizes))
     c = r.of(x)
-    at = 0
-    for size in sizes:
-        labels = tuple(piece(label, dim, at, at + size) for label in c.labels)
-        out.append(c._replace(labels=labels, view=True))
-        at += size
     if len(sizes) > 1 and len(set(sizes)) == 1:
         for label in free_at(c, dim):
-            rows = np.stack([piece(label, dim, k * sizes[0], (k + 1) * sizes[0]).ids for k in range(len(sizes))])
-            r.tie(Label(rows, dim + 1))
-    return out
+            r.tie(Label(np.stack([piece(label, dim, end - sizes[0], end).ids for end in ends]), dim + 1))
+    return [c._replace(labels=tuple(piece(label, dim, end - size, end) for label in c.labels), view=True)
+            for size, end in zip(sizes, ends, strict=True)]
 
 
 def unbind(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -126,16 +122,21 @@ def cat(r: RuleContext, call: Call) -> Sequence[Carried]:
             labels = free_at(c, dim)
             ids.append(labels[0].ids if labels else padding(r, call, t.shape[dim], k, ndim, dim))
         out.append(Label(joined(ids, dim, [t.shape[dim] for t in pieces]), dim))
+    out += side_by_side(r, carried, dim, [t.shape[dim] for t in pieces], "concatenated")
+    return [Carried(tuple(out))]
+
+
+def side_by_side(r: RuleContext, carried: Sequence[Carried], dim: int, sizes: Sequence[int], how: str) -> list[Label]:
+    """Labels of parts joined along `dim`, with channels in another dimension: equally many, and each part keeps its own."""
+    out = []
     for free in {label.free for c in carried for label in c.labels} - {dim}:
         have = [free_at(c, free) for c in carried]
         if not all(have):
-            r.pin([label for labels in have for label in labels], "operand", "concatenated with a tensor that cannot shrink")
+            r.pin([label for labels in have for label in labels], "operand", f"{how} with a tensor that cannot shrink")
             continue
-        # side by side in another dimension: equally many channels, and each part keeps its own
-        label = Label(joined([h[0].ids for h in have], dim, [t.shape[dim] for t in pieces]), free)
-        r.tie(label)
-        out.append(label)
-    return [Carried(tuple(out))]
+        out.append(Label(joined([h[0].ids for h in have], dim, sizes), free))
+        r.tie(out[-1])
+    return out
 
 
 def padding(r: RuleContext, call: Call, size: int, part: int, ndim: int, dim: int) -> Ids:
@@ -148,18 +149,9 @@ def padding(r: RuleContext, call: Call, size: int, part: int, ndim: int, dim: in
 
 def stack(r: RuleContext, call: Call) -> Sequence[Carried]:
     dim = normal(call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0), call.out.ndim)
-    carried = [r.of(t) for t in call.args[0]]
-    out = []
-    for free in {label.free for c in carried for label in c.labels}:
-        have = [free_at(c, free) for c in carried]
-        if not all(have):
-            r.pin([label for labels in have for label in labels], "operand", "stacked with a tensor that cannot shrink")
-            continue
-        ids = joined([np.expand_dims(h[0].ids, dim) for h in have], dim, [1] * len(have))
-        label = Label(ids, free + (free >= dim))
-        r.tie(label)
-        out.append(label)
-    return [Carried(tuple(out))]
+    carried = [Carried(tuple(Label(np.expand_dims(x.ids, dim), x.free + (x.free >= dim)) for x in r.of(t).labels))
+               for t in call.args[0]]
+    return [Carried(tuple(side_by_side(r, carried, dim, [1] * len(carried), "stacked")))]
 
 
 def pad(r: RuleContext, call: Call) -> Sequence[Carried]:
