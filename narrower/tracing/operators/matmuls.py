@@ -39,7 +39,6 @@ def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
         r.sum_over(call, left[0])
     if left and ca.pool >= 0:
         r.read_maps(call, left[0], ca.pool)
-    labels: list[Label] = []
     sides = []
     for c, k in ((ca, ka), (cb, kb)):
         kept = []
@@ -48,12 +47,8 @@ def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
             r.use_axis(call, x, "out")
             kept.append(Label(x.ids, x.free))
         sides.append(kept)
-    for x in sides[0]:
-        if x.free not in batch:
-            labels.append(Label(x.ids if out.ndim == a.ndim else x.ids.squeeze(ka), x.free))
-    for x in sides[1]:
-        if x.free not in batch:
-            labels.append(Label(x.ids, x.free))
+    labels = [Label(x.ids if out.ndim == a.ndim else x.ids.squeeze(ka), x.free) for x in sides[0] if x.free not in batch]
+    labels += [x for x in sides[1] if x.free not in batch]
     shared = [(Carried(tuple(x for x in s if x.free in batch)), t.shape) for s, t in zip(sides, (a, b), strict=True)]
     if any(c.labels for c, _ in shared):
         pairs = [(c, tuple(n if d in batch else 1 for d, n in enumerate(shape))) for c, shape in shared]

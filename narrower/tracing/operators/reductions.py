@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from ..labels import Carried, Label, collapsed
 from .interface import Call, RuleContext, dims_of, meet, normal, piece, tensors_in
 
@@ -16,8 +14,8 @@ def reduce(r: RuleContext, call: Call) -> Sequence[Carried]:
     at = {"linalg_vector_norm": 2}.get(call.name, 1)
     arg = call.args[at] if len(call.args) > at else call.kwargs.get("dim")
     dims = dims_of(arg, x.ndim)
-    out = call.out if isinstance(call.out, Tensor) else call.out[0]
-    keepdim = out.ndim == x.ndim
+    outs = tensors_in((call.out,))
+    keepdim = outs[0].ndim == x.ndim
     c = r.of(x)
     labels = []
     for label in c.labels:
@@ -29,7 +27,7 @@ def reduce(r: RuleContext, call: Call) -> Sequence[Carried]:
             before = sum(d < label.free for d in dims)
             label = Label(label.ids.squeeze(tuple(dims)), label.free - before)
         labels.append(label._replace(axis=None))
-    return [Carried(tuple(labels), c.uniform)] * (1 if isinstance(call.out, Tensor) else len(call.out))
+    return [Carried(tuple(labels), c.uniform)] * len(outs)
 
 
 def glu(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -70,15 +68,15 @@ def spatial(r: RuleContext, call: Call) -> Sequence[Carried]:
     x = call.args[0]
     r.pin([label for t in tensors_in(call.args[1:]) for label in r.of(t).labels], "position",
           f"{call.name} at places that channels tell")
-    out = call.out if isinstance(call.out, Tensor) else call.out[0]
+    outs = tensors_in((call.out,))
     c = r.of(x)
     last = list(range(2, x.ndim)) or [x.ndim - 1]
     labels = []
     for label in c.labels:
-        if label.free in last and x.shape[label.free] != out.shape[label.free]:
+        if label.free in last and x.shape[label.free] != outs[0].shape[label.free]:
             r.pin([label], "position", f"{call.name} along the channels")
             continue
         if label.free in last:
             r.mix(call, label)
         labels.append(collapsed(label, [d for d in last if d != label.free], r.unite))
-    return [Carried(tuple(labels), pool=c.pool)] * (1 if isinstance(call.out, Tensor) else len(call.out))
+    return [Carried(tuple(labels), pool=c.pool)] * len(outs)
