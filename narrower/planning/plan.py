@@ -17,7 +17,7 @@ from ..graph.selection import Kept
 from ..graph.types import Graph, table
 from .greedy import by_budget
 from .rates import by_rate
-from .requests import Budget, checked_scores, matching
+from .requests import Budget, checked_scores, lowest_channels, matching
 
 FORMAT = 1
 
@@ -145,6 +145,5 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         lost = by_rate(graph, parts, remove, round_to, min_channels)
     else:
         lost = by_budget(graph, parts, values, Budget(macs, params), round_to, min_channels)
-    removed = [(cell.group, cell.channels[np.argsort(values[cell.group][cell.channels], kind="stable")[: int(n)]])
-               for part, counts in zip(parts, lost, strict=True) for cell, n in zip(part.cells, counts, strict=True)]
-    return costed_plan(graph, Kept.without(graph, removed).keep, {k: v for k, v in request.items() if v})
+    kept = Kept.without(graph, lowest_channels(parts, lost, values))
+    return costed_plan(graph, kept.keep, {k: v for k, v in request.items() if v})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,13 @@ def checked_scores(graph: Graph, scores: Mapping[str, Tensor], left_out: set[str
         s = s - min(0.0, float(s.min()))
         out[g.name] = s if s.any() else np.ones_like(s)
     return out
+
+
+def lowest_channels(parts: Sequence[Component], counts: Sequence[np.ndarray],
+                    values: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    """From each cell of each component as many channels as `counts` says: those with the lowest values, ties by index."""
+    return [(cell.group, cell.channels[np.argsort(values[cell.group][cell.channels], kind="stable")[: int(n)]])
+            for part, numbers in zip(parts, counts, strict=True) for cell, n in zip(part.cells, numbers, strict=True)]
 
 
 def most_removable(part: Component, sizes: Mapping[str, int], min_channels: int) -> np.ndarray:

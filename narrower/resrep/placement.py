@@ -87,10 +87,16 @@ def place(graph: Graph, scope: Scope, takes_bias: Callable[[str], bool] = lambda
         why = reason_against(g, needed.get(g.name, {}), sites, obstacles.get(g.name), len(makers) if scope == "inner" else 1)
         if why is not None:
             reasons[g.name] = why
-    rows = {g.name: needed[g.name] for g in graph.free if g.name not in reasons}
-    used = {module for maps in rows.values() for module in maps}
-    return Placement({m: s for m, (s, *_) in sites.items() if m in used}, rows, reasons,
-                     tuple(c for c in constants if c.group in rows))
+    rows = {g.name: needed[g.name] for g in graph.free if g.name in needed}
+    return without_groups(Placement({m: s for m, (s, *_) in sites.items()}, rows, {}, tuple(constants)), reasons)
+
+
+def without_groups(placement: Placement, reasons: Mapping[str, str]) -> Placement:
+    """The placement without these groups, and without the sites that only they need."""
+    rows = {g: maps for g, maps in placement.rows.items() if g not in reasons}
+    used = {site for maps in rows.values() for site in maps}
+    return Placement({m: s for m, s in placement.sites.items() if m in used}, rows, {**placement.reasons, **reasons},
+                     tuple(c for c in placement.constants if c.group in rows))
 
 
 def prepare(model: nn.Module, graph: Graph, scope: Scope, without: Collection[str] = ()) -> tuple[Graph, Placement]:

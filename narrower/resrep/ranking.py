@@ -16,8 +16,8 @@ from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..planning.greedy import ComponentDescent, descend, fits
 from ..planning.plan import widths
-from ..planning.requests import checked_scores
-from .placement import Placement
+from ..planning.requests import checked_scores, lowest_channels
+from .placement import Placement, without_groups
 from .schedule import Ranking
 
 Costs = Mapping[CostKind, float]
@@ -66,28 +66,19 @@ class Candidates:
         Channels tied together count with their mean. "share": as in `plan`, the smallest share of the group's sum per cost
         saved. At least one channel of every cell stays. Returns the chosen channels, and the costs without them.
         """
-        return self.choose_until(self.targets, norms, most, self.ranking)
-
-    def choose_until(self, targets: Costs, norms: Mapping[str, np.ndarray], most: float,
-                     ranking: Ranking) -> tuple[Masks, dict[CostKind, float]]:
-        """`choose` for any targets and ranking."""
-        running = RunningCost(self.cost, tuple(targets))
-        weight = {k: 1 / self.cost.cost(k, self.cost.dense) for k in targets}
+        running = RunningCost(self.cost, tuple(self.targets))
+        weight = {k: 1 / self.cost.cost(k, self.cost.dense) for k in self.targets}
         steps = [ComponentDescent(self.graph, p, norms, self.cost, 1, 1) for p in self.parts]
 
         def best(s: ComponentDescent) -> tuple[float, np.ndarray] | None:
-            if ranking == "share":
+            if self.ranking == "share":
                 return s.best_step(running, weight)
             moves = [m for m in s.moves if (s.lost + m <= s.most).all()]
             return min(((s.mean_score(m), m) for m in moves), key=lambda found: found[0], default=None)
 
-        descend(steps, running, targets, best, most)
-        chosen = {name: np.zeros(self.graph[name].size, dtype=bool) for name in self.placement.rows}
-        for part, step in zip(self.parts, steps, strict=True):
-            for cell, n in zip(part.cells, step.lost, strict=True):
-                lowest = np.argsort(norms[cell.group][cell.channels], kind="stable")[: int(n)]
-                chosen[cell.group][cell.channels[lowest]] = True
-        return chosen, dict(running.now)
+        descend(steps, running, self.targets, best, most)
+        kept = Kept.without(self.graph, lowest_channels(self.parts, [s.lost for s in steps], norms))
+        return {name: ~kept.mask(name) for name in self.placement.rows}, dict(running.now)
 
     def count(self) -> int:
         """An estimate of how many channels must be removed: the number chosen for random norms."""
@@ -97,8 +88,8 @@ class Candidates:
 
     def check_reachable(self) -> None:
         """Raise BudgetError if even the smallest network, with one channel of every cell, exceeds the budget."""
-        equal = {n: np.ones(self.graph[n].size) for n in self.placement.rows}
-        least = self.choose_until(dict.fromkeys(self.targets, 0.0), equal, math.inf, "norm")[1]
+        smallest = replace(self, targets=dict.fromkeys(self.targets, 0.0), ranking="norm")
+        least = smallest.choose({n: np.ones(self.graph[n].size) for n in self.placement.rows})[1]
         for kind, target in self.targets.items():
             if least[kind] > target:
                 dense = self.cost.cost(kind, self.cost.dense)
@@ -113,14 +104,10 @@ class Candidates:
 
         If ties allow only some, those that were removed `before` go first.
         """
-        removed: list[tuple[str, np.ndarray]] = []
-        for part in self.parts:
-            zero = [c.channels[~alive[c.group][c.channels]] for c in part.cells]
-            zero = [z[np.argsort(before.mask(c.group)[z], kind="stable")] for z, c in zip(zero, part.cells, strict=True)]
-            counts = np.array([len(z) for z in zero])
-            removed += [(cell.group, channels[: int(n)])
-                        for cell, channels, n in zip(part.cells, zero, part.removable(counts, counts), strict=True)]
-        return Kept.without(self.graph, removed)
+        zero = [np.array([(~alive[c.group][c.channels]).sum() for c in part.cells]) for part in self.parts]
+        counts = [part.removable(n, n) for part, n in zip(self.parts, zero, strict=True)]
+        order = {group: np.where(stays, 2, before.mask(group)) for group, stays in alive.items()}
+        return Kept.without(self.graph, lowest_channels(self.parts, counts, order))
 
     def by_channel(self, values: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray],
                    fill: float) -> dict[str, list[np.ndarray]]:
@@ -138,14 +125,6 @@ class Candidates:
                 np.maximum.at(value, m.channels, dense[m.positions])
                 out.setdefault(group, []).append(np.where(np.isinf(value), np.nan, value))
         return out
-
-
-def without_groups(placement: Placement, reasons: Mapping[str, str]) -> Placement:
-    """The placement without these groups, and without the sites that only they need."""
-    rows = {g: maps for g, maps in placement.rows.items() if g not in reasons}
-    used = {site for maps in rows.values() for site in maps}
-    return replace(placement, sites={m: s for m, s in placement.sites.items() if m in used}, rows=rows,
-                   reasons={**placement.reasons, **reasons}, constants=tuple(c for c in placement.constants if c.group in rows))
 
 
 def tied_parts(graph: Graph, placement: Placement) -> tuple[list[Component], Placement]:

@@ -26,8 +26,8 @@ from ..planning.requests import Budget, matching
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
-from .placement import Scope, prepare
-from .ranking import Candidates, priors, tied_parts, without_groups
+from .placement import Scope, prepare, without_groups
+from .ranking import Candidates, priors, tied_parts
 from .restructure import Mode, compactor_at, restore_shapes, restructure
 from .schedule import Forgetting, decouples_penalty
 
