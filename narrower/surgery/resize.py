@@ -36,6 +36,13 @@ def slice_tensor(t: Tensor, cut: Cut) -> Tensor:
     return t
 
 
+# The attributes that repeat the dimensions of a module's weight, in order.
+MIRRORS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("out_features", "in_features"), nn.GroupNorm: ("num_channels",), nn.PReLU: ("num_parameters",),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+}
+
+
 def mirrored_attributes(module: nn.Module, dense: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The attributes of a module that repeat the shapes of its tensors, with their new values.
 
@@ -46,24 +53,16 @@ def mirrored_attributes(module: nn.Module, dense: Mapping[str, tuple[int, ...]])
     old = dense.get("weight", shape)
     if isinstance(module, nn.modules.conv._ConvNd) and shape and old:
         groups = module.groups
-        if module.transposed:
-            if groups > 1 and groups == module.in_channels:
-                groups = shape[0]
-            return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
-        if groups > 1 and groups == module.in_channels:
-            groups = shape[0] // (old[0] // module.in_channels)
-        return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
-    if isinstance(module, nn.Linear) and shape:
-        return {"in_features": shape[1], "out_features": shape[0]}
-    if isinstance(module, (nn.modules.batchnorm._NormBase,)):
+        if groups > 1 and groups == module.in_channels:  # depthwise
+            groups = shape[0] if module.transposed else shape[0] // (old[0] // module.in_channels)
+        first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        return {first: shape[0], second: shape[1] * groups, "groups": groups}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         vector = module.weight if module.weight is not None else module.running_mean
         return {} if vector is None else {"num_features": vector.shape[0]}
-    if isinstance(module, nn.GroupNorm) and shape:
-        return {"num_channels": shape[0]}
-    if isinstance(module, nn.PReLU) and shape:
-        return {"num_parameters": shape[0]}
-    if isinstance(module, nn.Embedding) and shape:
-        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    for kind, names in MIRRORS.items():
+        if isinstance(module, kind) and shape:
+            return dict(zip(names, shape, strict=False))
     if hasattr(module, "normalized_shape") and shape:
         return {"normalized_shape": type(module.normalized_shape)(shape)}
     return {}
