@@ -136,7 +136,6 @@ class Survivors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = self.counter.count(func, args, kwargs)
-        mixer = self.mixers.get((call.name, call.number))
         if call.name == "convolution" and call.number in self.unread:
             # Its weight is computed from a masked one and may no longer be zero there. So its input is masked.
             gone = torch.as_tensor(self.unread[call.number], device=args[0].device)
@@ -145,15 +144,12 @@ class Survivors(TorchDispatchMode):
         if product is not None:
             first = len(tensors_in(args)) - 2  # addmm and baddbmm have a summand before the factors
             args = (*args[:first], args[first] * self.left(product, args[first]), *args[first + 1:])
-        if mixer is None:
-            return func(*args, **(kwargs or {}))
-        x = args[0]
-        stays = torch.as_tensor(self.stays(mixer, x.shape[mixer.dim]), device=x.device)
-        if len(stays) == x.shape[mixer.dim]:
-            return func(*args, **(kwargs or {}))
-        restrict = call.operator.restrict_args
+        mixer = self.mixers.get((call.name, call.number))
+        if mixer is None or len(stays := self.stays(mixer, args[0])) == args[0].shape[mixer.dim]:
+            return func(*args, **call.kwargs)
+        x, restrict = args[0], call.operator.restrict_args
         args = restrict(args, mixer.dim, stays) if restrict else [x.index_select(mixer.dim, stays), *args[1:]]
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **call.kwargs)
         if isinstance(out, Tensor):
             return scatter(out, x, mixer.dim, stays)
         return (scatter(out[0], x, mixer.dim, stays), *out[1:])
@@ -165,8 +161,10 @@ class Survivors(TorchDispatchMode):
             stays = stays[np.arange(len(x)) % len(stays)]
         return torch.as_tensor(stays, dtype=x.dtype, device=x.device)
 
-    def stays(self, mixer: Mixer, size: int) -> np.ndarray:
-        return np.nonzero(np.tile(self.kept.mask_along(mixer.members, mixer.size), size // mixer.size))[0]
+    def stays(self, mixer: Mixer, x: Tensor) -> Tensor:
+        """The indices of the surviving channels along the mixed dimension of `x`."""
+        stays = np.tile(self.kept.mask_along(mixer.members, mixer.size), x.shape[mixer.dim] // mixer.size)
+        return torch.as_tensor(np.nonzero(stays)[0], device=x.device)
 
 
 def unread(kept: Kept, weight: str) -> np.ndarray:
