@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import StorageError
 from .narrowing.narrow import RECORD, NarrowRecord
 from .surgery.attributes import Place, set_attributes
+from .surgery.copying import parameter_like
 from .surgery.resize import fit, give_bias, takes_bias
 from .surgery.walk import named_tensors
 
@@ -86,7 +87,7 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
     for name, t in here.items():
         value = saved_value(data, tied.get(name, name), record.shapes[name], t)
         if name not in tied:
-            made[name] = nn.Parameter(value, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else value
+            made[name] = parameter_like(t, value)
     with torch.no_grad():
         fit(model, {name: made[tied.get(name, name)] for name in here})
     try:

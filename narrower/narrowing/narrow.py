@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..graph.selection import Kept
 from ..planning.plan import Plan
 from ..surgery.attributes import Place, attribute_values, set_attributes
-from ..surgery.copying import duplicate, same_tensors
+from ..surgery.copying import duplicate, parameter_like, same_tensors
 from ..surgery.resize import fit, format_of, slice_tensor
 from ..surgery.walk import named_tensors, pause_collector
 from .optimizer import Swap, carry_optimizer
@@ -50,12 +50,9 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
         if id(t) in memo:
             continue
         cut = kept.cuts.get(name, {})
-        new = slice_tensor(t.detach(), cut) if cut else t.detach().clone()
-        new = new.contiguous(memory_format=format_of(t)) if cut else new
-        if isinstance(t, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=t.requires_grad)
-        memo[id(t)] = new
-        swaps.append(Swap(t, new, partial(slice_tensor, cut=cut)))
+        new = slice_tensor(t.detach(), cut).contiguous(memory_format=format_of(t)) if cut else t.detach().clone()
+        memo[id(t)] = parameter_like(t, new)
+        swaps.append(Swap(t, memo[id(t)], partial(slice_tensor, cut=cut)))
     small = duplicate(model, memo)
     # the new tensors are in place; fit sets the attributes that mirror their shapes
     fit(small, {name: t for name, t in named_tensors(small).items() if tuple(t.shape) != shapes[name]}, shapes)

@@ -14,6 +14,7 @@ from ..graph.selection import Cut, Kept
 from ..narrowing.fold import absorb_constants
 from ..narrowing.optimizer import Swap
 from ..surgery.attributes import attribute_values, set_attributes
+from ..surgery.copying import parameter_like
 from ..surgery.resize import fit, format_of, slice_tensor
 from ..surgery.walk import named_tensors
 from .compactor import NAME, Compactor, diagonal, remove_compactor, row_norms
@@ -145,10 +146,8 @@ def replace_tensors(model: nn.Module, before: Mapping[str, Cut], after: Mapping[
         value, rows = merged.get(name, Merged(t.detach(), {}))
         now, cut = before.get(name, {}), after.get(name, {})
         new = slice_tensor(value.to(t.dtype), relative(cut, {**now, **rows})).clone().contiguous(memory_format=format_of(t))
-        if isinstance(t, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=t.requires_grad)
-        new_of[id(t)] = new
-        swaps.append(Swap(t, new, partial(slice_tensor, cut=relative(cut, now))))
+        new_of[id(t)] = parameter_like(t, new)
+        swaps.append(Swap(t, new_of[id(t)], partial(slice_tensor, cut=relative(cut, now))))
     fit(model, {name: new_of[id(t)] for name, t in named.items() if id(t) in new_of})
     return swaps
 

@@ -20,9 +20,13 @@ from ..inputs import map_tensors
 from .walk import keep_modes, named_tensors
 
 
-def fresh_copy(t: Tensor) -> Tensor:
-    new = t.detach().clone()
+def parameter_like(t: Tensor, new: Tensor) -> Tensor:
+    """`new` as a parameter if `t` is one."""
     return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+
+def fresh_copy(t: Tensor) -> Tensor:
+    return parameter_like(t, t.detach().clone())
 
 
 def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
