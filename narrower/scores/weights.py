@@ -91,8 +91,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     DataError if there are no batches.
     """
     tensors = named_tensors(model)
-    wanted = {s.tensor for g in graph.free for s in g.slices if s.role == "out"}
-    params = {n: tensors[n] for n in wanted}
+    params = {s.tensor: tensors[s.tensor] for g in graph.free for s in g.slices if s.role == "out"}
     before = {n: t.requires_grad for n, t in params.items()}
     total, device = {g.name: torch.zeros(g.size) for g in graph.free}, device_of(model)
     seen = 0
