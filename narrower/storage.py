@@ -19,7 +19,7 @@ from .narrowing.narrow import RECORD, NarrowRecord
 from .surgery.attributes import Place, set_attributes
 from .surgery.copying import parameter_like
 from .surgery.resize import fit, give_bias, takes_bias
-from .surgery.walk import named_tensors
+from .surgery.walk import named_tensors, tensor_shapes
 
 FORMAT = 2  # 1 had the kept channels of each plan as well, which nothing read
 
@@ -38,7 +38,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
     if not isinstance(record, NarrowRecord):
         raise StorageError("this model has no record of narrowing: save takes what narrow, load or merge returned")
     tensors = named_tensors(model)
-    shapes = shapes_of(tensors)
+    shapes = tensor_shapes(tensors)
     if shapes != record.shapes:
         raise StorageError(f"the network has changed since it was narrowed: {differences(record.shapes, shapes)}")
     folder = Path(folder)
@@ -78,9 +78,9 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
         if weight in named_tensors(model) and takes_bias(model, weight):
             give_bias(model, name)
     here = named_tensors(model)
-    if shapes_of(here) != record.dense:
+    if tensor_shapes(here) != record.dense:
         raise StorageError(f"{folder / META} is of another network than the factory makes: "
-                           f"{differences(record.dense, shapes_of(here))}")
+                           f"{differences(record.dense, tensor_shapes(here))}")
     if tied_names(here) != tied:
         raise StorageError(f"{folder / META} says other tensors are shared than in the factory's network")
     made: dict[str, Tensor] = {}
@@ -107,10 +107,6 @@ def saved_value(data: Mapping[str, Tensor], name: str, shape: tuple[int, ...], d
     if data[name].is_floating_point() != dense.is_floating_point():
         raise StorageError(f"{name}: {WEIGHTS} has {data[name].dtype}, the network {dense.dtype}")
     return data[name].to(device=dense.device)
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in tensors.items()}
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

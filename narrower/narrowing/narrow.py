@@ -14,7 +14,7 @@ from ..planning.plan import Plan
 from ..surgery.attributes import Place, attribute_values, set_attributes
 from ..surgery.copying import duplicate, parameter_like, same_tensors
 from ..surgery.resize import fit, format_of, slice_tensor
-from ..surgery.walk import named_tensors, pause_collector
+from ..surgery.walk import named_tensors, pause_collector, tensor_shapes
 from .optimizer import Swap, carry_optimizer
 
 RECORD = "narrower_record"  # the attribute of a narrow network that holds its NarrowRecord
@@ -69,5 +69,5 @@ def record_narrowing(small: nn.Module, kept: Kept) -> None:
     before = getattr(small, RECORD, NarrowRecord(graph.shapes, {}))
     created = {n: before.dense[f"{n.removesuffix('bias')}weight"][:1] for n in graph.created}
     setattr(small, RECORD, NarrowRecord(
-        {**created, **before.dense}, {n: tuple(t.shape) for n, t in named_tensors(small).items()},
+        {**created, **before.dense}, tensor_shapes(named_tensors(small)),
         {**before.attributes, **attribute_values(kept)}, tuple(dict.fromkeys([*before.created, *graph.created]))))

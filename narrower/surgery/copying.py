@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import PlanError, TraceError
 from ..graph.types import Graph
 from ..inputs import map_tensors
-from .walk import keep_modes, named_tensors
+from .walk import keep_modes, named_tensors, tensor_shapes
 
 
 def parameter_like(t: Tensor, new: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def fresh_copy(t: Tensor) -> Tensor:
 def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
     """The parameters and buffers of the model. Raises PlanError if their names or shapes differ from the traced model."""
     tensors, traced = named_tensors(model), graph.shapes
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    shapes = tensor_shapes(tensors)
     odd = sorted(n for n in {*shapes, *traced} if shapes.get(n) != traced.get(n))[:3]
     if odd:
         raise PlanError("the model is not the one that was traced: " + "; ".join(

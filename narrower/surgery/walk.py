@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     visit("", model)
     return out
+
+
+def tensor_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors by name."""
+    return {name: tuple(t.shape) for name, t in tensors.items()}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
