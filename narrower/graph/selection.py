@@ -35,12 +35,9 @@ class Kept:
 
     @cached_property
     def masks(self) -> dict[str, np.ndarray]:
-        masks = {}
-        for g in self.graph.groups:
-            mask = masks[g.name] = np.ones(g.size, dtype=bool)
-            if g.name in self.keep:
-                mask[:] = False
-                mask[self.keep[g.name]] = True
+        masks = {g.name: np.full(g.size, g.name not in self.keep) for g in self.graph.groups}
+        for name in self.keep.keys() & masks.keys():
+            masks[name][self.keep[name]] = True
         return masks
 
     def mask(self, group: str) -> np.ndarray:

@@ -55,10 +55,8 @@ class ComponentDescent:
         for cell, n, lost in zip(self.part.cells, move, self.lost, strict=True):
             taken[cell.group] += int(n)
             width[cell.group] -= int(lost)
-        for times in range(1, self.round_to + 1):
-            if all((width[g] - times * n) % self.round_to == 0 for g, n in taken.items() if n):
-                return times
-        return self.round_to
+        return next((times for times in range(1, self.round_to) if all(
+            (width[g] - times * n) % self.round_to == 0 for g, n in taken.items() if n)), self.round_to)
 
     def scores_of(self, step: np.ndarray) -> list[np.ndarray]:
         """For each cell the scores of the channels that a step removes: the lowest of those left."""

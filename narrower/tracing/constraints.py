@@ -141,14 +141,11 @@ class ConstraintCollector(LabelInterpreter):
         source = call.args[0]
         key = pool if pool >= 0 else -1 - id(source)
         self.map_readers[key] += 1
-        if key not in self.maps:
-            if pool >= 0:
-                if pool in self.pool_inputs:
-                    self.maps[key] = (None, pool, self.pool_inputs[pool])
-            else:
-                weight = self.tensors.get(id(call.args[1]), call.number)
-                self.maps[key] = (weight, -1, label.ids)
-                self.map_alive.append(source)
+        if pool in self.pool_inputs:
+            self.maps.setdefault(key, (None, pool, self.pool_inputs[pool]))
+        elif pool < 0 and key not in self.maps:
+            self.maps[key] = (self.tensors.get(id(call.args[1]), call.number), -1, label.ids)
+            self.map_alive.append(source)
 
     def is_depthwise(self, call: Call) -> bool:
         return bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1])

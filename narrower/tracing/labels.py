@@ -90,11 +90,7 @@ def along(ids: Ids, ndim: int, dim: int) -> Ids:
 
 def expanded(ids: Ids, dim: int, size: int) -> Ids:
     """`ids` broadcast to the tensor's real size in `dim`."""
-    if ids.shape[dim] == size:
-        return ids
-    shape = list(ids.shape)
-    shape[dim] = size
-    return np.broadcast_to(ids, shape)
+    return ids if ids.shape[dim] == size else np.broadcast_to(ids, [*ids.shape[:dim], size, *ids.shape[dim + 1:]])
 
 
 def permuted(label: Label, order: Sequence[int]) -> Label:

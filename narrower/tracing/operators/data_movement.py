@@ -104,10 +104,7 @@ def split(r: RuleContext, call: Call) -> Sequence[Carried]:
 def unbind(r: RuleContext, call: Call) -> Sequence[Carried]:
     x = call.args[0]
     dim = call.args[1] if len(call.args) > 1 else 0
-    out: list[Carried] = []
-    for k in range(len(call.out)):
-        out += select(r, call._replace(args=(x, dim, k)))
-    return out
+    return [c for k in range(len(call.out)) for c in select(r, call._replace(args=(x, dim, k)))]
 
 
 def cat(r: RuleContext, call: Call) -> Sequence[Carried]:

@@ -226,9 +226,7 @@ def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim
 def piece(label: Label, dim: int, start: int, stop: int, step: int = 1) -> Label:
     if label.ids.shape[dim] == 1 and label.free != dim:
         return label
-    index: list[slice] = [slice(None)] * label.ids.ndim
-    index[dim] = slice(start, stop, step)
-    return Label(label.ids[tuple(index)], label.free)
+    return Label(label.ids[(*[slice(None)] * dim, slice(start, stop, step))], label.free)
 
 
 def at_channels(r: RuleContext, label: Label) -> Ids:
