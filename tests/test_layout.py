@@ -52,20 +52,18 @@ TESTED_ELSEWHERE = {
     "app/resrep_run.py": "app/test_cli.py",
     "app/run_folder.py": "app/test_cli.py",
     "errors.py": "no logic; test_exports.py",
-    "inputs.py": "test_bad_input.py",
     "models/densenet.py": "models/test_models.py",
     "models/googlenet.py": "models/test_models.py",
     "models/layers.py": "models/test_models.py",
     "models/mobilenet.py": "models/test_models.py",
     "models/resnet.py": "models/test_models.py",
     "models/vgg.py": "models/test_models.py",
-    "narrowing/verify.py": "narrowing/test_narrow.py",
     "scores/matrix_rank_numba.py": "scores/test_matrix_rank.py: both forms pass the same tests",
     "training/config.py": "app/test_cli.py: a setting is a flag of the command line",
 }
 # To be tested by a file of their own soon; nothing is added here.
 WITHOUT_A_TEST_FILE_YET = {
-    "graph/types.py", "narrowing/layers.py", "resrep/ranking.py",
+    "narrowing/layers.py",
     "tracing/dense.py", "tracing/grouping.py", "tracing/hypotheses.py", "tracing/operators/interface.py", "tracing/probe.py",
     "tracing/search.py", "tracing/trials.py",
 }

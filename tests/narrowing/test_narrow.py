@@ -1,4 +1,4 @@
-"""narrow and verify: what comes back is the dense network without those channels, or it is pinned with a reason."""
+"""narrow: what comes back is the dense network without those channels, or it is pinned with a reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support import networks, reference
 from support.networks import IMAGES, MIXERS, PATTERNS, TRAPS, Head, Plain, chain, images, unit
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
 import narrower
@@ -135,32 +135,14 @@ def test_weight_standardisation_sees_the_surviving_channels(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ kept as it was
 
 
-def pair(model: nn.Module, inputs: Any = IMAGES, **options: Any) -> tuple[Any, narrower.Plan]:
-    plan = reference.halved(model, inputs, **options)
-    return narrower.narrow(model, plan), plan
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that narrowing must not touch."""
-    tensors = {n: (id(t), t.clone()) for n, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()}
-    plain = {n: {k: repr(v) for k, v in m.__dict__.items() if not k.startswith("_") or k == "_forward_hooks"}
-             for n, m in model.named_modules()}
-    return {"tensors": tensors, "plain": plain}
-
-
-def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a["plain"] == b["plain"] and a["tensors"].keys() == b["tensors"].keys() and all(
-        i == j and torch.equal(x, y) for (i, x), (j, y) in zip(a["tensors"].values(), b["tensors"].values(), strict=True))
-
-
 @pytest.mark.parametrize("name", ["plain", "chunked", "shuffle", "shared", "grouped"])
 def test_the_model_is_untouched(name: str) -> None:
     case = PATTERNS[name]
     model = case.make()
-    before = state(model)
-    small, plan = pair(model, case.inputs)
+    before = reference.state(model)
+    small, plan = reference.pair(model, case.inputs)
     narrower.verify(model, small, plan, case.inputs)
-    assert same_state(before, state(model))
+    assert reference.same_state(before, reference.state(model))
     addresses = {t.data_ptr() for t in reference.float_tensors(model).values()}
     assert not addresses & {t.data_ptr() for t in reference.float_tensors(small).values()}, "memory is shared"
 
@@ -180,7 +162,7 @@ def test_classes_modes_and_gradients_are_kept() -> None:
     model.conv2.requires_grad_(False)
     model.train()
     model.bn3.eval()
-    small, plan = pair(model)
+    small, plan = reference.pair(model)
     assert [type(m) for m in small.modules()] == [type(m) for m in model.modules()]
     assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
     want = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -192,11 +174,11 @@ def test_classes_modes_and_gradients_are_kept() -> None:
 
 def test_memory_format_is_kept() -> None:
     model = Plain().to(memory_format=torch.channels_last)
-    small, _ = pair(model, IMAGES.to(memory_format=torch.channels_last))
+    small, _ = reference.pair(model, IMAGES.to(memory_format=torch.channels_last))
     for name in ("conv1.weight", "conv2.weight", "conv3.weight"):
         t = dict(small.named_parameters())[name]
         assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous(), name
-    plain, _ = pair(Plain())
+    plain, _ = reference.pair(Plain())
     assert all(p.is_contiguous() for p in plain.parameters())
 
 
@@ -205,7 +187,7 @@ def test_hooks_are_kept() -> None:
     seen: list[Any] = []
     model.conv2.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
     model.bn3.register_forward_pre_hook(lambda m, args: seen.append(len(args)))
-    small, _ = pair(model)
+    small, _ = reference.pair(model)
     seen.clear()
     small.eval()(IMAGES)
     assert seen == [(4, 7, 8, 8), 1]
@@ -213,7 +195,7 @@ def test_hooks_are_kept() -> None:
 
 def test_tied_parameters_stay_tied() -> None:
     model = networks.Shared()
-    small, _ = pair(model)
+    small, _ = reference.pair(model)
     assert small.left.weight is small.right.weight
     assert small.left.weight.shape == (4, 5, 1, 1)
     assert len(list(small.parameters())) == len(list(model.parameters()))
@@ -222,7 +204,7 @@ def test_tied_parameters_stay_tied() -> None:
 def test_a_module_used_under_two_names_stays_one() -> None:
     model = Plain()
     model.alias = model.conv2
-    small, plan = pair(model)
+    small, plan = reference.pair(model)
     assert small.alias is small.conv2
     assert plan.params == (reference.params(model), reference.params(small))
     reference.exact(model, plan, IMAGES)
@@ -231,7 +213,7 @@ def test_a_module_used_under_two_names_stays_one() -> None:
 def test_sizes_that_other_attributes_repeat_make_the_forward_fail_or_follow() -> None:
     """`num_features` of a BatchNorm, `normalized_shape`, `in_channels`: a layer of the same settings has the same shapes."""
     model = chain(unit(3, 8), nn.GroupNorm(2, 8), networks.Last(nn.LayerNorm(8)), nn.PReLU(8), unit(8, 6), networks.Head(6))
-    small, _ = pair(model)
+    small, _ = reference.pair(model)
     reference.mirrors(small)
     assert "BatchNorm2d(4" in str(small) and "GroupNorm(2, 4" in str(small) and "LayerNorm((4,)" in str(small)
     assert "num_parameters=4" in str(small)
@@ -291,14 +273,14 @@ def test_weight_norm_is_over_the_channels_that_stay(norm: Any) -> None:
 @pytest.mark.parametrize("name", [n for n in PATTERNS if n not in ("dict_inputs",)])
 def test_the_narrow_network_trains(name: str) -> None:
     case = PATTERNS[name]
-    small, _ = pair(case.make(), case.inputs)
+    small, _ = reference.pair(case.make(), case.inputs)
     out = reference.flat(reference.call(small.train(), case.inputs))
     torch.stack([t.square().sum() for t in out]).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
 
 
 def test_training_only_heads_still_train() -> None:
-    small, plan = pair(networks.TrainingOnly())
+    small, plan = reference.pair(networks.TrainingOnly())
     assert len(plan.keep["aux.0"]) == 4
     out, aux = small.train()(IMAGES)
     (out.sum() + aux.sum()).backward()
@@ -357,71 +339,6 @@ def test_values_may_change_between_trace_and_narrow_but_not_shapes() -> None:
         narrower.narrow(small, plan)
 
 
-# ------------------------------------------------------------------------------------------------ verify
-
-
-def damage(small: Any, what: str) -> None:
-    with torch.no_grad():
-        if what == "weight":
-            small.conv2.weight[3, 1, 0, 0] += 1e-3
-        elif what == "statistics":
-            small.bn3.running_mean[1] += 1e-3
-        elif what == "swapped":
-            small.conv3.weight.data = small.conv3.weight.flip(1)
-        elif what == "infinite":
-            small.conv1.weight[0] = float("nan")
-
-
-def test_verify_with_a_tolerance() -> None:
-    model = Plain().eval()
-    small, plan = pair(model)
-    damage(small, "weight")
-    assert narrower.verify(model, small, plan, IMAGES, tolerance=1.0).error > 1e-9
-    with pytest.raises(narrower.VerifyError, match="1e-06"):
-        narrower.verify(model, small, plan, IMAGES, tolerance=1e-6)
-
-
-@pytest.mark.parametrize("what", ["weight", "statistics", "swapped", "infinite"])
-def test_verify_notices(what: str) -> None:
-    model = Plain().eval()
-    small, plan = pair(model)
-    narrower.verify(model, small, plan, IMAGES)
-    damage(small, what)
-    with pytest.raises(narrower.VerifyError):
-        narrower.verify(model, small, plan, IMAGES)
-
-
-def test_verify_notices_another_plan_and_another_shape() -> None:
-    model = Plain().eval()
-    small, plan = pair(model)
-    other = reference.halved(model, IMAGES, seed=5)
-    with pytest.raises(narrower.VerifyError, match="differs"):
-        narrower.verify(model, small, other, IMAGES)
-    small.fc = nn.Linear(6, 4)
-    with pytest.raises(narrower.VerifyError, match="shapes"):
-        narrower.verify(model, small, plan, IMAGES)
-
-
-def test_verify_says_its_precision_and_leaves_everything_as_it_was() -> None:
-    model = Plain()
-    small, plan = pair(model)
-    before, after = state(model), state(small)
-    result = narrower.verify(model, small, plan, IMAGES)
-    assert result.dtype == torch.float64 and 0 <= result.error <= result.tolerance == 1e-9
-    assert "float64" in str(result) and "1e-09" in str(result)
-    own = narrower.verify(model, small, plan, IMAGES, dtype=None)
-    assert own.dtype == torch.float32 and own.tolerance > result.tolerance
-    assert same_state(before, state(model)) and same_state(after, state(small))
-    assert model.training and small.training
-
-
-def test_verify_refuses_inputs_that_show_nothing() -> None:
-    model = Plain()
-    small, plan = pair(model)
-    with pytest.raises(narrower.VerifyError, match="finite"):
-        narrower.verify(model, small, plan, IMAGES * float("inf"))
-
-
 def test_kept_channels_are_what_the_plan_says() -> None:
     model = Plain()
     graph = narrower.trace(model, IMAGES)
@@ -431,54 +348,3 @@ def test_kept_channels_are_what_the_plan_says() -> None:
     assert torch.equal(small.conv2.weight, model.conv2.weight[7:, np.arange(5, 10)])
     assert torch.equal(small.conv2.bias, model.state_dict()["conv2.bias"][7:])
     assert torch.equal(small.fc.weight, model.fc.weight[:, 6:])
-
-
-class Attention(nn.Module):
-    """Places attend to places: a product of activations sums over channels that no weight reads; two heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.query, self.key = networks.unit(3, 8), nn.Conv2d(8, 12, 1), nn.Conv2d(8, 12, 1)
-        self.linear, self.head = nn.Linear(8, 10, bias=False), networks.Head(10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        q, k = (conv(x).view(len(x), 2, -1, x.shape[2] * x.shape[3]) for conv in (self.query, self.key))
-        weights = (q.transpose(2, 3) @ k).softmax(3).mean(1)
-        y = self.linear(x.flatten(2).transpose(1, 2))
-        return self.head((weights @ y).transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-@pytest.mark.parametrize("many", [1, 2, 5])
-def test_verify_sees_no_removed_channels_in_products_of_activations(many: int) -> None:
-    model, x = Attention().eval(), networks.images(batch=many)
-    graph = narrower.trace(model, IMAGES)
-    assert {"stem.0", "query", "linear"} <= {g.name for g in graph.free}
-    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
-    small: Any = narrower.narrow(model, plan)
-    assert narrower.verify(model, small, plan, x).error < 1e-12
-    small.query.weight.data[0, 1] += 1e-2
-    with pytest.raises(narrower.VerifyError, match="differs"):
-        narrower.verify(model, small, plan, x)
-
-
-def test_verify_takes_rounding_of_large_outputs_for_what_it_is() -> None:
-    """Boxes in pixels of an untrained detector hardly depend on the images."""
-    model = Plain().eval()
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    with torch.no_grad():
-        last.weight *= 1e-4
-        last.bias.fill_(640.0)
-    small, plan = pair(model)
-    assert narrower.verify(model, small, plan, IMAGES).error < 1e-12
-    damage(small, "swapped")
-    with pytest.raises(narrower.VerifyError, match="differs"):
-        narrower.verify(model, small, plan, IMAGES)
-
-
-def test_verify_says_where_rounding_alone_changes_the_output() -> None:
-    model = networks.Trap(lambda m, x: torch.sin(1e13 * x)).eval()
-    small, plan = pair(model)
-    small.stem[0].weight.data *= 1.01
-    with pytest.raises(narrower.VerifyError, match="rounded"):
-        narrower.verify(model, small, plan, IMAGES)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import narrower
+from support.networks import IMAGES
 
 EXACT = 1e-9  # of the output's spread over the batch
 
@@ -228,3 +229,22 @@ def halved(model: nn.Module, inputs: Any, seed: int = 0, remove: float = 0.5, **
     """A random plan that takes a fraction of every free group."""
     graph = narrower.trace(model, inputs, **options)
     return narrower.plan(graph, narrower.random(graph, seed=seed), remove=remove)
+
+
+def pair(model: nn.Module, inputs: Any = IMAGES, **options: Any) -> tuple[Any, narrower.Plan]:
+    """A narrow network and its plan, see `halved`."""
+    plan = halved(model, inputs, **options)
+    return narrower.narrow(model, plan), plan
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that narrowing must not touch."""
+    tensors = {n: (id(t), t.clone()) for n, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()}
+    plain = {n: {k: repr(v) for k, v in m.__dict__.items() if not k.startswith("_") or k == "_forward_hooks"}
+             for n, m in model.named_modules()}
+    return {"tensors": tensors, "plain": plain}
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a["plain"] == b["plain"] and a["tensors"].keys() == b["tensors"].keys() and all(
+        i == j and torch.equal(x, y) for (i, x), (j, y) in zip(a["tensors"].values(), b["tensors"].values(), strict=True))

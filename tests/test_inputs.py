@@ -1,0 +1,124 @@
+"""Nested inputs and batches: every tensor is reached once, structure is kept, and batches give what the model takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from narrower.inputs import call_model, device_of, flatten_tensors, map_tensors, model_inputs, samples, shapes_of
+
+LEAVES = st.one_of(st.integers(0, 9).map(lambda n: torch.full((2,), n)), st.none(), st.integers(0, 3), st.text(max_size=2))
+NESTED = st.recursive(LEAVES, lambda x: st.one_of(
+    st.lists(x, max_size=3), st.lists(x, max_size=3).map(tuple), st.dictionaries(st.text(max_size=2), x, max_size=3)))
+
+
+def leaves(x: Any) -> list[Any]:
+    """Everything in nested containers, in order."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    return [leaf for v in x for leaf in leaves(v)] if isinstance(x, (list, tuple)) else [x]
+
+
+def shape(x: Any) -> Any:
+    """The structure with tensors as placeholders."""
+    return map_tensors(x, lambda t: "tensor")
+
+
+@given(NESTED)
+def test_mapping_reaches_every_tensor_and_keeps_the_rest(x: Any) -> None:
+    mapped = map_tensors(x, lambda t: t + 10)
+    assert shape(mapped) == shape(x)
+    before, after = flatten_tensors(x), flatten_tensors(mapped)
+    assert [id(t) for t in before] == [id(t) for t in leaves(x) if isinstance(t, Tensor)]
+    assert len(after) == len(before) and all(torch.equal(b, a + 10) for a, b in zip(before, after, strict=True))
+
+
+def test_dataclasses_are_flattened_in_the_order_of_their_fields() -> None:
+    @dataclass
+    class Output:
+        logits: Tensor
+        states: tuple[Tensor, ...]
+        text: str = ""
+
+    first, *states = (torch.zeros(n) for n in range(1, 4))
+    assert [len(t) for t in flatten_tensors([Output(first, tuple(states))])] == [1, 2, 3]
+
+
+def test_shapes_are_listed_and_inputs_without_tensors_named_by_their_type() -> None:
+    assert shapes_of({"x": torch.zeros(2, 3), "y": [torch.zeros(4)]}) == "(2, 3), (4,)"
+    assert shapes_of("image.png") == "str"
+
+
+class One(nn.Module):
+    def forward(self, x: Any, scale: float = 1.0) -> Any:
+        return x * scale
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class Keywords(nn.Module):
+    def forward(self, *, x: Tensor, y: Tensor) -> Tensor:
+        return x - y
+
+
+A, B = torch.arange(3.0), torch.ones(3)
+
+
+@pytest.mark.parametrize(("model", "inputs", "output"), [
+    (One(), A, A), (One(), (A, 2.0), 2 * A), (Two(), (A, B), A + B), (Keywords(), {"y": B, "x": A}, A - B)])
+def test_tensors_tuples_and_dicts_are_arguments(model: nn.Module, inputs: Any, output: Tensor) -> None:
+    assert torch.equal(call_model(model, inputs), output)
+
+
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_of_a_pair_the_model_takes_the_first_part_unless_it_needs_both(pair: Any) -> None:
+    assert model_inputs(pair((A, B)), One()) is A, "the second argument has a default: a target"
+    both = model_inputs(pair((A, B)), Two())
+    assert type(both) is tuple and both[0] is A and both[1] is B
+    assert model_inputs(pair(((A, B), "targets")), Two()) == (A, B), "a tuple of inputs, and targets"
+    assert model_inputs(pair(({"x": A, "y": B}, B)), Keywords()) == {"x": A, "y": B}
+
+
+def test_other_batches_are_taken_whole() -> None:
+    assert model_inputs(A, One()) is A
+    assert model_inputs({"x": A, "y": B}, Keywords()) == {"x": A, "y": B}
+    assert model_inputs([A, B, A], One()) == (A, B, A)
+
+
+def test_inputs_go_to_the_device_of_the_model() -> None:
+    assert device_of(nn.Conv2d(1, 1, 1, device="meta")) == torch.device("meta")
+    assert device_of(nn.BatchNorm2d(2, affine=False, device="meta")) == torch.device("meta"), "buffers count too"
+    assert device_of(nn.ReLU()) == torch.device("cpu")
+    assert model_inputs((A, 0), nn.Linear(3, 1, device="meta")).is_meta
+
+
+@given(st.lists(st.integers(1, 4), max_size=5), st.one_of(st.none(), st.integers(1, 12)))
+def test_samples_are_the_first_ones_and_are_counted(sizes: list[int], images: int | None) -> None:
+    every = torch.arange(float(sum(sizes)))
+    asked = []
+
+    def batches() -> Any:
+        for part in every.split(sizes) if sizes else ():
+            asked.append(len(part))
+            yield part, torch.zeros(len(part))
+
+    found = list(samples(batches(), One(), images))
+    total = sum(sizes) if images is None else min(images, sum(sizes))
+    assert all(len(x) == n > 0 for x, n in found) and sum(n for _, n in found) == total
+    assert torch.equal(torch.cat([x for x, _ in found]) if found else every[:0], every[:total])
+    assert sum(asked[:-1]) < total or not sizes, "no batch is read that is not needed"
+
+
+def test_every_tensor_of_a_batch_is_cut_to_the_samples_that_are_wanted() -> None:
+    batch = {"x": torch.zeros(5, 2), "y": torch.zeros(5)}
+    (inputs, count), = samples([batch], Keywords(), 3)
+    assert count == 3 and {k: tuple(v.shape) for k, v in inputs.items()} == {"x": (3, 2), "y": (3,)}
