@@ -1,4 +1,4 @@
-"""What is said of an operator, what its rule is given and may say, and the few steps that many rules share."""
+"""The description of an operator, the interface between a rule and a forward, and helpers that many rules share."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Operator:
 class Call(NamedTuple):
     """One operator call of a forward, numbered by `CallCounter`.
 
-    `number` counts the calls of that operator, `place` all calls, `pool` the poolings over space, `product` the matrix products
-    without a parameter; the last two are -1 for other calls. `out` is None until the call is over.
+    `number` counts the calls of the same operator, `place` all calls, `pool` the poolings over space, `product` the matrix
+    products without a parameter. The last two are -1 for other calls. `out` is None until the call has run.
     """
 
     operator: Operator
@@ -84,7 +84,7 @@ class Call(NamedTuple):
 
 
 class UnknownForm(Exception):
-    """A rule meets a form of its operator that it does not know: the channels are pinned."""
+    """A rule does not support this form of its operator. The channels are pinned."""
 
 
 class Queries(Protocol):
@@ -94,67 +94,67 @@ class Queries(Protocol):
         """What a tensor carries."""
 
     def weight_axes(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None] | None:
-        """Flat ids of the channels that a convolution weight reads and makes; None if it is no parameter as it is."""
+        """Flat ids of the channels that a convolution weight reads and produces. None if it is not an unchanged parameter."""
 
     def is_single(self, label: Label) -> bool:
-        """Whether a parameter dimension has a single channel in the dense network: it meets all others by broadcasting."""
+        """Whether a parameter dimension has one channel in the dense network, which broadcasts to all others."""
 
     def is_depthwise(self, call: Call) -> bool:
-        """Whether a convolution has (in the dense network) one group for each channel that it reads."""
+        """Whether a convolution has one group per input channel in the dense network."""
 
     def padding_ids(self, call: Call, size: int, part: int) -> Ids:
-        """Ids of channels that a call adds; `part` tells several additions of one call apart."""
+        """Ids of channels that a call adds. `part`: which of the blocks that it adds."""
 
     def spread_dims(self, call: Call, dims: Sequence[int], ids: Ids) -> tuple[int, ...]:
-        """Those of `dims`, over which a view seems to spread channels, along which the ids do change.
+        """Of the `dims` over which a view seems to spread channels, those along which the ids vary.
 
-        Channels that repeat, as over the positions of a kernel, change along fewer.
+        If channels repeat, for example over kernel positions, these are fewer.
         """
 
     def view_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
-        """Which of `dims`, over which a view splits channels, shrinks with them."""
+        """Which of the `dims` over which a view splits channels shrinks when channels are removed."""
 
 
 class Facts(Protocol):
-    """What a rule may say. The collector notes it all; the probe checks that united ids are equal."""
+    """What a rule may report. The collector stores all of it. The probe checks that united ids are equal."""
 
     def unite(self, a: Ids, b: Ids) -> None:
-        """Ids that must live and die together (arrays that broadcast)."""
+        """Channels with these ids must be removed together. The arrays broadcast."""
 
     def tie(self, label: Label) -> None:
-        """All fibres along the free dimension keep equally many channels."""
+        """All fibres along the free dimension must keep equally many channels."""
 
     def pin(self, labels: Sequence[Label], code: PinCode, text: str) -> None:
-        """These channels cannot go; `text` tells people why."""
+        """These channels cannot be removed. `text`: why, for people."""
 
     def mix(self, call: Call, label: Label) -> None:
-        """The call mixes channels: its result depends on which are there."""
+        """The call mixes channels: every output depends on all of them."""
 
     def sum_over(self, call: Call, label: Label) -> None:
-        """The call sums over these channels of its first factor; neither factor is a parameter."""
+        """The call sums over these channels of its first factor. Neither factor is a parameter."""
 
     def use_axis(self, call: Call, label: Label | None, role: Role) -> None:
-        """The parameter dimension behind a label makes ("out") or reads ("in") channels."""
+        """The parameter dimension of a label produces ("out") or reads ("in") channels."""
 
     def use_weight(self, label: Label | None, macs: float) -> None:
-        """The parameter behind a label takes part in that many multiply-adds."""
+        """The parameter of a label is used in this many multiply-adds."""
 
     def read_maps(self, call: Call, label: Label, pool: int) -> None:
-        """A layer reads maps: those of its first input, or, where `pool` is the number of a pooling, those that enter that."""
+        """A layer reads feature maps: its first input, or, if `pool` is the number of a pooling, the input of that pooling."""
 
 
 class RuleContext(Queries, Facts, Protocol):
-    """What a rule is given beside the call."""
+    """The second argument of a rule, beside the call."""
 
 
 Rule = Callable[[RuleContext, Call], Sequence[Carried]]
-"""From a call to what each of its outputs carries."""
+"""Computes from a call what each of its outputs carries."""
 
 ShapeRule = Callable[[Sequence[Any], bool], Any]
-"""From the arguments, and whether the call is in place, to the output, or None where the rule does not apply."""
+"""Computes the output from the arguments and from whether the call is in place. None if the rule does not apply."""
 
 RestrictArgs = Callable[[Sequence[Any], int, Tensor], list[Any]]
-"""From the arguments, a dimension of the input and the indices that survive there to the arguments cut to these."""
+"""Restricts the arguments to the surviving indices (third) of a dimension (second) of the input."""
 
 
 def free_at(c: Carried, dim: int) -> list[Label]:
@@ -201,8 +201,10 @@ def plain(args: Any) -> tuple[Any, ...]:
 
 
 def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim: int, what: str) -> tuple[Label, ...]:
-    """Labels of an elementwise result: operands that are free in one dimension unite there; where one of them has a
-    size but no channels, nothing can shrink."""
+    """Labels of an elementwise result. Operands that are free in the same dimension are united there.
+
+    If an operand has a size but no channels in that dimension, the channels of the others are pinned.
+    """
     found: dict[int, list[Label]] = {}
     order = sorted(operands, key=lambda o: -len(o[1])) if len(operands) > 1 else operands
     for carried, _ in order:
@@ -230,6 +232,6 @@ def piece(label: Label, dim: int, start: int, stop: int, step: int = 1) -> Label
 
 
 def at_channels(r: RuleContext, label: Label) -> Ids:
-    """Flat ids along the free dimension; whatever changes elsewhere is mixed and unites."""
+    """Flat ids along the free dimension. Ids that vary along other dimensions are united."""
     others = [d for d in range(label.ids.ndim) if d != label.free]
     return collapsed(label, others, r.unite).ids.reshape(-1)
