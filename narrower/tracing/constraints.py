@@ -1,4 +1,4 @@
-"""What the dense forward says: equations between channel ids, ties, pins, uses, and a log of its calls."""
+"""Collect the facts of the dense forward: equations between channel ids, ties, pins, uses, and a log of its calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .operators.interface import Call, at_channels, free_at, plain, tensors_in
 
 NUMBER = "_narrower_number"
 
-MANY = 50_000  # no layer has so many channels: numbers that are viewed as filters later, as in conditional convolutions
+MANY = 50_000  # no layer has so many channels: these are numbers that become filters later, as in conditional convolutions
 
 
 class ConstraintCollector(LabelInterpreter):
@@ -70,7 +70,7 @@ class ConstraintCollector(LabelInterpreter):
             self.returned.setdefault(number, self.modules[id(module)])
 
     def numbered(self, t: Any) -> int | str | None:
-        """A parameter's or buffer's name, else the activation's number; None for what is no tensor."""
+        """The name of a parameter or buffer, the number of an activation, or None for other arguments."""
         if not isinstance(t, Tensor):
             return None
         if id(t) in self.tensors and not hasattr(t, NUMBER):
@@ -100,7 +100,7 @@ class ConstraintCollector(LabelInterpreter):
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:
             x, y = np.broadcast_arrays(a, b)
-            if x.size > 4096:  # whole weights: mostly an id with itself
+            if x.size > 4096:  # whole weights: most ids are paired with themselves
                 differ = x != y
                 x, y = x[differ], y[differ]
             self.pairs.append((x.reshape(-1), y.reshape(-1)))
@@ -137,7 +137,7 @@ class ConstraintCollector(LabelInterpreter):
             self.macs[label.axis.tensor] += round(macs)
 
     def read_maps(self, call: Call, label: Label, pool: int) -> None:
-        """The maps are seen at the call that reads them, or before the pooling that they come from."""
+        """Note where the maps can be observed: at the call that reads them, or at the input of the pooling before it."""
         source = call.args[0]
         key = pool if pool >= 0 else -1 - id(source)
         self.map_readers[key] += 1

@@ -1,7 +1,7 @@
-"""The dispatch mode under which a forward runs: it carries channel labels beside every tensor.
+"""The dispatch mode under which a forward runs. It attaches channel labels to every tensor.
 
-`LabelInterpreter` sees every ATen call and asks `operators.table` for its rule. `constraints.ConstraintCollector`
-collects what the rules say of the dense forward; `probe.Probe` checks it on a narrowed one.
+`LabelInterpreter` sees every ATen call and applies the rule from `operators.table`. `constraints.ConstraintCollector` collects
+what the rules report of the dense forward. `probe.Probe` checks it on a narrowed one.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from .operators.shapes import infer_output
 
 
 class Unseen(Exception):
-    """Meta tensors hide what the forward does."""
+    """Meta tensors do not show what the forward does: it needs real values."""
 
 
 class RuleError(TraceError):
-    """A rule of narrower is at fault."""
+    """A rule of narrower has an error."""
 
 
 FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
 class Event(NamedTuple):
-    """One call of a forward: the plain numbers that it was given, the shapes that came out, and what they carry; the module
-    that was running, and what the inputs carry (a parameter: its name)."""
+    """One call of a forward.
+
+    `numbers`: its plain arguments. `shapes`, `carried`: of its outputs. `module`: which was running. `inputs`: what each
+    carries, or the name of a parameter.
+    """
 
     name: str
     numbers: tuple[Any, ...]
@@ -51,7 +54,7 @@ class Event(NamedTuple):
 
 
 class Location(NamedTuple):
-    """A module by its name, and a text for people: the module and a line of its source."""
+    """The name of a module, and a text for people: the module and a source line."""
 
     module: str
     source: str
@@ -61,7 +64,7 @@ CARRIED = "_narrower_carried"
 
 
 class LabelInterpreter(TorchDispatchMode, RuleContext):
-    """Carries labels through a forward of `model`; subclasses say what happens to what is learnt."""
+    """Carries labels through a forward of `model`. Subclasses decide what to do with the reported facts."""
 
     def __init__(self, model: nn.Module, axes: Axes, answers: Sequence[Answer] | None = None) -> None:
         super().__init__()
@@ -73,7 +76,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         convolutions = [(n, m) for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)]
         self.conv_groups = {f"{n}.weight".removeprefix("."): m.groups for n, m in convolutions}
         self.counter = CallCounter(self.alive.values())
-        self.place = 0  # the number of the call that runs, or, between calls, of the next
+        self.place = 0  # the number of the current call, or between calls of the next one
         self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address
         self.seen: set[str] = set()
         self.touched: tuple[Tensor, ...] = ()
@@ -103,14 +106,14 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         return call.out
 
     def on_failure(self, call: Call) -> None:
-        """The operator has failed; the error is raised again after this."""
+        """Called when the operator has failed. The error is then raised again."""
 
     def on_call(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
-        """The call is over, and `outs` carry what is `carried`."""
+        """Called after a call. `carried`: what its outputs `outs` carry."""
         raise NotImplementedError
 
     def note_inputs(self, args: Any) -> None:
-        """What the tensors among the arguments carry, and which parameters the forward has used."""
+        """Store what the tensors among the arguments carry, and which parameters the forward has used."""
         self.touched = tuple(tensors_in(args))
         given: list[Carried | str] = []
         for t in self.touched:
@@ -123,7 +126,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         self.given = tuple(given)
 
     def output(self, func: Any, call: Call, in_place: bool) -> Any:
-        """The output of a call: what a forward on real values gave, or the shape alone, or what PyTorch computes."""
+        """The output of a call: the answer of a forward on real values, or a blank tensor, or what PyTorch computes."""
         if self.answers is not None and call.operator.depends_on_data(call.args):
             self.asked += 1
             if self.asked > len(self.answers):
@@ -133,7 +136,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         return func(*call.args, **call.kwargs) if out is None else out
 
     def apply_rule(self, call: Call, outputs: int) -> Sequence[Carried]:
-        """What the outputs of a call carry; nothing where no rule knows, and then the channels that it reads are pinned."""
+        """What the outputs of a call carry. Without a rule for it: nothing, and the channels that it reads are pinned."""
         rule, name = call.operator.rule, call.name
         try:
             if rule is None:
@@ -180,7 +183,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         return Carried(tuple(labels))
 
     def carried_in(self) -> list[Carried]:
-        """What the inputs of the current call carry, other than parameters as they are."""
+        """What the inputs of the current call carry, except unchanged parameters."""
         return [getattr(t, CARRIED) for t in self.touched if hasattr(t, CARRIED)]
 
     def weight_axes(self, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None] | None:
@@ -198,15 +201,15 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         return self.axes.ids(Axis(name, dim), size, blocks)
 
     def labelled(self, name: str, dim: int, size: int) -> bool:
-        """Whether a dimension of a parameter holds channels: a single one cannot go."""
+        """Whether a dimension of a parameter has channels. A single one cannot be removed."""
         return size > 1
 
     def is_single(self, label: Label) -> bool:
         return label.axis is not None and self.axes.size[label.axis] == 1
 
     def numbers(self, call: Call) -> tuple[Any, ...]:
-        """All of a call that must not depend on widths, but for the shapes that come out: arguments that are not tensors, and
-        the shape or the values of a first input without channels."""
+        """All of a call that must not depend on widths, except output shapes: plain arguments, and the shape or the values of a
+        first input without channels."""
         extra: tuple[Any, ...] = ()
         if call.operator.compared != "nothing" and isinstance(x := call.args[0], Tensor) and not self.of(x).labels:
             if call.operator.compared == "shape":
@@ -224,7 +227,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
     def location(self, error: BaseException | None = None) -> Location:
         """Where the current call runs, or where an error was raised.
 
-        Modules of torch.nn count only where no other module of the model runs: the line that calls them tells more.
+        Modules of torch.nn count only if no other module of the model is running: the line that calls them is more useful.
         """
         frames = walk_stack(sys._getframe(1)) if error is None else reversed(list(walk_tb(error.__traceback__)))
         inner = ""
@@ -240,7 +243,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
 
 
 def mark_as_given(tensors: Iterable[Tensor]) -> None:
-    """Meta tensors that exist before the forward carry no channels."""
+    """Mark meta tensors that exist before the forward: they carry no channels."""
     for t in tensors:
         if t.is_meta and not hasattr(t, CARRIED):
             setattr(t, CARRIED, NOTHING)
@@ -248,7 +251,7 @@ def mark_as_given(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def run_forward(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any]) -> Any:
-    """One forward under `mode`; attention as plain matrix products, so that the same operators run on every device."""
+    """Run one forward under `mode`. Attention is computed as matrix products, so every device runs the same operators."""
     mark_as_given(flatten_tensors(inputs))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
         return call_model(model, inputs)

@@ -1,4 +1,4 @@
-"""The numbers by which a graph names the calls of a forward."""
+"""The numbers that identify the calls of a forward in a graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CallCounter:
         self.calls = self.pools = self.products = 0
 
     def count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Call:
-        """The next call of the forward, with its numbers; to be asked for every call, once."""
+        """The next call of the forward, with its numbers. Must be called once for every call."""
         operator = operator_of(func)
         pool = product = -1
         if operator.pools != "never" and operator.is_pooling(args):
