@@ -128,7 +128,7 @@ class Facts(Protocol):
         """These channels cannot be removed. `text`: why, for people."""
 
     def mix(self, call: Call, label: Label) -> None:
-        """The call mixes channels: every output depends on all of them."""
+        """The call mixes channels: its result depends on which channels exist."""
 
     def sum_over(self, call: Call, label: Label) -> None:
         """The call sums over these channels of its first factor. Neither factor is a parameter."""
