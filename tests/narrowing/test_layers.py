@@ -59,8 +59,11 @@ def test_a_batch_norm_behind_a_layer_is_its_producer_if_it_alone_reads_the_layer
     conv = layers.layer(steps["m0.weight"])
     both = layers.producer(steps["m1.weight"], None)
     assert both == Producer("m1", conv, "m1") and isinstance(both, Producer) and both.axis == ("m1.weight", 0)
-    layers, steps = found(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1),
-                          function=lambda m, x: m.m2(m.m1(m.m0(x)) + m.m0(x)))
+    def residual(m: Any, x: Any) -> Any:
+        y = m.m0(x)
+        return m.m2(m.m1(y) + y)
+
+    layers, steps = found(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1), function=residual)
     assert layers.producer(steps["m1.weight"], None) == Producer("m1", None, "m1")
 
 

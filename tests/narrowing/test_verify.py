@@ -11,6 +11,7 @@ from support.networks import IMAGES, Plain
 from torch import Tensor, nn
 
 import narrower
+from narrower.narrowing.verify import largest_difference
 
 
 def damage(small: Any, what: str) -> None:
@@ -116,6 +117,14 @@ def test_verify_takes_rounding_of_large_outputs_for_what_it_is() -> None:
     damage(small, "swapped")
     with pytest.raises(narrower.VerifyError, match="differs"):
         narrower.verify(model, small, plan, IMAGES)
+
+
+def test_a_difference_of_rounding_is_relative_to_the_largest_output_and_any_other_to_the_spread() -> None:
+    out = 640 + 1e-2 * torch.randn(4, 5, dtype=torch.float64)
+    spread = float((out - out[:1]).abs().max())
+    assert largest_difference([out], [out + 1e-10]) == pytest.approx(1e-10 / float(out.max()), rel=1e-2)
+    assert largest_difference([out], [out + 1e-8]) == pytest.approx(1e-8 / spread, rel=1e-4)
+    assert largest_difference([out.long()], [out.long() + 1]) == 0, "integers are not compared"
 
 
 def test_verify_says_where_rounding_alone_changes_the_output() -> None:
