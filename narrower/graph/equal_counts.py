@@ -85,6 +85,8 @@ def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray,
     return np.round(result.x[:n]).astype(np.int64)
 
 
+# The components of each graph, found once; rankings ask for them again and again. Weak, so that graphs are still freed. Not a
+# property of Graph, because `types` would then have to import this module.
 KNOWN: WeakKeyDictionary[Graph, list[Component]] = WeakKeyDictionary()
 
 

@@ -1,0 +1,184 @@
+"""The dense run: units, the forwards that are traced, and what is noted of the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.networks import IMAGES, Head, ManyEnds, Plain, TrainingOnly, chain, images, unit
+from torch import Tensor, nn
+
+from narrower.errors import TraceError
+from narrower.surgery.copying import Stage, stage
+from narrower.tracing.constraints import ConstraintCollector
+from narrower.tracing.dense import DenseForwardError, DenseRun, run_dense
+from narrower.tracing.labels import Axes, Axis
+
+
+def staged(model: nn.Module, inputs: Any = IMAGES) -> Stage:
+    return stage(model, inputs, "meta")
+
+
+class Sum(nn.Module):
+    """`first` and `second` are added, and `third` reads the sum. They are defined in the opposite order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third, self.second, self.first = nn.Conv2d(7, 4, 1), nn.Conv2d(3, 7, 1), nn.Conv2d(3, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.first(x) + self.second(x))
+
+
+class FailsInTraining(TrainingOnly):
+    def __init__(self, error: type[Exception] = RuntimeError) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Any:
+        out = super().forward(x)
+        if self.training:
+            raise self.error("needs targets")
+        return out
+
+
+def test_united_axes_are_one_unit_per_channel() -> None:
+    dense = run_dense(staged(Sum()), {})
+    units = dense.units_of(Axis("first.weight", 0))
+    assert len(set(units.tolist())) == 7
+    for tensor, dim in [("first.bias", 0), ("second.weight", 0), ("second.bias", 0), ("third.weight", 1)]:
+        assert np.array_equal(dense.units_of(Axis(tensor, dim)), units), tensor
+    others = dense.units_of(Axis("third.weight", 0))
+    assert np.array_equal(dense.units_of(Axis("third.bias", 0)), others) and not set(others.tolist()) & set(units.tolist())
+
+
+def test_units_are_numbered_in_the_order_of_execution() -> None:
+    dense = run_dense(staged(Sum()), {})
+    _, first = np.unique(dense.unit_of, return_index=True)
+    assert (np.diff(first) > 0).all(), "by their first id"
+    assert dense.units_of(Axis("first.weight", 0)).max() < dense.units_of(Axis("third.weight", 0)).min()
+    assert dense.unit_count == len(first) < dense.axes.total
+
+
+def test_without_constraints_each_id_is_a_unit() -> None:
+    axes = Axes()
+    axes.ids(Axis("weight", 0), 5)
+    dense = DenseRun({}, {"eval": ConstraintCollector(nn.Identity(), axes, {})}, axes, {}, frozenset())
+    assert dense.unit_of.tolist() == [0, 1, 2, 3, 4] and dense.unit_count == 5
+
+
+def test_the_train_forward_is_not_run_where_eval_uses_all_parameters() -> None:
+    class Plainer(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.training
+            return super().forward(x)
+
+    dense = run_dense(staged(Plainer()), {})
+    assert [*dense.collectors] == ["eval"] and dense.notes == ()
+
+
+def test_an_auxiliary_head_is_traced_in_the_train_forward() -> None:
+    class Either(TrainingOnly):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.aux_fc(self.aux(x).mean((2, 3))) if self.training else self.head(self.next(x))
+
+    copied = staged(Either())
+    dense = run_dense(copied, {})
+    assert [*dense.collectors] == ["eval", "train"] and dense.notes == ()
+    assert not any(m.training for m in copied.model.modules())
+    assert Axis("aux.0.weight", 0) not in dense.collectors["eval"].roles
+    assert dense.collectors["train"].roles[Axis("aux.0.weight", 0)] == "out"
+    stem = dense.units_of(Axis("stem.0.weight", 0))
+    for reader in ("next.0.weight", "aux.0.weight"):
+        assert np.array_equal(dense.units_of(Axis(reader, 1)), stem), "both forwards tell which ids are one channel"
+
+
+def test_a_train_forward_that_fails_is_noted() -> None:
+    copied = staged(FailsInTraining())
+    dense = run_dense(copied, {})
+    assert [*dense.collectors] == ["eval"] and not any(m.training for m in copied.model.modules())
+    assert dense.notes == ("layers that only training uses could not be traced (RuntimeError: needs targets)",)
+
+
+def test_parameters_that_are_never_used_are_noted() -> None:
+    class Spare(Plain):
+        def __init__(self, spare: int) -> None:
+            super().__init__()
+            self.spare = nn.ParameterList(torch.zeros(2) for _ in range(spare))
+
+    note = "never used in the forward, left as they are: spare.0"
+    assert run_dense(staged(Spare(1)), {}).notes == (note,)
+    assert run_dense(staged(Spare(6)), {}).notes == (f"{note}, spare.1, spare.2, spare.3 and 2 more",)
+
+
+def test_a_forward_that_fails_is_an_error_with_its_cause() -> None:
+    class Broken(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("needs values")
+
+    with pytest.raises(DenseForwardError) as caught:
+        run_dense(staged(Broken()), {})
+    assert repr(caught.value.__cause__) == "ValueError('needs values')"
+
+
+def test_errors_of_the_trace_itself_pass() -> None:
+    class Refused(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            raise TraceError("refused")
+
+    with pytest.raises(TraceError, match="refused"):
+        run_dense(staged(Refused()), {})
+    with pytest.raises(TraceError, match="needs targets"):
+        run_dense(staged(FailsInTraining(TraceError)), {})
+
+
+def test_the_shapes_of_outputs_parameters_and_buffers() -> None:
+    model = ManyEnds()
+    dense = run_dense(staged(model, (IMAGES, images(2))), {})
+    assert dense.output_shapes == [(4, 5), (4, 4, 8, 8)], "of every tensor in the output"
+    assert dense.shapes == {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    assert dense.parameters == {n for n, _ in model.named_parameters()}
+
+
+def test_a_shared_parameter_has_one_name() -> None:
+    model = chain(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
+    first, last = model[1], model[2]
+    assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+    last.weight = first.weight
+    assert run_dense(staged(model), {}).parameters == {"0.weight", "0.bias", "1.weight", "1.bias", "2.bias"}
+
+
+def test_the_channels_of_outputs_are_pinned() -> None:
+    dense = run_dense(staged(Sum()), {})
+    pinned = [ids for ids, reason in dense.collectors["eval"].pins if reason.code == "output"]
+    assert np.array_equal(np.unique(dense.unit_of[np.concatenate(pinned)]), dense.units_of(Axis("third.weight", 0)))
+
+
+def test_the_batch_is_the_number_of_samples() -> None:
+    assert run_dense(staged(Plain(), images(batch=7)), {}).batch == 7
+    assert run_dense(staged(Plain(), images()[:0]), {}).batch == 1, "costs are per sample, so it is never zero"
+
+    class Scaled(Plain):
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x * scale)
+
+    assert run_dense(staged(Scaled(), (torch.tensor(2.0), IMAGES)), {}).batch == 1, "the first input is a number"
+
+
+def test_what_the_forward_stores_in_its_modules_is_taken_back() -> None:
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head, self.seen = unit(3, 6), Head(6), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            self.maps = self.stem(x)
+            return self.head(self.maps)
+
+    copied = staged(Remembering())
+    run_dense(copied, {})
+    assert copied.model.seen == 0 and not hasattr(copied.model, "maps")
