@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -61,6 +61,14 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
         carry_optimizer(optimizer, swaps)
     record_narrowing(small, kept)
     return small
+
+
+def record_biases(small: nn.Module, names: Iterable[str]) -> None:
+    """Note in a narrow network that its layers were given these biases."""
+    before: NarrowRecord = getattr(small, RECORD)
+    new = {n: before.dense[f"{n.removesuffix('bias')}weight"][:1] for n in names}
+    setattr(small, RECORD, replace(before, dense={**new, **before.dense}, shapes=tensor_shapes(named_tensors(small)),
+                                   created=(*before.created, *new)))
 
 
 def record_narrowing(small: nn.Module, kept: Kept) -> None:

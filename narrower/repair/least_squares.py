@@ -1,0 +1,98 @@
+"""Ridge regression on the difference to given weights: pure functions over moments.
+
+With inputs `x` and the residual `r` of weights that are there already, the correction `D` minimises
+`|r - D x - b|^2 + ridge |D|^2`. The intercept `b` is free. A ridge towards infinity leaves the weights as they are.
+Letters: `G` groups, `P` samples, `I` inputs, `O` outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Ridges that are tried, relative to the mean variance of the inputs."""
+
+
+class Moments(NamedTuple):
+    """Sums over samples: enough to solve, and to judge a solution. float64."""
+
+    size: int
+    x: Tensor  # (G, I)
+    r: Tensor  # (G, O)
+    xx: Tensor  # (G, I, I)
+    rx: Tensor  # (G, O, I)
+    rr: Tensor  # (G, O)
+
+
+def moments(x: Tensor, r: Tensor) -> Moments:
+    """The moments of inputs `(G, P, I)` and residuals `(G, P, O)`."""
+    xx, rx = x.transpose(1, 2) @ x, r.transpose(1, 2) @ x
+    return Moments(x.shape[1], x.double().sum(1), r.double().sum(1), xx.double(), rx.double(), r.double().square().sum(1))
+
+
+def together(a: Moments, b: Moments) -> Moments:
+    """The moments of both sets of samples."""
+    return Moments(a.size + b.size, a.x + b.x, a.r + b.r, a.xx + b.xx, a.rx + b.rx, a.rr + b.rr)
+
+
+class Correction(NamedTuple):
+    """What is added to the weights `(G, O, I)`, and to the outputs `(G, O)`."""
+
+    weight: Tensor
+    intercept: Tensor
+
+
+def solve(m: Moments, strength: float) -> Correction:
+    """The correction with a ridge of `strength` times the mean variance of the inputs.
+
+    Raises torch.linalg.LinAlgError where rounding makes the second moments indefinite.
+    """
+    mean_x, mean_r = m.x / m.size, m.r / m.size
+    xx = m.xx / m.size - mean_x[:, :, None] * mean_x[:, None]
+    rx = m.rx / m.size - mean_r[:, :, None] * mean_x[:, None]
+    ridge = strength * xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    xx.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    weight = torch.cholesky_solve(rx.transpose(1, 2), torch.linalg.cholesky(xx)).transpose(1, 2)
+    return Correction(weight, mean_r - (weight @ mean_x[..., None])[..., 0])
+
+
+def squared_error(m: Moments, c: Correction, scale: Tensor) -> float:
+    """The mean over samples of the squared residual that a correction leaves, summed over outputs; each output is first
+    multiplied by its `scale` `(G, O)`."""
+    w, b = c
+    left = m.rr - 2 * ((w * m.rx).sum(2) + b * m.r) + ((w @ m.xx) * w).sum(2)
+    left = left + 2 * b * (w @ m.x[..., None])[..., 0] + m.size * b.square()
+    return float((left * scale.square()).sum()) / m.size
+
+
+class Choice(NamedTuple):
+    """The correction that was chosen (None: the weights stay), and the error on held-out samples before and after."""
+
+    correction: Correction | None
+    strength: float | None
+    before: float
+    after: float
+
+
+def choose(fit: Moments, held_out: Moments, scale: Tensor) -> Choice:
+    """Of no correction, an intercept alone, and the ridges of `STRENGTHS`: what is best on held-out samples.
+
+    The chosen one is then fitted to all samples.
+    """
+    no_weight = torch.zeros_like(fit.rx)
+    before = squared_error(held_out, Correction(no_weight, torch.zeros_like(fit.r)), scale)
+    errors = {float("inf"): squared_error(held_out, Correction(no_weight, fit.r / fit.size), scale)}
+    for strength in STRENGTHS:
+        try:
+            errors[strength] = squared_error(held_out, solve(fit, strength), scale)
+        except torch.linalg.LinAlgError:
+            continue
+    strength = min(errors, key=lambda s: errors[s])
+    if not errors[strength] < before:
+        return Choice(None, None, before, before)
+    both = together(fit, held_out)
+    correction = Correction(no_weight, both.r / both.size) if strength == float("inf") else solve(both, strength)
+    return Choice(correction, strength, before, errors[strength])

@@ -1,0 +1,88 @@
+"""What the dense network makes where the narrow one is to be repaired: the targets of `reconstruct`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .patches import Positions, joined, sample_positions, values_at
+from .watching import LayerCall, LayerWatch, Stream
+
+
+class Target(NamedTuple):
+    """The dense outputs of a layer at sampled positions, kept channels only: `(P, O)`.
+
+    `stream`: the sum that the layer's output goes into, if any, and `total` `(P, O)`: that sum.
+    """
+
+    at: Positions
+    out: Tensor
+    stream: Stream | None
+    total: Tensor | None
+
+
+class TargetWatch(LayerWatch):
+    """Takes the targets of every layer from forwards of the dense network, batch by batch.
+
+    `kept`: the output channels that the narrow layer has. `per_image`: how many positions of each image are sampled.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor], per_image: Mapping[str, int]) -> None:
+        super().__init__(model, kept)
+        self.kept, self.per_image = kept, per_image
+        self.generator = torch.Generator().manual_seed(0)
+        self.sampled: dict[str, list[Positions]] = {}
+        self.rows: dict[str, list[int]] = {}
+        self.outs: dict[str, list[Tensor]] = {}
+        self.totals: dict[str, list[Tensor]] = {}
+        self.batches: list[int] = []
+        self.unseen: dict[str, str] = {}
+
+    def layer(self, call: LayerCall) -> Tensor:
+        out, name = call.run(), call.weight
+        if self.uses[name] > 1:
+            self.unseen[name] = "its weight is used more than once"
+        elif len(out) % self.images:
+            self.unseen[name] = f"its {len(out)} rows are not as many for each of {self.images} images"
+        else:
+            at = sample_positions(self.images, len(out), out.shape[2:], self.per_image[name], self.generator)
+            self.sampled.setdefault(name, []).append(at)
+            self.rows.setdefault(name, []).append(len(out))
+            self.outs.setdefault(name, []).append(self.taken(name, out))
+        return out
+
+    def taken(self, name: str, out: Tensor) -> Tensor:
+        """The kept channels of an output at the sampled positions of this batch."""
+        return values_at(out, self.sampled[name][-1])[:, self.kept[name]]
+
+    def finished(self, number: int, out: Tensor) -> None:
+        for name, stream in self.streams.items():
+            if stream.addition == number and name in self.sampled:
+                self.totals.setdefault(name, []).append(self.taken(name, out))
+
+    def targets(self) -> dict[str, Target]:
+        """The targets of all layers that were seen once in each forward."""
+        found = {}
+        for name, parts in self.sampled.items():
+            if name in self.unseen:
+                continue
+            whole = len(self.totals.get(name, ())) == len(parts)
+            found[name] = Target(joined(parts, self.batches, self.rows[name]), torch.cat(self.outs[name]),
+                                 self.streams[name] if whole else None, torch.cat(self.totals[name]) if whole else None)
+        return found
+
+
+def dense_targets(model: nn.Module, kept: Mapping[str, Tensor], per_image: Mapping[str, int],
+                  inputs: Iterable[tuple[Any, int]]) -> tuple[dict[str, Target], dict[str, str]]:
+    """One forward of the dense network over `inputs` (with their numbers of images): the targets of the layers with the weights
+    in `kept`, and why others have none."""
+    watch = TargetWatch(model, kept, per_image)
+    for batch, images in inputs:
+        watch.run(batch, images)
+        watch.batches.append(images)
+    targets = watch.targets()
+    silent = dict.fromkeys(kept, "no convolution or linear layer reads it in the forward")
+    return targets, {n: watch.unseen.get(n, why) for n, why in silent.items() if n not in targets}

@@ -1,0 +1,155 @@
+"""reconstruct: what can be repaired is, what cannot stays as it was, and the models that were given are untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.networks import PATTERNS, Head, unit
+from support.resrep_training import randomised
+from torch import Tensor, nn
+
+import narrower
+from narrower.inputs import call_model, flatten_tensors, map_tensors, model_inputs
+from narrower.surgery.walk import named_tensors
+
+IMAGES = 96
+
+
+def batches(size: int = 8, channels: int = 3) -> list[Tensor]:
+    return list(torch.randn(IMAGES, channels, size, size, generator=torch.Generator().manual_seed(1)).split(32))
+
+
+def difference(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((a.eval()(x) - b.eval()(x)).square().mean())
+
+
+def network() -> nn.Module:
+    return randomised(nn.Sequential(unit(3, 12), unit(12, 10), unit(10, 8), Head(8))).eval()
+
+
+def cut(model: nn.Module, remove: float = 0.4) -> tuple[narrower.Plan, nn.Module]:
+    graph = narrower.trace(model, batches()[0][:1])
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), remove=remove)
+    return plan, narrower.narrow(model, plan)
+
+
+def duplicated(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+    """Channel 11 of the first layer is channel 0 again, and the score of the group says that it goes."""
+    with torch.no_grad():
+        for name in ("0.0.weight", "0.1.weight", "0.1.bias", "0.1.running_mean", "0.1.running_var"):
+            named_tensors(model)[name][11] = named_tensors(model)[name][0]
+    return model, {}
+
+
+def test_a_duplicated_channel_goes_at_no_error() -> None:
+    model, _ = duplicated(network())
+    graph = narrower.trace(model, batches()[0][:1])
+    scores = narrower.random(graph)
+    scores["0.0"] = torch.arange(12.0, 0, -1)
+    plan = narrower.plan(graph, scores, remove={"0.0": 1 / 12})
+    assert 11 not in plan.keep["0.0"]
+    small = narrower.narrow(model, plan)
+    repaired = narrower.reconstruct(model, small, plan, batches()).model
+    x = torch.randn(8, 3, 8, 8)
+    assert difference(model, repaired, x) < 1e-4 * difference(model, small, x)
+
+
+def test_nothing_removed_changes_nothing() -> None:
+    model = network()
+    graph = narrower.trace(model, batches()[0][:1])
+    plan = narrower.plan(graph, narrower.random(graph), remove={"0.0": 0.0})
+    small = narrower.narrow(model, plan)
+    found = narrower.reconstruct(model, small, plan, batches())
+    assert not found.layers and not found.left
+    assert all(torch.equal(a, b) for a, b in zip(found.model.state_dict().values(), small.state_dict().values(), strict=True))
+
+
+def test_new_images_are_nearer_to_the_dense_outputs_and_the_models_are_untouched() -> None:
+    model = network()
+    plan, small = cut(model)
+    before = [{n: t.clone() for n, t in m.state_dict().items()} for m in (model, small)]
+    found = narrower.reconstruct(model, small, plan, batches())
+    for m, was in zip((model, small), before, strict=True):
+        assert all(torch.equal(t, was[n]) for n, t in m.state_dict().items())
+    x = torch.randn(64, 3, 8, 8)
+    assert difference(model, found.model, x) < 0.5 * difference(model, small, x)
+    assert [r.weight for r in found.layers] == ["1.0.weight", "2.0.weight", "3.fc.weight"]  # in the order of the forward
+    assert all(r.error <= 1 for r in found.layers)
+    assert "1.0.weight" in str(found)
+
+
+def shaken(inputs: Any) -> list[Any]:
+    """Batches like the given inputs."""
+    return [map_tensors(inputs, lambda t: t + torch.randn_like(t) if t.is_floating_point() else t) for _ in range(24)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_measured_planned_and_repaired_or_left_with_a_reason(name: str) -> None:
+    case = PATTERNS[name]
+    model = randomised(case.make()).eval()
+    graph = narrower.trace(model, case.inputs)
+    scores = narrower.random(graph)
+    plan = narrower.plan(graph, scores, macs=0.7, sensitivity=narrower.sensitivity(model, graph, scores, shaken(case.inputs)))
+    small = narrower.narrow(model, plan)
+    narrower.verify(model, small, plan, case.inputs)
+    found = narrower.reconstruct(model, small, plan, shaken(case.inputs))
+    assert found.layers or found.left
+    new = shaken(case.inputs)[:4]
+    with torch.no_grad():
+        dense, cut, repaired = ([t for x in new for t in flatten_tensors(call_model(m.eval(), model_inputs(x, m)))]
+                                for m in (model, small, found.model))
+    errors = [sum(float((a - b).square().sum()) for a, b in zip(dense, other, strict=True)) for other in (cut, repaired)]
+    assert errors[1] <= 1.2 * errors[0]
+
+
+def test_a_sum_makes_up_for_what_its_other_summand_has_lost() -> None:
+    """Stream targets reach the dense sum more nearly than each branch's own targets."""
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.head = unit(3, 12), unit(12, 24), Head(12)
+            self.b = nn.Sequential(nn.Conv2d(24, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(torch.relu(x + self.b(self.a(x))))
+
+    model = randomised(Block()).eval()
+    plan, small = cut(model, 0.5)
+    x = torch.randn(64, 3, 8, 8)
+    errors = [difference(model, narrower.reconstruct(model, small, plan, batches(), stream_targets=s).model, x)
+              for s in (True, False)]
+    assert errors[0] != errors[1] and max(errors) < difference(model, small, x)
+
+
+def test_a_new_bias_is_saved_and_loaded(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.ReLU(),
+                             Head(8)).eval()
+
+    model = make()
+    plan, small = cut(model)
+    found = narrower.reconstruct(model, small, plan, batches()).model
+    assert found.get_parameter("2.bias").any()
+    narrower.save(found, tmp_path)
+    again = narrower.load(tmp_path, make)
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(again.eval()(x), found.eval()(x))
+
+
+def test_bad_images_are_errors() -> None:
+    model = network()
+    plan, small = cut(model)
+    with pytest.raises(narrower.DataError, match="got 0 images"):
+        narrower.reconstruct(model, small, plan, [])
+    with pytest.raises(narrower.DataError, match="got 4 images"):
+        narrower.reconstruct(model, small, plan, batches(), images=4)
+    with pytest.raises(narrower.DataError, match="not finite"):
+        narrower.reconstruct(model, small, plan, [torch.full((16, 3, 8, 8), float("nan"))])
+    with pytest.raises(narrower.PlanError, match="not the one that was traced"):
+        narrower.reconstruct(small, small, plan, batches())
