@@ -1,5 +1,6 @@
 """From scores and a request (a budget or rates) to a Plan: how many channels each group keeps, and which."""
 
+from .damage import Sensitivity
 from .plan import Plan, plan
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "Sensitivity", "plan"]

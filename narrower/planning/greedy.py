@@ -12,6 +12,7 @@ from ..errors import BudgetError
 from ..graph.cost import CostKind, CostModel, RunningCost
 from ..graph.equal_counts import Component
 from ..graph.types import Graph
+from .damage import Sensitivity
 from .requests import Budget, most_removable
 
 Step = tuple[float, np.ndarray]
@@ -34,17 +35,26 @@ class ComponentDescent:
         self.lost = np.zeros(len(part.cells), dtype=np.int64)
         self.history: list[np.ndarray] = []
 
-    def best_step(self, running: RunningCost, weight: Mapping[CostKind, float]) -> Step | None:
-        """The step that loses least for what it saves; None when nothing more can go."""
+    def best_step(self, running: RunningCost, weight: Mapping[CostKind, float],
+                  sensitivity: Sensitivity | None = None) -> Step | None:
+        """The step that loses least for what it saves, by score or by measured damage; None when nothing more can go."""
         best: Step | None = None
         for move in self.moves:
             step = move * self.repetitions(move)
             if (self.lost + step > self.most).any():
                 continue
             saved = sum(weight[k] * v for k, v in running.saved(self.per_group(step)).items())
-            if saved > 0 and (best is None or self.loss(step) / saved < best[0]):
-                best = (self.loss(step) / saved, step)
+            if saved > 0:
+                value = (self.loss(step) if sensitivity is None else self.damage(step, sensitivity)) / saved
+                if best is None or value < best[0]:
+                    best = (value, step)
         return best
+
+    def damage(self, step: np.ndarray, sensitivity: Sensitivity) -> float:
+        """By how much the measured damage of its groups grows with a step."""
+        total = sum(self.sizes.values())
+        before, after = (sensitivity.damage([*self.sizes], float(n.sum()) / total) for n in (self.lost, self.lost + step))
+        return after - before
 
     def repetitions(self, move: np.ndarray) -> int:
         """How often a move is taken at once, so that widths become multiples of `round_to` where they can."""
@@ -134,10 +144,11 @@ def descend(descents: Sequence[ComponentDescent], running: RunningCost, targets:
 
 
 def by_budget(graph: Graph, parts: list[Component], scores: Mapping[str, np.ndarray], budget: Budget, round_to: int,
-              min_channels: int) -> list[np.ndarray]:
+              min_channels: int, sensitivity: Sensitivity | None = None) -> list[np.ndarray]:
     """The number of channels that each cell of each component loses, so that the costs are within the budget.
 
-    Greedy: take the step that minimises (score lost / score remaining, in log terms) per cost saved. Then steps that still
+    Greedy: take the step that minimises (score lost / score remaining, in log terms) per cost saved, or the measured damage
+    per cost saved. Costs are bilinear in the widths, so what a step saves is computed anew each time. Then steps that still
     fit are undone, the last one first. Raises BudgetError if the budget cannot be reached.
     """
     model = CostModel(graph)
@@ -147,7 +158,7 @@ def by_budget(graph: Graph, parts: list[Component], scores: Mapping[str, np.ndar
     running = RunningCost(model, tuple(targets))
     weight = {k: 1 / dense[k] for k in targets}
     descents = [ComponentDescent(graph, p, scores, model, round_to, min_channels) for p in parts]
-    taken = descend(descents, running, targets, lambda d: d.best_step(running, weight))
+    taken = descend(descents, running, targets, lambda d: d.best_step(running, weight, sensitivity))
     if not fits(running.now, targets):
         raise unreachable(graph, running, targets, dense)
     for k in reversed(taken):

@@ -15,6 +15,7 @@ from ..graph.cost import CostModel
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph, table
+from .damage import Sensitivity
 from .greedy import by_budget
 from .rates import by_rate
 from .requests import Budget, checked_scores, lowest_channels, matching
@@ -108,7 +109,7 @@ def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[s
 
 def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = None, params: float | None = None,
          remove: float | Mapping[str, float] | None = None, round_to: int = 1, exclude: Sequence[str] = (),
-         min_channels: int = 1) -> Plan:
+         min_channels: int = 1, sensitivity: Sensitivity | None = None) -> Plan:
     """Choose the channels that stay: those with the highest scores, under a budget or at a rate.
 
     Args:
@@ -123,6 +124,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         round_to: kept widths are multiples of it where the dense widths allow.
         exclude: patterns of groups and layers that are left alone.
         min_channels: the least number of channels that each group keeps.
+        sensitivity: the measured damage of each group, from `narrower.sensitivity` with the same scores. A budget is then met
+            with the least damage: the step that minimises (damage added) per cost saved goes first.
 
     Raises:
         PlanError: the request does not fit the graph.
@@ -130,6 +133,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     """
     if (remove is None) == (macs is None and params is None):
         raise PlanError("give either a budget (macs=, params=) or remove=")
+    if sensitivity is not None and remove is not None:
+        raise PlanError("sensitivity= spreads a budget (macs=, params=); remove= says itself what each group loses")
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
         if type(value) is not int or value < 1:
             raise PlanError(f"{name}={value!r}: give a whole number from 1")
@@ -144,6 +149,6 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     if remove is not None:
         lost = by_rate(graph, parts, remove, round_to, min_channels)
     else:
-        lost = by_budget(graph, parts, values, Budget(macs, params), round_to, min_channels)
+        lost = by_budget(graph, parts, values, Budget(macs, params), round_to, min_channels, sensitivity)
     kept = Kept.without(graph, lowest_channels(parts, lost, values))
     return costed_plan(graph, kept.keep, {k: v for k, v in request.items() if v})

@@ -1,0 +1,50 @@
+"""Weights repaired from second moments are least squares on the inputs, for every width from one factor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from narrower.allocation import second_moments as module
+from narrower.allocation.second_moments import repaired, second_moments
+from narrower.repair.patches import as_matrix, patches_at, sample_positions
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(6, 4, 1, groups=2), nn.ConvTranspose2d(6, 5, 2, 2)],
+                         ids=["conv", "grouped", "transposed"])
+def test_each_width_is_the_ridge_solution_of_its_own(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_SAMPLES", 10**6)  # all positions
+    model, x = nn.Sequential(layer).double().eval(), torch.randn(6, 6, 5, 5, dtype=torch.float64) + 0.5
+    weight = model.get_parameter("0.weight").detach()
+    m = second_moments(model, ["0.weight"], [(x[:4], 4), (x[4:], 2)])["0.weight"]
+    groups = m.geometry.groups
+    per_group = 6 // groups
+    removed = [np.arange(per_group) < n for n in (1, 2)]
+    found = repaired(weight, m, [np.broadcast_to(r, (groups, per_group)) for r in removed])
+    with torch.no_grad():
+        out = model(x)
+    at = sample_positions(6, 6, out.shape[2:], 10**6, torch.Generator())
+    inputs, w = patches_at(x, m.geometry, at), as_matrix(weight, m.geometry)
+    taps = inputs.shape[2] // per_group
+    for r, result in zip(removed, found, strict=True):
+        gone = torch.as_tensor(np.repeat(r, taps))
+        new, bias = as_matrix(result.weight, m.geometry), result.intercept.view(groups, -1)
+        assert not new[..., gone].any()
+        for g in range(groups):
+            kept = torch.cat([torch.ones(len(inputs[g]), 1, dtype=torch.float64), inputs[g][:, ~gone]], 1)
+            lost = inputs[g][:, gone] @ w[g][:, gone].T
+            ridge = module.STRENGTH * inputs[g].square().mean()
+            diagonal = torch.full((kept.shape[1],), float(ridge), dtype=torch.float64)
+            diagonal[0] = 1e-9
+            change = torch.linalg.solve(kept.T @ kept / len(kept) + torch.diag(diagonal), kept.T @ lost / len(kept)).T
+            torch.testing.assert_close(new[g][:, ~gone], w[g][:, ~gone] + change[:, 1:])
+            torch.testing.assert_close(bias[g], change[:, 0])
+
+
+def test_moments_that_rounding_made_indefinite_get_a_larger_ridge() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64)
+    h = x.T @ x - 0.1 * torch.eye(5, dtype=torch.float64)
+    factor = module.ridge_factor(h)
+    assert factor.isfinite().all() and (factor.diagonal() > 0).all()
