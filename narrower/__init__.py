@@ -1,5 +1,6 @@
 """narrower makes trained convolutional networks narrower: fewer channels, the same network, proven."""
 
+from .allocation import sensitivity
 from .batchnorm import recalibrate
 from .errors import (
     BudgetError,
@@ -14,7 +15,8 @@ from .errors import (
 from .graph import ChannelGroup, Graph, Scores, Slice
 from .measuring import measure
 from .narrowing import Folded, Verification, fold, narrow, verify
-from .planning import Plan, plan
+from .planning import Plan, Sensitivity, plan
+from .repair import Reconstruction, reconstruct
 from .resrep import Forgetting, ResRep
 from .scores import bn_scale, fpgm, hrank, magnitude, random, taylor
 from .storage import load, save
@@ -23,8 +25,8 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Folded", "Forgetting", "Graph",
-    "NarrowerError", "Plan", "PlanError", "ResRep", "Scores", "Slice", "StorageError", "TraceError", "Verification",
+    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Folded", "Forgetting", "Graph", "NarrowerError", "Plan",
+    "PlanError", "Reconstruction", "ResRep", "Scores", "Sensitivity", "Slice", "StorageError", "TraceError", "Verification",
     "VerifyError", "bn_scale", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "plan", "random",
-    "recalibrate", "save", "taylor", "trace", "verify",
+    "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "verify",
 ]

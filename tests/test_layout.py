@@ -21,15 +21,16 @@ LEVELS: dict[str, int] = {
     "planning": 2, "surgery": 2,
     "batchnorm": 3, "tracing": 3,
     "measuring": 4, "narrowing": 4, "scores": 4,
-    "resrep": 5, "storage": 5,
+    "repair": 5, "resrep": 5, "storage": 5,
+    "allocation": 6,
     # Outside the core: networks, data, training, the command line.
-    "data": 6, "models": 6,
-    "training": 7,
-    "app": 8,
-    "__main__": 9,
+    "data": 7, "models": 7,
+    "training": 8,
+    "app": 9,
+    "__main__": 10,
 }
 # What is above the core: networks, data, training, the command line. The core must work without them and their packages.
-OUTSIDE_THE_CORE = {name for name, level in LEVELS.items() if level >= 6}
+OUTSIDE_THE_CORE = {name for name, level in LEVELS.items() if level >= 7}
 # Third-party packages: those that the core needs, one that it uses where it is installed, and those of the extra `cli`.
 CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
 FAST = {"numba"}
