@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..repair.watching import input_and_weight
 from ..surgery.walk import named_tensors
 from ..tracing.operators.interface import tensors_in
 
@@ -56,12 +57,9 @@ class Replay(TorchDispatchMode):
         if number < self.start and not is_view(func):  # a view must be made anew
             return self.record.outputs[number]
         out = func(*args, **(kwargs or {}))
-        if number >= self.start and func._schema.name in ("aten::convolution", "aten::mm", "aten::addmm"):
-            matrix = args[1] if func._schema.name == "aten::convolution" else tensors_in(args)[-1]
-            added = self.intercepts.get(matrix.untyped_storage()._cdata)
-            if added is not None:
-                out = out + added.view(-1, *(1,) * (out.ndim - 2))
-        return out
+        factors = input_and_weight(func._schema.name.removeprefix("aten::"), args) if number >= self.start else None
+        added = self.intercepts.get(factors[1].untyped_storage()._cdata) if factors is not None else None
+        return out if added is None else out + added.view(-1, *(1,) * (out.ndim - 2))
 
 
 def is_view(func: Any) -> bool:

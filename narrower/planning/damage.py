@@ -42,6 +42,11 @@ class Sensitivity:
     images: int
 
     @cached_property
+    def hulls(self) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+        """The convex hull of the curve of each group: a plan asks for thousands of damages."""
+        return {name: hull for curve in self.curves for hull in [convex_hull(curve)] for name in curve.groups}
+
+    @cached_property
     def by_group(self) -> Mapping[str, Curve]:
         return {name: curve for curve in self.curves for name in curve.groups}
 
@@ -51,8 +56,8 @@ class Sensitivity:
         Between measured points a power of the share: convex and smooth, so that a plan need not end on a measured point. Groups
         without a curve cost nothing.
         """
-        curve = next((self.by_group[g] for g in groups if g in self.by_group), None)
-        return 0.0 if curve is None or share <= 0 else interpolated(*convex_hull(curve), share)
+        hull = next((self.hulls[g] for g in groups if g in self.hulls), None)
+        return 0.0 if hull is None or share <= 0 else interpolated(*hull, share)
 
     def __str__(self) -> str:
         shares = sorted({s for c in self.curves for s in c.shares})

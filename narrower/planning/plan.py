@@ -18,7 +18,7 @@ from ..graph.types import Graph, table
 from .damage import Sensitivity
 from .greedy import by_budget
 from .rates import by_rate
-from .requests import Budget, checked_scores, lowest_channels, matching
+from .requests import Budget, checked_scores, excluded, lowest_channels
 
 FORMAT = 1
 
@@ -141,7 +141,7 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     if not graph.free:
         why = "; ".join(f"{g.name}: {g.pinned}" for g in graph.groups[:4])
         raise PlanError(f"nothing is free in this network ({why})")
-    left_out = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
+    left_out = excluded(graph, exclude)
     values = checked_scores(graph, scores, left_out)
     parts = components(graph, left_out)
     request = {"macs": macs, "params": params, "remove": remove if not isinstance(remove, Mapping) else dict(remove),

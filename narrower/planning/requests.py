@@ -53,6 +53,11 @@ def matching(graph: Graph, pattern: str) -> list[str]:
     return free
 
 
+def excluded(graph: Graph, patterns: str | Sequence[str]) -> set[str]:
+    """The free groups that any of the patterns matches. Raises PlanError for a pattern without a match."""
+    return {name for p in ([patterns] if isinstance(patterns, str) else patterns) for name in matching(graph, p)}
+
+
 def checked_scores(graph: Graph, scores: Mapping[str, Tensor], left_out: set[str]) -> dict[str, np.ndarray]:
     """Scores of the free groups that are not `left_out`, as float64 arrays, shifted so that none is negative.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ class LayerCall(NamedTuple):
     x: Tensor
     geometry: Geometry
     run: Callable[[], Tensor]
+
+
+def input_and_weight(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """What a call multiplies, if the operator is that of a convolution or linear layer."""
+    if name == "convolution":
+        return args[0], args[1]
+    if name in ("mm", "addmm"):
+        x, matrix = tensors_in(args)[-2:]
+        return x, matrix
+    return None
 
 
 class LayerWatch(TorchDispatchMode):
@@ -89,16 +99,11 @@ class LayerWatch(TorchDispatchMode):
 
     def layer_call(self, func: Any, call: Call) -> LayerCall | None:
         """The layer that a call is, if it reads one of the weights."""
-        args = call.args
-        if call.name == "convolution":
-            x, matrix = args[:2]
-        elif call.operator.matrix_product and call.product < 0:
-            x, matrix = tensors_in(args)[-2:]
-        else:
+        args, factors = call.args, input_and_weight(call.name, call.args)
+        weight = self.by_memory.get(factors[1].untyped_storage()._cdata) if factors is not None else None
+        if factors is None or weight is None:
             return None
-        weight = self.by_memory.get(matrix.untyped_storage()._cdata)
-        if weight is None or (call.name != "convolution" and call.name not in ("mm", "addmm")):
-            return None
+        x, matrix = factors
 
         def run() -> Tensor:
             out: Tensor = func(*args, **call.kwargs)

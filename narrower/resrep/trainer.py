@@ -22,7 +22,7 @@ from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizer
-from ..planning.requests import Budget, matching
+from ..planning.requests import Budget, excluded
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
@@ -85,9 +85,9 @@ class ResRep:
     def find_places(self, graph: Graph, scope: Scope, exclude: Sequence[str]) -> tuple[CostModel, list[Component]]:
         """Find the sites of compactors, and add the biases that they need. Returns the costs of the network, and the components
         of the groups that can be compacted. Raises PlanError if there are none."""
-        excluded = {n for p in ([exclude] if isinstance(exclude, str) else exclude) for n in matching(graph, p)}
-        self.graph, found = prepare(self.model, graph, scope, excluded)
-        parts, self.placement = tied_parts(self.graph, without_groups(found, dict.fromkeys(excluded, "excluded")))
+        left_out = excluded(graph, exclude)
+        self.graph, found = prepare(self.model, graph, scope, left_out)
+        parts, self.placement = tied_parts(self.graph, without_groups(found, dict.fromkeys(left_out, "excluded")))
         if not self.placement.rows:
             why = "; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4])
             raise PlanError(f"ResRep finds nothing to compact: {why or 'nothing is free'}")
