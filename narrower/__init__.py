@@ -2,6 +2,7 @@
 
 from .allocation import sensitivity
 from .batchnorm import recalibrate
+from .distillation import Distillation
 from .errors import (
     BudgetError,
     ConfigError,
@@ -25,8 +26,8 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Folded", "Forgetting", "Graph", "NarrowerError", "Plan",
-    "PlanError", "Reconstruction", "ResRep", "Scores", "Sensitivity", "Slice", "StorageError", "TraceError", "Verification",
-    "VerifyError", "bn_scale", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "plan", "random",
-    "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "verify",
+    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "Folded", "Forgetting", "Graph",
+    "NarrowerError", "Plan", "PlanError", "Reconstruction", "ResRep", "Scores", "Sensitivity", "Slice", "StorageError",
+    "TraceError", "Verification", "VerifyError", "bn_scale", "fold", "fpgm", "hrank", "load", "magnitude", "measure",
+    "narrow", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "verify",
 ]

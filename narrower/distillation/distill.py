@@ -1,0 +1,107 @@
+"""Distillation: a loss that draws the narrow network's outputs and features to those of the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..graph.selection import Kept
+from ..inputs import call_model, flatten_tensors, model_inputs
+from ..planning.plan import Plan
+from ..surgery.walk import in_eval_mode
+from .features import Tap, Watched, find_taps
+
+
+class Distillation:
+    """The loss of a narrow network against the dense one that it was cut from.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), section 2: the divergence of the class probabilities
+    at a temperature, times its square. Romero et al., "FitNets" (ICLR 2015): features too; the plan says which channels of the
+    dense network the narrow one has, so that they are compared without an adapter.
+
+    Args:
+        teacher: the dense network. It runs in eval mode, without gradients, and is never changed.
+        student: the narrow network, or the one in training that will be narrow.
+        plan: which channels the student has; needed for `features`.
+        temperature: divides the logits of both.
+        weight: of the divergence in [0, 1]; the task's loss has the rest. 1 needs no labels.
+        features: weight of the squared difference of features at the end of each stage, relative to their variance.
+
+    Raises:
+        ConfigError: a setting is out of range, or the networks share parameters.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan | None = None, *, temperature: float = 4.0,
+                 weight: float = 0.9, features: float = 0.0) -> None:
+        for name, value, low, high in (("temperature", temperature, 1e-3, 1e3), ("weight", weight, 0, 1),
+                                       ("features", features, 0, 1e6)):
+            if not low <= value <= high:
+                raise ConfigError(f"{name}={value!r}: give a number between {low:g} and {high:g}")
+        shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
+        if teacher is student or shared:
+            raise ConfigError("the teacher shares parameters with the student: give a copy of the dense network")
+        if features and plan is None:
+            raise ConfigError("features need plan=: it says which of the dense channels the narrow network has")
+        self.teacher, self.temperature, self.weight, self.features = teacher, temperature, weight, features
+        self.taps: list[Tap] = []
+        if features and plan is not None:
+            self.taps = find_taps(student, Kept(plan.graph, plan.keep))
+        self.watched = Watched(student, self.taps)
+
+    def loss(self, batch: Any, outputs: Any, task: Tensor | float = 0.0) -> Tensor:
+        """The loss of a step: a scalar.
+
+        Args:
+            batch: what the student was called with, or a pair of it and the targets.
+            outputs: what the student returned.
+            task: the loss of the task on the same batch, such as cross-entropy. Without labels leave it out.
+        """
+        watching = Watched(self.teacher, self.taps)
+        try:
+            with torch.no_grad(), in_eval_mode(self.teacher):
+                wanted = call_model(self.teacher, model_inputs(batch, self.teacher))
+        finally:
+            watching.close()
+        total = (1 - self.weight) * task + self.weight * divergence(wanted, outputs, self.temperature)
+        return total + self.features * self.feature_error(watching.take(), self.watched.take()) if self.taps else total
+
+    def feature_error(self, dense: dict[str, Tensor], narrow: dict[str, Tensor]) -> Tensor:
+        """The squared difference of the features, relative to the variance of the dense ones; the mean over taps."""
+        errors = []
+        for tap in self.taps:
+            want = dense[tap.module].index_select(tap.dim, tap.channels.to(dense[tap.module].device))
+            errors.append(relative_error(want, narrow[tap.module]))
+        return torch.stack(errors).mean()
+
+    def close(self) -> None:
+        """Take the hooks off the student."""
+        self.watched.close()
+
+
+def divergence(wanted: Any, outputs: Any, temperature: float = 1.0) -> Tensor:
+    """How far outputs are from those that are wanted.
+
+    For class scores `(N, K)` or `(N, K, H, W)` KL(wanted || outputs) over K at a temperature, times its square: the mean over
+    images and positions, in nats. For other outputs, in any nesting, the squared error relative to the variance of what is
+    wanted, averaged over floating tensors.
+
+    Raises ConfigError if there are none, or their number or shapes differ.
+    """
+    want = [t for t in flatten_tensors(wanted) if t.is_floating_point()]
+    have = [t for t in flatten_tensors(outputs) if t.is_floating_point()]
+    if not want or [t.shape for t in want] != [t.shape for t in have]:
+        raise ConfigError(f"the dense network returns {[tuple(t.shape) for t in want]}, the narrow one "
+                          f"{[tuple(t.shape) for t in have]}: distillation compares equal outputs")
+    if len(want) == 1 and want[0].ndim in (2, 4) and want[0].shape[1] > 1:
+        p, q = ((t.float() / temperature).log_softmax(1) for t in (want[0], have[0]))
+        return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * temperature**2
+    return torch.stack([relative_error(a, b) for a, b in zip(want, have, strict=True)]).mean()
+
+
+def relative_error(want: Tensor, have: Tensor) -> Tensor:
+    """The mean squared difference, relative to the variance of what is wanted."""
+    return (have.float() - want.float()).square().mean() / want.float().var().clamp_min(1e-12)

@@ -1,0 +1,78 @@
+"""Features that the dense and the narrow network have in common: the plan says which dense channels the narrow ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.selection import Kept
+from ..graph.types import Graph
+from ..narrowing.layers import Layers
+
+
+class Tap(NamedTuple):
+    """Where features are compared: what `module` reads. `channels` `(n,)`: of the dense features those that the narrow network
+    has. `dim`: the dimension of channels."""
+
+    module: str
+    channels: Tensor
+    dim: int
+
+
+def find_taps(model: nn.Module, kept: Kept) -> list[Tap]:
+    """A tap at the end of each stage: at the first layer of each number of output positions, and at the last layer.
+
+    These layers read what a stage gives, with everything that is added to it. Layers that read only the network's input, and
+    those that are no plain convolution or linear module, have no tap.
+    """
+    taps = []
+    for weight in stage_ends(kept.graph):
+        name = weight.rpartition(".")[0]
+        module = dict(model.named_modules()).get(name)
+        if (weight, 1) in kept.graph.by_axis and weight == f"{name}.weight" and type(module) in PLAIN:
+            stay = kept.positions(weight, 1)
+            first = torch.arange(len(stay))[:, None] * kept.graph.shapes[weight][1]
+            dim = -1 if isinstance(module, nn.Linear) else 1
+            taps.append(Tap(name, (torch.as_tensor(stay) + first).flatten(), dim))
+    return taps
+
+
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def stage_ends(graph: Graph) -> list[str]:
+    """The weights of the first layer of each number of output positions, and of the last layer, in the order of the forward."""
+    layers = Layers(graph)
+    found = [layer for step in graph.steps if not step.training and (layer := layers.layer(step))]
+    weights = [layer.weight for layer in found if not layer.transposed and not layer.depthwise]
+    first = {graph.uses.get(w, 0.0): w for w in reversed(weights)}
+    return [w for w in dict.fromkeys(weights) if w in first.values() or w == weights[-1]]
+
+
+class Watched:
+    """Keeps what the tapped modules of a network read in its last forward."""
+
+    def __init__(self, model: nn.Module, taps: list[Tap]) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.handles = [model.get_submodule(t.module).register_forward_pre_hook(keep_input(self.inputs, t.module))
+                        for t in taps]
+
+    def take(self) -> dict[str, Tensor]:
+        """What was kept, which is forgotten here."""
+        found = dict(self.inputs)
+        self.inputs.clear()
+        return found
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def keep_input(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook. A plain function over a dict: a copy of the network must not copy the other network with it."""
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[name] = args[0]
+    return hook

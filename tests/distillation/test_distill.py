@@ -1,0 +1,129 @@
+"""Distillation: nothing to learn where the networks agree, one direction where they do not, and nothing else is touched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.networks import Head, unit
+from support.resrep_training import randomised
+from torch import nn
+
+import narrower
+from narrower.distillation.distill import divergence
+
+X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(16) % 5
+
+
+def cut(remove: float = 0.4) -> tuple[Any, Any, narrower.Plan]:
+    model = randomised(nn.Sequential(unit(3, 12), unit(12, 10, stride=2), unit(10, 8), Head(8))).eval()
+    graph = narrower.trace(model, X[:1])
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), remove=remove)
+    return model, narrower.narrow(model, plan), plan
+
+
+def test_equal_networks_have_no_loss_and_no_gradient() -> None:
+    model, _, plan = cut()
+    everything = narrower.Plan(plan.graph, {g.name: torch.arange(g.size).numpy() for g in plan.graph.free}, (1, 1), (1, 1), {})
+    student = copy.deepcopy(model)
+    loss = narrower.Distillation(model, student, everything, weight=1.0, features=1.0).loss(X, student(X))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert all(p.grad is None or float(p.grad.abs().max()) < 1e-5 for p in student.parameters())
+
+
+@pytest.mark.parametrize("features", [0.0, 1.0])
+def test_training_on_the_loss_brings_the_narrow_network_nearer(features: float) -> None:
+    model, small, plan = cut()
+    distillation = narrower.Distillation(model, small, plan, features=features, weight=1.0)
+    optimizer = torch.optim.Adam(small.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        loss = distillation.loss(X, small(X))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_loss_is_the_weighted_sum_of_task_and_divergence() -> None:
+    model, small, _ = cut()
+    out = small(X)
+    p, q = (model(X) / 2).softmax(1), (out / 2).softmax(1)
+    kl = 4 * (p * (p / q).log()).sum(1).mean()
+    task = F.cross_entropy(out, Y)
+    loss = narrower.Distillation(model, small, temperature=2.0, weight=0.3).loss((X, Y), out, task)
+    assert float(loss.detach()) == pytest.approx(float(0.7 * task + 0.3 * kl), rel=1e-4)
+
+
+def test_features_are_compared_on_the_kept_channels_of_what_stages_give() -> None:
+    model, small, plan = cut()
+    distillation = narrower.Distillation(model, small, plan, weight=0.0, features=1.0)
+    assert [tap.module for tap in distillation.taps] == ["1.0", "3.fc"]
+    with torch.no_grad():
+        dense = {"1.0": model[0](X)[:, plan.keep["0.0"]], "3.fc": model[:3](X).mean((2, 3))[:, plan.keep["2.0"]]}
+        narrow = {"1.0": small[0](X), "3.fc": small[:3](X).mean((2, 3))}
+        errors = [(narrow[k] - dense[k]).square().mean() / dense[k].var() for k in dense]
+    loss = distillation.loss(X, small(X))
+    assert float(loss.detach()) == pytest.approx(float(sum(errors) / 2), rel=1e-4)
+
+
+def test_the_teacher_is_untouched_and_runs_in_eval_mode() -> None:
+    model, small, plan = cut()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    narrower.Distillation(model, small.train(), plan, features=1.0).loss(X, small(X)).backward()
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_close_takes_all_hooks_off_and_a_copy_of_the_student_has_no_teacher_in_it() -> None:
+    model, small, plan = cut()
+    distillation = narrower.Distillation(model, small, plan, features=1.0)
+    copied = copy.deepcopy(small)
+    small(X)
+    copied(2 * X)  # the hooks of the copy write where the student's do: what counts is the last forward before the loss
+    distillation.close()
+    assert not any(m._forward_pre_hooks for m in small.modules())
+
+
+def test_divergence_of_other_outputs_is_relative_to_their_variance() -> None:
+    want: dict[str, Any] = {"boxes": torch.randn(4, 6, 3), "more": [torch.randn(4, 1)], "index": torch.arange(4)}
+    near = {"boxes": want["boxes"] + 0.1, "more": [want["more"][0]], "index": torch.zeros(4, dtype=torch.long)}
+    assert float(divergence(want, want)) == 0
+    assert float(divergence(want, near)) == pytest.approx(0.005 / float(want["boxes"].var()), rel=1e-3)
+
+
+def test_segmentation_scores_count_each_position() -> None:
+    want, have = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    flat = (want.movedim(1, -1).reshape(-1, 3), have.movedim(1, -1).reshape(-1, 3))
+    assert float(divergence(want, have, 3.0)) == pytest.approx(float(divergence(flat[0], flat[1], 3.0)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"temperature": 0.0}, "temperature=0.0: give a number between"),
+    ({"weight": 1.5}, "weight=1.5: give a number between"),
+    ({"features": 1.0}, "features need plan="),
+])  # fmt: skip
+def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    model, small, _ = cut()
+    with pytest.raises(narrower.ConfigError, match=message):
+        narrower.Distillation(model, small, **change)
+
+
+def test_a_teacher_that_is_the_student_is_refused() -> None:
+    model, _, _ = cut()
+    with pytest.raises(narrower.ConfigError, match="shares parameters with the student"):
+        narrower.Distillation(model, model)
+
+
+def test_outputs_that_cannot_be_compared_are_refused() -> None:
+    model, small, _ = cut()
+    with pytest.raises(narrower.ConfigError, match="distillation compares equal outputs"):
+        narrower.Distillation(model, small).loss(X, small(X)[:, :3])
