@@ -61,6 +61,7 @@ TESTED_ELSEWHERE = {
     "models/vgg.py": "models/test_models.py",
     "scores/matrix_rank_numba.py": "scores/test_matrix_rank.py: both forms pass the same tests",
     "tracing/probe.py": "tracing/test_trials.py: a probe is one trial",
+    "training/evaluate.py": "training/test_train.py",
     "training/config.py": "app/test_cli.py: a setting is a flag of the command line",
 }
 

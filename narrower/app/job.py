@@ -19,7 +19,8 @@ from ..errors import ConfigError
 from ..models import expected_images
 from ..training.accelerator import shard_of
 from ..training.config import TrainConfig
-from ..training.train import TrainContext, evaluate, train
+from ..training.evaluate import evaluate
+from ..training.train import TrainContext, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .run_folder import Run
 

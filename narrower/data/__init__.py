@@ -1,6 +1,6 @@
 """Images for training, scoring and evaluation."""
 
-from .images import Batch, Images, LazyImages, StreamImages, TensorImages, batches, mix
+from .images import Batch, Images, LazyImages, StreamImages, TensorImages, batches, hold_out, mix
 from .sources import ImageData, Reading, digits, folder, from_timm, open_data
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "digits",
     "folder",
     "from_timm",
+    "hold_out",
     "mix",
     "open_data",
 ]

@@ -11,12 +11,12 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..errors import DataError
 
@@ -126,6 +126,30 @@ class StreamImages(IterableDataset[Batch]):
 
 
 Images = TensorImages | LazyImages | StreamImages
+
+HELD_OUT_SHARE = 0.05  # of the training images, at most
+
+
+def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images | None]:
+    """Training images to fit, and `count` random others (5 % at most) that no training sees: they decide between networks.
+
+    The second part is None if there is none: for a stream, and for less than 20 images.
+    """
+    count = 0 if isinstance(images, StreamImages) else min(count, int(len(images) * HELD_OUT_SHARE))
+    if not count:
+        return images, None
+    index = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix(seed, "held out")))
+    held, fit = (subset(images, part.sort().values) for part in (index[:count], index[count:]))
+    return fit, held
+
+
+def subset(images: Images, index: Tensor) -> Images:
+    """Some of the images, by their numbers."""
+    if isinstance(images, TensorImages):
+        return replace(images, images=images.images[index], labels=images.labels[index])
+    if isinstance(images, StreamImages):
+        raise DataError("a stream has no images by number")
+    return replace(images, source=Subset(cast(Any, images.source), index.tolist()))
 
 
 @dataclass(frozen=True)

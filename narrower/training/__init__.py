@@ -2,6 +2,8 @@
 
 from .accelerator import make_accelerator
 from .config import TrainConfig
-from .train import TrainContext, evaluate, train
+from .evaluate import evaluate
+from .settle import Settled, settle
+from .train import TrainContext, train
 
-__all__ = ["TrainConfig", "TrainContext", "evaluate", "make_accelerator", "train"]
+__all__ = ["Settled", "TrainConfig", "TrainContext", "evaluate", "make_accelerator", "settle", "train"]

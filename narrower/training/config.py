@@ -33,8 +33,17 @@ class TrainConfig:
     clip_grad: Annotated[float | None, "clip the gradient to this norm"] = None
     amp: Annotated[bool, "compute in bfloat16 where that is safe (weights stay float32)"] = False
     channels_last: Annotated[bool, "channels_last memory format: faster on most machines"] = False
+    model_ema: Annotated[bool, "average the weights over the steps (as timm); kept at the end if it is better"] = False
+    model_ema_decay: Annotated[float, "of the average; it grows to this value over the first steps"] = 0.9998
+    held_out: Annotated[
+        int, "training images (5 % of them at most) that are not trained on: at the end they decide what is kept"
+    ] = 1000
+    renew: Annotated[
+        int, "training images, augmented as in training, that renew the BatchNorm statistics at the end; 0: none"
+    ] = 5000
     workers: Annotated[int, "processes that read large images (small ones are in memory)", "-j"] = 2
 
     def __post_init__(self) -> None:
         check(self, epochs=(0, inf), batch_size=(1, inf), lr=(0, inf), momentum=(0, 1), weight_decay=(0, inf))
         check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
+        check(self, model_ema_decay=(0, 1), held_out=(0, inf), renew=(0, inf))

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.images import Images, batches, mix
+from ..data.images import batches, hold_out, mix
 from ..data.sources import ImageData, Watch, silent
+from ..distillation.distill import Distillation
 from ..errors import ConfigError, StorageError
 from ..resrep.trainer import ResRep
-from ..surgery.walk import in_eval_mode
 from .accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
 from .config import TrainConfig
+from .evaluate import evaluate
+from .settle import settle
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,6 +66,13 @@ class Position(NamedTuple):
     loss_sum: float = 0.0
 
 
+class Methods(NamedTuple):
+    """What trains along with the network."""
+
+    resrep: ResRep | None = None
+    distillation: Distillation | None = None
+
+
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Rate of `step`, counted from 0 over all epochs of `steps` each: a linear warm-up, then a cosine to `min_lr`.
 
@@ -78,9 +87,13 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 def train(
     model: nn.Module, data: ImageData, config: TrainConfig, context: TrainContext | None = None, *, seed: int = 0,
-    resrep: ResRep | None = None,
+    resrep: ResRep | None = None, distillation: Distillation | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train `model` in place for `config.epochs` and return it, on the accelerator's device.
+
+    `config.held_out` training images are not trained on. At the end they decide whether the BatchNorm statistics are renewed
+    and whether the average of the weights is taken (`settle`; a row of the log says which). With ResRep the caller settles,
+    after the merge.
 
     Args:
         model: images `[N, C, H, W]` to logits `[N, num_classes]`.
@@ -90,15 +103,18 @@ def train(
         seed: of order, augmentation and dropout.
         resrep: compactors on the model, trained along with it. After an epoch, channels at zero leave the model if that saves
             at least `WORTH_SHRINKING` of the dense network.
+        distillation: the loss against the dense network, which takes the cross-entropy as the task.
 
     Raises:
         ConfigError: the loss is not finite, or the checkpoint belongs to other settings.
         StorageError: the checkpoint cannot be read, or is of another network.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the step under way is finished and saved in the checkpoint first.
     """
-    loop = TrainLoop(model, data, config, context or TrainContext(), seed, resrep)
+    loop = TrainLoop(model, data, config, context or TrainContext(), seed, Methods(resrep, distillation))
     for epoch in range(loop.start.epoch, config.epochs):
         loop.run_epoch(loop.start if epoch == loop.start.epoch else Position(epoch))
+    if config.epochs and resrep is None:
+        loop.settle()
     loop.accelerator.free_memory()
     return model
 
@@ -107,24 +123,28 @@ class TrainLoop:
     """One training under way: the model, the optimizer, and `wrapped`, the model as accelerate runs it, change with it."""
 
     def __init__(self, model: nn.Module, data: ImageData, config: TrainConfig, context: TrainContext, seed: int,
-                 resrep: ResRep | None) -> None:
+                 methods: Methods) -> None:
         self.model, self.data, self.config, self.context = model, data, config, context
-        self.seed, self.resrep = seed, resrep
+        self.seed, (self.resrep, self.distillation) = seed, methods
         self.accelerator = context.accelerator or make_accelerator()
         self.shard = shard_of(self.accelerator)
         self.steps = 0  # per epoch, counted by the first one
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         model.to(self.accelerator.device)
-        self.settings = {"batch_size": config.batch_size, "seed": seed, "processes": self.shard[1]}
-        optimizer = make_optimizer(model, config, resrep)
+        if self.distillation is not None:
+            self.distillation.teacher.to(self.accelerator.device)
+        self.fit, self.held = hold_out(data.train, config.held_out, seed)
+        self.average = make_average(model, config, self.resrep)
+        self.settings = {"batch_size": config.batch_size, "seed": seed, "processes": self.shard[1], "held_out": config.held_out}
+        optimizer = make_optimizer(model, config, self.resrep)
         self.start = self.resume(optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def run_epoch(self, start: Position) -> None:
         """Train from `start` to the end of its epoch, save, evaluate and log."""
         began = time.perf_counter()
-        images = self.data.train.augmented(self.seed, start.epoch)
+        images = self.fit.augmented(self.seed, start.epoch)
         options: dict[str, Any] = {
             "order": mix(self.seed, start.epoch), "shard": self.shard, "workers": self.config.workers,
         }
@@ -163,12 +183,17 @@ class TrainLoop:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         x, y = to_device(x, y, self.config, self.accelerator.device)
         with autocast(self.config, self.accelerator.device):
-            loss = F.cross_entropy(self.wrapped(x), y, label_smoothing=self.config.smoothing)
+            outputs = self.wrapped(x)
+            loss = F.cross_entropy(outputs, y, label_smoothing=self.config.smoothing)
+            if self.distillation is not None:
+                loss = self.distillation.loss(x, outputs, loss)
         self.accelerator.backward(loss)
         if self.config.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model, epoch * self.steps + step)
         return loss.detach()
 
     def shrink(self) -> None:
@@ -180,6 +205,18 @@ class TrainLoop:
             self.accelerator._models.clear()
             del self.wrapped
             self.wrapped = self.accelerator.prepare_model(self.model)
+
+    def settle(self) -> None:
+        """Keep the best of the network's values at the end, and log which, with the accuracy that is final."""
+        if self.held is None:
+            return
+        began = time.perf_counter()
+        average = None if self.average is None else self.average.module
+        found = settle(self.model, self.fit, self.held, self.config, self.accelerator, seed=self.seed, average=average)
+        row: dict[str, Any] = {"stage": "settle", "kept": found.kept, "held_out": len(self.held), "losses": found.losses}
+        if found.changed:
+            row |= evaluate(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
+        self.context.log(row | {"seconds": time.perf_counter() - began})
 
     def evaluated(self, epoch: int, loss: float) -> dict[str, Any]:
         """The row of an epoch: its settings, its training loss, and what the evaluation images say."""
@@ -209,6 +246,8 @@ class TrainLoop:
         state = {"epoch": position.epoch, "step": position.step, "total": position.loss_sum, "settings": self.settings}
         if self.resrep is not None:
             state["resrep"] = self.resrep.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
         part = path.with_name(path.name + ".part")
         torch.save({**state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, part)
         part.replace(path)
@@ -225,6 +264,8 @@ class TrainLoop:
                 if self.resrep is not None:
                     self.resrep.load_state_dict(state["resrep"])
                 self.model.load_state_dict(state["model"])
+                if self.average is not None:
+                    self.average.load_state_dict(state["average"])
                 optimizer.load_state_dict(state["optimizer"])
                 return Position(state["epoch"], state["step"], state["total"])
         except Exception as error:  # the unpickler raises anything on damaged bytes
@@ -243,25 +284,18 @@ def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None)
     return optimizer
 
 
-def evaluate(
-    model: nn.Module, images: Images, config: TrainConfig | None = None, accelerator: Accelerator | None = None,
-    watch: Watch = silent,
-) -> dict[str, float]:  # fmt: skip
-    """`{"top1": percent, "loss": mean cross-entropy}` of `model` on `images`, in eval mode (the mode is put back).
+def make_average(model: nn.Module, config: TrainConfig, resrep: ResRep | None) -> Any:
+    """timm's moving average of the weights, where `config.model_ema` asks for it.
 
-    With several processes each takes a part, and all get the figures of the whole.
+    Raises:
+        ConfigError: timm is missing, or ResRep changes the widths that are averaged.
     """
-    config = config or TrainConfig()
-    accelerator = accelerator or make_accelerator()
-    shard = shard_of(accelerator)
-    loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
-    model.to(accelerator.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    with in_eval_mode(model), torch.inference_mode(), autocast(config, accelerator.device):
-        for x, y in watch(loader, "evaluating", len(images) // shard[1]):
-            x, y = to_device(x, y, config, accelerator.device)
-            logits = model(x).float()
-            loss = F.cross_entropy(logits, y, reduction="sum")
-            sums += torch.stack((loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=x.device)))
-    loss, right, count = accelerator.reduce(sums).tolist()
-    return {"top1": 100 * right / max(1, count), "loss": loss / max(1, count)}
+    if not config.model_ema:
+        return None
+    if resrep is not None:
+        raise ConfigError("--model-ema: ResRep changes the widths of the network in training, so weights cannot be averaged")
+    try:
+        from timm.utils import ModelEmaV3
+    except ImportError as error:
+        raise ConfigError("--model-ema needs timm: pip install 'narrower[cli]'") from error
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True)

@@ -1,0 +1,42 @@
+"""Top-1 and loss of a network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..data.images import Images, batches
+from ..data.sources import Watch, silent
+from ..surgery.walk import in_eval_mode
+from .accelerator import autocast, make_accelerator, shard_of, to_device
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def evaluate(
+    model: nn.Module, images: Images, config: TrainConfig | None = None, accelerator: Accelerator | None = None,
+    watch: Watch = silent,
+) -> dict[str, float]:  # fmt: skip
+    """`{"top1": percent, "loss": mean cross-entropy}` of `model` on `images`, in eval mode (the mode is put back).
+
+    With several processes each takes a part, and all get the figures of the whole.
+    """
+    config = config or TrainConfig()
+    accelerator = accelerator or make_accelerator()
+    shard = shard_of(accelerator)
+    loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
+    model.to(accelerator.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    with in_eval_mode(model), torch.inference_mode(), autocast(config, accelerator.device):
+        for x, y in watch(loader, "evaluating", len(images) // shard[1]):
+            x, y = to_device(x, y, config, accelerator.device)
+            logits = model(x).float()
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            sums += torch.stack((loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=x.device)))
+    loss, right, count = accelerator.reduce(sums).tolist()
+    return {"top1": 100 * right / max(1, count), "loss": loss / max(1, count)}

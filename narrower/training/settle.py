@@ -1,0 +1,74 @@
+"""What is kept at the end of a training: no reported accuracy hangs on stale BatchNorm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..batchnorm import recalibrate
+from ..data.images import Batch, Images, batches, mix
+from ..surgery.walk import named_tensors
+from .accelerator import to_device
+from .config import TrainConfig
+from .evaluate import evaluate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TRAINED = "as trained"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What was kept, and the cross-entropy of each candidate on the held-out images."""
+
+    kept: str = TRAINED
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        return self.kept != TRAINED
+
+
+def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, accelerator: Accelerator, *, seed: int = 0,
+           average: nn.Module | None = None) -> Settled:
+    """Give `model`, in place, the best of: its values as trained, and with renewed BatchNorm statistics; likewise of `average`.
+
+    Running statistics lag behind the weights, by much after few steps. Statistics of other images than those of training are
+    no better. So `config.renew` images of `fit` are augmented as in training. The lowest cross-entropy on the images of `held`,
+    which nothing was trained on, decides.
+    """
+    def train_batches() -> Iterator[Batch]:
+        loader = batches(fit.augmented(seed, config.epochs), config.batch_size, order=mix(seed, config.epochs),
+                         workers=config.workers)
+        return (to_device(x, y, config, accelerator.device) for x, y in loader)
+
+    values: dict[str, dict[str, Tensor]] = {}
+    losses: dict[str, float] = {}
+    for name, source in ((TRAINED, model), ("average of the weights", average)):
+        if source is None:
+            continue
+        restore(model, snapshot(source))
+        for candidate, renewed in ((name, False), (f"{name}, BatchNorm renewed", True)):
+            if not renewed or (config.renew and recalibrate(model, train_batches(), images=config.renew)):
+                values[candidate] = snapshot(model)
+                losses[candidate] = evaluate(model, held, config, accelerator)["loss"]
+    kept = min(losses, key=lambda name: losses[name])
+    restore(model, values[kept])
+    return Settled(kept, losses)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: t.detach().clone() for name, t in named_tensors(model).items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Put the values back, in place."""
+    for name, t in named_tensors(model).items():
+        t.copy_(values[name])
