@@ -119,16 +119,20 @@ def stage_line(row: dict[str, Any]) -> str:
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
+NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "reconstructed", "tune": "tuned",
+         "fine-tune": "fine-tuned"}
+
+
 def comparison(result: Result) -> Table:
-    """The final table: the dense and the narrow network side by side."""
+    """The final table: the dense network, the narrow one after each stage, and what changed in all."""
     dense, narrow = result.dense, result.narrow
     table = Table(title="dense against narrow")
-    for name in ("", "dense", "narrow", "change"):
+    for name in ("", "dense", *(NAMES[stage] for stage in result.stages), "change"):
         table.add_column(name, justify="right" if name else "left")
-    table.add_row("top-1 after the cut", "", f"{result.cut_top1:.2f} %", f"{result.cut_top1 - dense.top1:+.2f}")
-    table.add_row("top-1 fine-tuned", f"{dense.top1:.2f} %", f"{narrow.top1:.2f} %", f"{narrow.top1 - dense.top1:+.2f}")
+    stages = [f"{top1:.2f} %" for top1 in result.stages.values()]
+    table.add_row("top-1", f"{dense.top1:.2f} %", *stages, f"{narrow.top1 - dense.top1:+.2f}")
     for (name, one), (_, two), ratio in zip(costs(dense), costs(narrow), ratios(dense, narrow), strict=True):
-        table.add_row(name, one, two, f"x {ratio:.3f}")
+        table.add_row(name, one, *[""] * (len(stages) - 1), two, f"x {ratio:.3f}")
     return table
 
 
@@ -219,7 +223,7 @@ COMMANDS: dict[str, tuple[Command, str, list[tuple[type, tuple[str, ...]]]]] = {
         [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, EVALUATING), (RunConfig, ("device",))],
     ),
 }
-DEFAULTS = {"prune": {"epochs": 15, "lr": 0.02}}
+DEFAULTS = {"prune": {"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2}}
 EXAMPLES = {
     "inspect": "narrower inspect --model cifar_resnet56",
     "train": "narrower train --model cifar_resnet56 --data-dir cifar10 --epochs 100 -b 128 --amp --channels-last",

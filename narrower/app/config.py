@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from ..errors import ConfigError
 from ..training.config import check
 
-METHODS = ("hrank", "resrep", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+METHODS = ("hrank", "resrep", "obs", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+ALLOCATIONS = ("measured", "share")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class PruneConfig:
     """pruning"""
 
     method: Annotated[
-        str, "hrank, magnitude, fpgm, bn_scale, taylor or random: score, cut, fine-tune; resrep: train towards zeros, merge"
+        str, "hrank, obs, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, fine-tune; resrep: train towards zeros"
     ] = "hrank"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
@@ -82,8 +83,18 @@ class PruneConfig:
     allow_inexact: Annotated[
         bool, "also narrow channels that a layer normalises or pools across (removal changes such a layer by definition)"
     ] = True
-    images: Annotated[int, "training images for scoring"] = 640
-    recalibrate: Annotated[int, "training images that renew the BatchNorm statistics after the cut; 0: none"] = 1280
+    allocate: Annotated[
+        str, "how a budget is spread over the groups: measured (by the damage of each group, see `narrower sensitivity`) or share "
+        "(the same share of each)"
+    ] = "measured"
+    reconstruct: Annotated[bool, "after the cut, repair the weights that stay by least squares"] = True
+    images: Annotated[int, "training images for scoring, measuring and repairing; their labels are not used"] = 512
+    tune_steps: Annotated[int, "steps of label-free tuning on these images, after the repair"] = 0
+    tune_lr: Annotated[float, "its learning rate"] = 1e-4
+    distill: Annotated[bool, "fine-tune towards the outputs of the dense network, beside the labels"] = True
+    distill_temperature: Annotated[float, "divides the logits of both networks"] = 4.0
+    distill_weight: Annotated[float, "of the dense network's outputs; the labels have the rest; 1: no labels"] = 0.9
+    distill_features: Annotated[float, "weight of the features at the end of each stage"] = 0.0
     scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"
     prior: Annotated[
         str, "resrep: score that the row norms are multiplied by when channels are chosen, or none (as published)"
@@ -95,7 +106,10 @@ class PruneConfig:
     dense_lr: Annotated[float, "its learning rate"] = 0.1
 
     def __post_init__(self) -> None:
-        check(self, images=(1, inf), recalibrate=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
+        check(self, images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
+        check(self, distill_temperature=(1e-3, 1e3), distill_weight=(0, 1), distill_features=(0, 1e6))
+        if self.allocate not in ALLOCATIONS:
+            raise ConfigError(f"--allocate {self.allocate}: take one of {', '.join(ALLOCATIONS)}")
         if self.method not in METHODS:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
         if self.prior not in ("none", *METHODS) or self.prior == "resrep":

@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import narrower
-
+from ..data.images import Images, hold_out
 from ..data.sources import ImageData, Reading, open_data
 from ..errors import ConfigError
 from ..models import expected_images
@@ -99,19 +99,22 @@ class Job:
     def evaluate(self, model: nn.Module) -> float:
         return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)["top1"]
 
-    def train(
-        self, model: nn.Module, stage: str, file: str, config: TrainConfig, resrep: narrower.ResRep | None = None
-    ) -> float:
-        """Train in place, or continue from the checkpoint `file`. Returns the top-1 (percent) after the last epoch."""
+    @cached_property
+    def fit_and_held(self) -> tuple[Images, Images | None]:
+        """The training images to fit, and those that decide what is kept."""
+        return hold_out(self.data.train, self.settings.train.held_out, self.settings.run.seed)
+
+    def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig, **methods: Any) -> float:
+        """Train in place, or continue from the checkpoint `file`, with `methods` of `train`. Returns the top-1 (percent)."""
         last: dict[str, Any] = {}
 
         def log(row: dict[str, Any]) -> None:
-            last.update(row)
+            last.update({key: row[key] for key in ("top1",) if key in row})
             self.tell(row)
 
         with self.stage(stage) as facts:
             context = TrainContext(self.accelerator, stage, self.run.folder / file, log, self.report.watch)
-            train(model, self.data, config, context, seed=self.settings.run.seed, resrep=resrep)
+            train(model, self.data, config, context, seed=self.settings.run.seed, **methods)
             facts["top1"] = last["top1"] if last else self.evaluate(model)  # zero epochs
         return facts["top1"]
 

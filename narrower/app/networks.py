@@ -64,7 +64,7 @@ def from_run(job: Job, folder: Path) -> nn.Module:
 
 
 def read_run(folder: Path, config: ModelConfig) -> nn.Module:
-    if (folder / run_folder.PLAN).exists():
+    if (folder / run_folder.NARROW).exists():
         return narrower.load(folder, lambda: dense_network(config))
     return load_checkpoint(dense_network(config), folder / run_folder.MODEL)
 

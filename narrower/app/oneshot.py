@@ -1,8 +1,8 @@
-"""The one-shot methods: score every channel once, cut, and recalibrate BatchNorm."""
+"""The one-shot methods: score every channel once, measure, cut and repair. No labels are needed, but by `taylor`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import nn
@@ -10,10 +10,12 @@ from torch import nn
 import narrower
 
 from ..data.images import Batch, batches, mix
+from ..training.settle import settle
+from . import run_folder
 from .config import PruneConfig
 from .job import Job
 
-LOOKING = ("hrank", "taylor")
+LOOKING = ("hrank", "obs", "taylor")
 """Methods whose scores need images."""
 
 
@@ -23,6 +25,7 @@ def score(
     """The scores of the configured method. `images` are read only if it needs them."""
     methods: dict[str, Callable[[], narrower.Scores]] = {
         "hrank": lambda: narrower.hrank(model, graph, images, macs=given.macs, params=given.params),
+        "obs": lambda: narrower.obs(model, graph, images),
         "taylor": lambda: narrower.taylor(model, graph, images, F.cross_entropy),
         "magnitude": lambda: narrower.magnitude(model, graph),
         "fpgm": lambda: narrower.fpgm(model, graph),
@@ -37,11 +40,23 @@ def trial_scores(given: PruneConfig, model: nn.Module, graph: narrower.Graph) ->
     return narrower.random(graph) if given.method in LOOKING else score(given, model, graph, [])
 
 
-def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores) -> narrower.Plan:
+def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores,
+              damage: narrower.Sensitivity | None = None) -> narrower.Plan:
     """The plan for the configured request."""
     return narrower.plan(
-        graph, scores, macs=given.macs, params=given.params, remove=given.remove,
-        round_to=given.round_to, exclude=given.exclude, min_channels=given.min_channels,
+        graph, scores, macs=given.macs, params=given.params, remove=given.remove, round_to=given.round_to,
+        exclude=given.exclude, min_channels=given.min_channels, sensitivity=damage,
+    )  # fmt: skip
+
+
+def distilling(given: PruneConfig, model: nn.Module, student: nn.Module,
+               plan: narrower.Plan | None = None) -> narrower.Distillation | None:
+    """The distillation of the settings, None where they want none. Features are compared where there is a plan."""
+    if not given.distill:
+        return None
+    return narrower.Distillation(
+        model, student, plan, temperature=given.distill_temperature, weight=given.distill_weight,
+        features=given.distill_features if plan is not None else 0.0,
     )  # fmt: skip
 
 
@@ -56,10 +71,10 @@ def agreed(job: Job, plan: narrower.Plan) -> narrower.Plan:
 
 
 def sample(job: Job, count: int) -> Iterator[Batch]:
-    """`count` random training images (by the run's seed), not augmented, on the device."""
+    """`count` random training images (by the run's seed), not augmented, on the device. None of them is held out."""
     config = job.settings.train
     order = mix(job.settings.run.seed, "sample")
-    for x, y in batches(job.data.train, min(config.batch_size, count), order=order, workers=config.workers):
+    for x, y in batches(job.fit_and_held[0], min(config.batch_size, count), order=order, workers=config.workers):
         x, y = x[:count], y[:count]
         yield x.to(job.accelerator.device), y.to(job.accelerator.device)
         count -= len(y)
@@ -67,26 +82,85 @@ def sample(job: Job, count: int) -> Iterator[Batch]:
             return
 
 
-def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
-    """Score, plan, narrow, verify and recalibrate. Returns the narrow network."""
+def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Scores:
+    """The scores of the settings, as a stage."""
     given = job.settings.prune
     with job.stage("score") as facts:
-        images = job.report.watch(sample(job, given.images), f"scoring ({given.method})", given.images)
-        scores = score(given, model, graph, images, job.settings.run.seed)
+        watched = job.report.watch(images, f"scoring ({given.method})", given.images)
         facts["method"] = given.method
+        return score(given, model, graph, watched, job.settings.run.seed)
+
+
+def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower.Scores,
+             images: Sequence[Batch]) -> narrower.Sensitivity:
+    """The damage of each group, measured or, in a run that goes on, read from its folder."""
+    file = job.run.folder / run_folder.SENSITIVITY
+    if job.run.resume and file.exists():
+        return narrower.Sensitivity.from_json(file.read_text(encoding="utf-8"))
+    with job.stage("sensitivity") as facts:
+        found = narrower.sensitivity(model, graph, scores, images, progress=job.report.note)
+        facts |= {"images": found.images, "text": str(found)}
+    if job.run.writes:
+        part = file.with_name(file.name + ".part")
+        part.write_text(found.to_json(), encoding="utf-8")
+        part.replace(file)
+    return found
+
+
+def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:
+    """Score, measure, plan, narrow, verify, and repair. The narrow network and its plan."""
+    given = job.settings.prune
+    images = list(sample(job, given.images))
+    scores = scored(job, model, graph, images)
+    damage = measured(job, model, graph, scores, images) if given.allocate == "measured" and given.remove is None else None
     with job.stage("plan") as facts:
-        plan = agreed(job, make_plan(given, graph, scores))
+        plan = agreed(job, make_plan(given, graph, scores, damage))
         facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
-    with job.stage("narrow") as facts:
+    if given.reconstruct:
+        small = reconstructed(job, model, narrowed(job, model, plan), plan, images)
+        return (tuned(job, model, small, plan, images) if given.tune_steps else small), plan
+    with job.stage("fold") as facts:
         folded = narrower.fold(model, plan)
         if folded.channels or folded.left:
             facts |= {"folded": dict(folded.channels), "text": str(folded)}
-        model, plan = folded.model, folded.plan
+    return recalibrated(job, narrowed(job, folded.model, folded.plan)), plan
+
+
+def narrowed(job: Job, model: nn.Module, plan: narrower.Plan) -> nn.Module:
+    """Narrow, and verify against the masked dense network."""
+    with job.stage("narrow"):
         small = narrower.narrow(model, plan)
     with job.stage("verify", busy="verifying") as facts:
         facts["error"] = narrower.verify(model, small, plan, next(sample(job, 4))[0]).error
-    if given.recalibrate:
+    with job.stage("cut") as facts:
+        facts["top1"] = job.evaluate(small)
+    return small
+
+
+def reconstructed(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, images: Sequence[Batch]) -> nn.Module:
+    """The cut network, its remaining weights repaired by least squares. `verify` is for the network before."""
+    with job.stage("reconstruct", busy="reconstructing") as facts:
+        found = narrower.reconstruct(model, small, plan, images)
+        facts |= {"text": str(found), "top1": job.evaluate(found.model)}
+    return found.model
+
+
+def tuned(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, images: Sequence[Batch]) -> nn.Module:
+    """The repaired network, tuned without labels on the images of the repair."""
+    given = job.settings.prune
+    with job.stage("tune", busy="tuning") as facts:
+        found = narrower.tune(model, small, plan, images, steps=given.tune_steps, lr=given.tune_lr,
+                              seed=job.settings.run.seed, progress=job.report.note)
+        facts |= {"text": str(found), "top1": job.evaluate(found.model)}
+    return found.model
+
+
+def recalibrated(job: Job, small: nn.Module) -> nn.Module:
+    """The cut network with renewed BatchNorm statistics, where they are better on the images held out."""
+    fit, held = job.fit_and_held
+    config = job.settings.train
+    if config.recalibrate and held is not None:
         with job.stage("recalibrate") as facts:
-            stream = job.report.watch(sample(job, given.recalibrate), "renewing BatchNorm statistics", given.recalibrate)
-            facts["images"] = narrower.recalibrate(small, stream)
+            facts["kept"] = settle(small, fit, held, config, job.accelerator, seed=job.settings.run.seed).kept
+            facts["top1"] = job.evaluate(small)
     return small

@@ -15,17 +15,20 @@ from ..models.checkpoints import load_checkpoint
 from . import run_folder
 from .job import Job
 from .networks import Figures, figures, from_run, load_dense, save_weights
-from .oneshot import make_plan, narrow_oneshot, trial_scores
+from .oneshot import distilling, make_plan, narrow_oneshot, trial_scores
 from .resrep_run import check, train_resrep
+
+STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune")
+"""Stages before the fine-tuning that a top-1 is taken after."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of the dense and the narrow network. `cut_top1`: top-1 after the cut and before fine-tuning."""
+    """Figures of the dense and the narrow network. `stages`: top-1 of the narrow network after each stage, in their order."""
 
     dense: Figures
     narrow: Figures
-    cut_top1: float
+    stages: dict[str, float]
     folder: Path
 
 
@@ -72,24 +75,39 @@ def prune(job: Job) -> Result:
     _ = job.data.train, job.data.val  # and if images cannot be read
     job.run.claim(job.settings.flat())
     dense_top1 = prepare_dense(job, model)
-    folder = job.run.folder
-    if job.run.resume and (folder / run_folder.PLAN).exists() and (cut := job.run.last("cut")):
-        small = from_run(job, folder)
-        cut_top1 = cut["top1"]
-    else:
-        small = train_resrep(job, model, graph) if trains else narrow_oneshot(job, model, graph)
-        with job.stage("cut") as facts:
-            facts["top1"] = cut_top1 = job.evaluate(small)
-        if job.run.writes:
-            narrower.save(small, folder)
-    top1 = cut_top1
+    small, plan = restored(job, graph) or (train_resrep if trains else narrow_oneshot)(job, model, graph)
+    save_narrow(job, small, plan)
+    top1 = {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))}
     if job.settings.train.epochs and not trains:
-        with save_at_end(job, lambda: narrower.save(small, folder)):
-            top1 = job.train(small, "fine-tune", run_folder.CHECKPOINT, job.settings.train)
+        with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
+            top1["fine-tune"] = job.train(
+                small, "fine-tune", run_folder.CHECKPOINT, job.settings.train,
+                distillation=distilling(job.settings.prune, model, small, plan),
+            )  # fmt: skip
+    final = [*top1.values()][-1] if top1 else job.evaluate(small)
     with job.stage("measure", busy="measuring") as facts:
-        dense, narrow = figures(job.example, (model, dense_top1), (small, top1))
-        facts |= {"dense": asdict(dense), "narrow": asdict(narrow), "cut_top1": cut_top1}
-    return Result(dense, narrow, cut_top1, folder)
+        dense, narrow = figures(job.example, (model, dense_top1), (small, final))
+        facts |= {"dense": asdict(dense), "narrow": asdict(narrow), "stages": top1}
+    return Result(dense, narrow, top1, job.run.folder)
+
+
+def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:
+    """The narrow network and its plan from the folder of a run that goes on."""
+    folder = job.run.folder
+    if not job.run.resume or not (folder / run_folder.NARROW).exists():
+        return None
+    file = folder / run_folder.PLAN
+    plan = narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph) if file.exists() else None
+    return from_run(job, folder), plan
+
+
+def save_narrow(job: Job, small: nn.Module, plan: narrower.Plan | None) -> None:
+    """Save the narrow network, and the plan where one was made."""
+    if not job.run.writes:
+        return
+    if plan is not None:
+        (job.run.folder / run_folder.PLAN).write_text(plan.to_json(), encoding="utf-8")
+    narrower.save(small, job.run.folder)
 
 
 def prepare_dense(job: Job, model: nn.Module) -> float:

@@ -17,7 +17,7 @@ from ..errors import ConfigError, VerifyError
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
-from .oneshot import sample, score
+from .oneshot import distilling, recalibrated, sample, score
 
 MERGED = 1e-3  # largest difference of the merged network, relative to the outputs, in float32
 
@@ -49,10 +49,13 @@ def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     compacted(job.settings.prune, copy.deepcopy(model), graph, 1)
 
 
-def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module:
-    """Train a copy of `model` with compactors, shrink it during training, and merge it. On Ctrl-C it is merged and saved."""
+def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, None]:
+    """Train a copy of `model` with compactors, shrink it on the way, merge it, and renew its BatchNorm statistics if better.
+
+    On Ctrl-C it is merged and saved.
+    """
     config = job.settings.train
-    steps = len(batches(job.data.train, config.batch_size, order=0, shard=job.shard, workers=config.workers))
+    steps = len(batches(job.fit_and_held[0], config.batch_size, order=0, shard=job.shard, workers=config.workers))
     given = job.settings.prune
     scores = None
     if given.prior != "none":
@@ -63,7 +66,8 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module
     training = copy.deepcopy(model)
     resrep = compacted(given, training, graph, max(1, config.epochs * steps), scores)
     try:
-        job.train(training, "resrep", run_folder.CHECKPOINT, config, resrep)
+        job.train(training, "resrep", run_folder.CHECKPOINT, config, resrep=resrep,
+                  distillation=distilling(given, model, training))
     except KeyboardInterrupt:
         if job.run.writes:
             narrower.save(resrep.merge(), job.run.folder)
@@ -74,7 +78,8 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> nn.Module
             small = resrep.merge()
         facts["error"] = difference(training, small, next(sample(job, 16))[0])
         facts["text"] = "\n".join([str(resrep), *(f"warning: {w.message}" for w in said)])
-    return small
+        facts["top1"] = job.evaluate(small)
+    return recalibrated(job, small), None
 
 
 @torch.inference_mode()

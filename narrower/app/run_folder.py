@@ -3,8 +3,10 @@
 | file                  | what                                                                         |
 |-----------------------|------------------------------------------------------------------------------|
 | `model.safetensors`   | the network (narrow after `prune`, dense after `train`)                      |
-| `narrower.json`       | the plan that made it narrow                                                 |
+| `narrower.json`       | what made it narrow, for `load`                                              |
+| `plan.json`           | the channels that stay                                                       |
 | `config.yaml`         | all settings; `--config` takes it back                                       |
+| `sensitivity.json`    | the measured damage of each group                                            |
 | `metrics.jsonl`       | a row per epoch and per stage                                                |
 | `log.txt`             | what was printed                                                             |
 | `dense.safetensors`   | the dense network, where it was trained here                                 |
@@ -21,10 +23,10 @@ from typing import Any
 
 from ..errors import ConfigError
 
-MODEL, PLAN, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
-DENSE = "dense.safetensors"
+MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
+DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
-FILES = (MODEL, PLAN, CONFIG, METRICS, LOG, DENSE, DENSE_CHECKPOINT, CHECKPOINT)
+FILES = (MODEL, NARROW, PLAN, CONFIG, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT)
 
 
 class Run:

@@ -38,7 +38,7 @@ class TrainConfig:
     held_out: Annotated[
         int, "training images (5 % of them at most) that are not trained on: at the end they decide what is kept"
     ] = 1000
-    renew: Annotated[
+    recalibrate: Annotated[
         int, "training images, augmented as in training, that renew the BatchNorm statistics at the end; 0: none"
     ] = 5000
     workers: Annotated[int, "processes that read large images (small ones are in memory)", "-j"] = 2
@@ -46,4 +46,4 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self, epochs=(0, inf), batch_size=(1, inf), lr=(0, inf), momentum=(0, 1), weight_decay=(0, inf))
         check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
-        check(self, model_ema_decay=(0, 1), held_out=(0, inf), renew=(0, inf))
+        check(self, model_ema_decay=(0, 1), held_out=(0, inf), recalibrate=(0, inf))

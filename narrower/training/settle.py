@@ -38,9 +38,9 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
            average: nn.Module | None = None) -> Settled:
     """Give `model`, in place, the best of: its values as trained, and with renewed BatchNorm statistics; likewise of `average`.
 
-    Running statistics lag behind the weights, by much after few steps. Statistics of other images than those of training are
-    no better. So `config.renew` images of `fit` are augmented as in training. The lowest cross-entropy on the images of `held`,
-    which nothing was trained on, decides.
+    Running statistics lag behind the weights, by much after few steps. Statistics of images that were not augmented as in
+    training may be worse still. So `config.recalibrate` images of `fit` are, and the lowest cross-entropy on the images of
+    `held`, which nothing was trained on, decides.
     """
     def train_batches() -> Iterator[Batch]:
         loader = batches(fit.augmented(seed, config.epochs), config.batch_size, order=mix(seed, config.epochs),
@@ -54,7 +54,7 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
             continue
         restore(model, snapshot(source))
         for candidate, renewed in ((name, False), (f"{name}, BatchNorm renewed", True)):
-            if not renewed or (config.renew and recalibrate(model, train_batches(), images=config.renew)):
+            if not renewed or (config.recalibrate and recalibrate(model, train_batches(), images=config.recalibrate)):
                 values[candidate] = snapshot(model)
                 losses[candidate] = evaluate(model, held, config, accelerator)["loss"]
     kept = min(losses, key=lambda name: losses[name])
