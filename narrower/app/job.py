@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -26,6 +26,8 @@ from .run_folder import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+NOTE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,18 @@ class Job:
     def tell(self, row: dict[str, Any]) -> None:
         self.run.log({key: value for key, value in row.items() if key != "text"})
         self.report.tell(row)
+
+    def note_slowly(self) -> Callable[[str], None]:
+        """A function that shows a line of progress, but not more than one in `NOTE_SECONDS`, and none in a short stage."""
+        last = time.monotonic()
+
+        def note(text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > NOTE_SECONDS:
+                last = time.monotonic()
+                self.report.note(text)
+
+        return note
 
     @contextmanager
     def stage(self, name: str, busy: str = "") -> Iterator[dict[str, Any]]:

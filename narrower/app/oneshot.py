@@ -98,7 +98,7 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
     if job.run.resume and file.exists():
         return narrower.Sensitivity.from_json(file.read_text(encoding="utf-8"))
     with job.stage("sensitivity") as facts:
-        found = narrower.sensitivity(model, graph, scores, images, progress=job.report.note)
+        found = narrower.sensitivity(model, graph, scores, images, progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
     if job.run.writes:
         part = file.with_name(file.name + ".part")
@@ -150,7 +150,7 @@ def tuned(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, ima
     given = job.settings.prune
     with job.stage("tune", busy="tuning") as facts:
         found = narrower.tune(model, small, plan, images, steps=given.tune_steps, lr=given.tune_lr,
-                              seed=job.settings.run.seed, progress=job.report.note)
+                              seed=job.settings.run.seed, progress=job.note_slowly())
         facts |= {"text": str(found), "top1": job.evaluate(found.model)}
     return found.model
 

@@ -75,8 +75,10 @@ def prune(job: Job) -> Result:
     _ = job.data.train, job.data.val  # and if images cannot be read
     job.run.claim(job.settings.flat())
     dense_top1 = prepare_dense(job, model)
-    small, plan = restored(job, graph) or (train_resrep if trains else narrow_oneshot)(job, model, graph)
-    save_narrow(job, small, plan)
+    if (found := restored(job, graph)) is None:
+        found = (train_resrep if trains else narrow_oneshot)(job, model, graph)
+        save_narrow(job, *found)
+    small, plan = found
     top1 = {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))}
     if job.settings.train.epochs and not trains:
         with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
@@ -94,7 +96,7 @@ def prune(job: Job) -> Result:
 def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:
     """The narrow network and its plan from the folder of a run that goes on."""
     folder = job.run.folder
-    if not job.run.resume or not (folder / run_folder.NARROW).exists():
+    if not job.run.resume or not job.run.last("save"):  # a network without that row was saved on Ctrl-C
         return None
     file = folder / run_folder.PLAN
     plan = narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph) if file.exists() else None
@@ -105,9 +107,10 @@ def save_narrow(job: Job, small: nn.Module, plan: narrower.Plan | None) -> None:
     """Save the narrow network, and the plan where one was made."""
     if not job.run.writes:
         return
-    if plan is not None:
-        (job.run.folder / run_folder.PLAN).write_text(plan.to_json(), encoding="utf-8")
-    narrower.save(small, job.run.folder)
+    with job.stage("save"):
+        if plan is not None:
+            (job.run.folder / run_folder.PLAN).write_text(plan.to_json(), encoding="utf-8")
+        narrower.save(small, job.run.folder)
 
 
 def prepare_dense(job: Job, model: nn.Module) -> float:
