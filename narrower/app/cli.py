@@ -29,8 +29,9 @@ from ..training.config import TrainConfig
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .job import Job, Reporter, Settings, open_job
 from .networks import Figures, figures, from_run, inspect_network, load_dense
+from .oneshot import measure_sensitivity
 from .prune import Result, prune, train_dense
-from .run_folder import Run, default_folder, read_settings
+from .run_folder import SENSITIVITY, Run, default_folder, read_settings
 
 ERROR, INTERRUPTED = 2, 130
 Group = TypeVar("Group")
@@ -178,10 +179,19 @@ def run_train(settings: Settings, terminal: Terminal, _: Namespace) -> None:
     terminal.print(f"top-1 {top1:.2f} %, saved in {job.run.folder}")
 
 
+def run_sensitivity(settings: Settings, terminal: Terminal, _: Namespace) -> None:
+    job = begin(settings, terminal, "sensitivity")
+    measure_sensitivity(job)
+    file = job.run.folder / SENSITIVITY
+    terminal.print(f"saved in {file}; plan with it: narrower prune --sensitivity {file} ...")
+
+
 def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     accelerator = make_accelerator(settings.run.device)
     terminal.quiet = not accelerator.is_main_process
     job = open_job(settings, Run(Path(), overwrite=True, writes=False), accelerator, terminal)
+    if not job.data.labelled:
+        raise ConfigError(f"the images of {job.data.name} have no classes: there is no accuracy to evaluate")
     if given.run is None and not (settings.model.checkpoint or settings.model.pretrained):
         raise ConfigError("say what to evaluate: a run folder, or --model with --checkpoint or --pretrained")
     model = load_dense(job) if given.run is None else from_run(job, Path(given.run))
@@ -201,6 +211,8 @@ def run_inspect(settings: Settings, terminal: Terminal, given: Namespace) -> Non
 
 Command = Callable[[Settings, Terminal, Namespace], None]
 EVALUATING = ("batch_size", "amp", "channels_last", "workers")
+MEASURING = ("method", "images", "allow_inexact")
+READING = ("batch_size", "workers", "held_out")
 COMMANDS: dict[str, tuple[Command, str, list[tuple[type, tuple[str, ...]]]]] = {
     "inspect": (
         run_inspect,
@@ -217,6 +229,11 @@ COMMANDS: dict[str, tuple[Command, str, list[tuple[type, tuple[str, ...]]]]] = {
         "narrow a trained network and fine-tune it; without arguments a demo on digits",
         [(ModelConfig, ()), (DataConfig, ()), (PruneConfig, ()), (TrainConfig, ()), (RunConfig, ())],
     ),
+    "sensitivity": (
+        run_sensitivity,
+        "measure what removing channels of each group does to the outputs of a trained network; no labels are needed",
+        [(ModelConfig, ()), (DataConfig, ()), (PruneConfig, MEASURING), (TrainConfig, READING), (RunConfig, ())],
+    ),
     "eval": (
         run_eval,
         "accuracy and costs of a run's network, or of a network and its checkpoint",
@@ -228,6 +245,7 @@ EXAMPLES = {
     "inspect": "narrower inspect --model cifar_resnet56",
     "train": "narrower train --model cifar_resnet56 --data-dir cifar10 --epochs 100 -b 128 --amp --channels-last",
     "prune": "narrower prune --model cifar_resnet56 --checkpoint resnet56.pt --data-dir cifar10 --macs 0.5 --epochs 20",
+    "sensitivity": "narrower sensitivity --model resnet50 --pretrained --data-dir photos --output runs/damage",
     "eval": "narrower eval runs/20250101-120000-hrank-cifar_resnet56",
 }
 

@@ -67,7 +67,7 @@ class PruneConfig:
     """pruning"""
 
     method: Annotated[
-        str, "hrank, obs, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, fine-tune; resrep: train towards zeros"
+        str, "hrank, obs, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, train; resrep: train towards zeros"
     ] = "hrank"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
@@ -84,9 +84,9 @@ class PruneConfig:
         bool, "also narrow channels that a layer normalises or pools across (removal changes such a layer by definition)"
     ] = True
     allocate: Annotated[
-        str, "how a budget is spread over the groups: measured (by the damage of each group, see `narrower sensitivity`) or share "
-        "(the same share of each)"
+        str, "how a budget is spread over the groups: measured (by the damage that each does) or share (the same of each)"
     ] = "measured"
+    sensitivity: Annotated[str | None, "measured before: the sensitivity.json of `narrower sensitivity`"] = None
     reconstruct: Annotated[bool, "after the cut, repair the weights that stay by least squares"] = True
     images: Annotated[int, "training images for scoring, measuring and repairing; their labels are not used"] = 512
     tune_steps: Annotated[int, "steps of label-free tuning on these images, after the repair"] = 0

@@ -138,12 +138,13 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     data = open_images(settings, report)
     channels, height, width = data.input_size
     reading = reading_of(settings)
+    sensitivity = absolute(settings.prune.sensitivity)
     unlimited = settings.prune.macs is None and settings.prune.params is None and settings.prune.remove is None
     settings = replace(
         settings,
         model=replace(
             settings.model,
-            num_classes=settings.model.num_classes or data.num_classes,
+            num_classes=settings.model.num_classes or data.num_classes or None,
             in_chans=channels,
             checkpoint=absolute(settings.model.checkpoint),
         ),
@@ -154,7 +155,7 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
             mean=list(reading.mean),
             std=list(reading.std),
         ),
-        prune=replace(settings.prune, macs=0.5) if unlimited else settings.prune,
+        prune=replace(settings.prune, sensitivity=sensitivity, macs=0.5 if unlimited else settings.prune.macs),
     )
     return Job(settings, data, run, accelerator, report)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import narrower
 
+from ..data.images import Images, batches
+from ..data.unlabelled import relabelled
 from ..errors import ConfigError, TraceError
 from ..models import CIFAR_MODELS, expected_images, make_model
 from ..models.checkpoints import load_checkpoint
@@ -28,8 +30,8 @@ def dense_network(config: ModelConfig, *, pretrained: bool = False) -> nn.Module
     )  # fmt: skip
 
 
-def check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
-    """Run the network once.
+def check_outputs(model: nn.Module, example: Tensor, num_classes: int | None) -> None:
+    """Run the network once. Any number of classes is right where `num_classes` is None.
 
     Raises:
         TraceError: it fails on images of this shape.
@@ -42,9 +44,11 @@ def check_outputs(model: nn.Module, example: Tensor, num_classes: int) -> None:
     except Exception as error:  # whatever the user's network raises
         reason = str(error).splitlines()[0] if str(error) else ""
         raise TraceError(f"the network fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
-    if not isinstance(output, Tensor) or output.shape != (1, num_classes):
+    right = isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] == (num_classes or output.shape[1])
+    if not right:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ConfigError(f"for images {shape} the network gives {found} instead of {(1, num_classes)}: one per class")
+        wanted = f"(1, {num_classes or 'classes'})"
+        raise ConfigError(f"for images {shape} the network gives {found} instead of {wanted}: one per class")
 
 
 def load_dense(job: Job) -> nn.Module:
@@ -54,8 +58,42 @@ def load_dense(job: Job) -> nn.Module:
     model = dense_network(given, pretrained=given.pretrained)
     if given.checkpoint:
         load_checkpoint(model, given.checkpoint)
-    check_outputs(model, job.example, given.num_classes or job.data.num_classes)
+    check_outputs(model, job.example, given.num_classes or job.data.num_classes or None)
     return model.to(job.accelerator.device)
+
+
+def labelled_by(job: Job, model: nn.Module) -> Job:
+    """The job with the classes that `model` finds, where the images have none: top-1 is then the agreement with it.
+
+    Raises:
+        ConfigError: the weights of the network are not given, or what was asked for needs labels.
+    """
+    if job.data.labelled:
+        return job
+    given = job.settings
+    if not (given.model.checkpoint or given.model.pretrained):
+        raise ConfigError(f"the images of {job.data.name} have no classes, so no network can be trained on them: give the "
+                          "trained one (--checkpoint or --pretrained)")
+    if given.prune.method == "taylor":
+        raise ConfigError("--method taylor needs labels, and the images have no classes: take another score")
+    if given.train.epochs and (given.prune.distill_weight < 1 or not given.prune.distill):
+        raise ConfigError("the images have no classes: train towards the dense network alone (--distill-weight 1), or not at "
+                          "all (--epochs 0)")
+    job.report.note("the images have no classes: top-1 is the share of images on which a network agrees with the dense one")
+
+    def read(split: str) -> Images:
+        images = getattr(job.data, split)
+        return images if split == "train" and not given.train.epochs else relabelled(images, classes_of(model, images, job))
+
+    return replace(job, data=replace(job.data, read=read))
+
+
+@torch.inference_mode()
+def classes_of(model: nn.Module, images: Images, job: Job) -> Tensor:
+    """The class that a network gives to each image. Shape `(N,)`."""
+    loader = batches(images, job.settings.train.batch_size, workers=job.settings.train.workers)
+    with in_eval_mode(model):
+        return torch.cat([model(x.to(job.accelerator.device)).argmax(1).cpu() for x, _ in loader])
 
 
 def from_run(job: Job, folder: Path) -> nn.Module:

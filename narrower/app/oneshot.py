@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import nn
@@ -10,10 +11,12 @@ from torch import nn
 import narrower
 
 from ..data.images import Batch, batches, mix
+from ..errors import ConfigError
 from ..training.settle import settle
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
+from .networks import load_dense
 
 LOOKING = ("hrank", "obs", "taylor")
 """Methods whose scores need images."""
@@ -93,10 +96,12 @@ def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[B
 
 def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower.Scores,
              images: Sequence[Batch]) -> narrower.Sensitivity:
-    """The damage of each group, measured or, in a run that goes on, read from its folder."""
+    """The damage of each group: measured, or read from the file of the settings or from the folder of a run that goes on."""
     file = job.run.folder / run_folder.SENSITIVITY
+    if given := job.settings.prune.sensitivity:
+        return read_sensitivity(Path(given))
     if job.run.resume and file.exists():
-        return narrower.Sensitivity.from_json(file.read_text(encoding="utf-8"))
+        return read_sensitivity(file)
     with job.stage("sensitivity") as facts:
         found = narrower.sensitivity(model, graph, scores, images, progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
@@ -105,6 +110,27 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
         part.write_text(found.to_json(), encoding="utf-8")
         part.replace(file)
     return found
+
+
+def read_sensitivity(file: Path) -> narrower.Sensitivity:
+    """The damages in a file. Raises ConfigError if it cannot be read, PlanError if it holds something else."""
+    try:
+        return narrower.Sensitivity.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the sensitivity {file}: {error}") from error
+
+
+def measure_sensitivity(job: Job) -> narrower.Sensitivity:
+    """`narrower sensitivity`: the damage of each group of the dense network, saved in the run folder."""
+    given = job.settings.model
+    if not (given.checkpoint or given.pretrained):
+        raise ConfigError("the damage of groups is measured on a trained network: give --checkpoint or --pretrained")
+    model = load_dense(job)
+    graph = narrower.trace(model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note)
+    _ = job.data.train
+    job.run.claim(job.settings.flat())
+    images = list(sample(job, job.settings.prune.images))
+    return measured(job, model, graph, scored(job, model, graph, images), images)
 
 
 def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:

@@ -11,10 +11,11 @@ from torch import nn
 
 import narrower
 
+from ..errors import ConfigError
 from ..models.checkpoints import load_checkpoint
 from . import run_folder
 from .job import Job
-from .networks import Figures, figures, from_run, load_dense, save_weights
+from .networks import Figures, figures, from_run, labelled_by, load_dense, save_weights
 from .oneshot import distilling, make_plan, narrow_oneshot, trial_scores
 from .resrep_run import check, train_resrep
 
@@ -34,6 +35,8 @@ class Result:
 
 def train_dense(job: Job) -> float:
     """`narrower train`: train the dense network and save it. Returns its top-1."""
+    if not job.data.labelled:
+        raise ConfigError(f"the images of {job.data.name} have no classes, so no network can be trained on them")
     model = load_dense(job)
     _ = job.data.train, job.data.val
     job.run.claim(job.settings.flat())
@@ -62,6 +65,7 @@ def prune(job: Job) -> Result:
         KeyboardInterrupt: Ctrl-C. What was trained is in the run folder.
     """
     model = load_dense(job)
+    job = labelled_by(job, model)
     with job.stage("trace", busy="tracing") as facts:
         graph = narrower.trace(
             model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
 from .images import Files, Images, LazyImages, Source, StreamImages, TensorImages, mix
+from .unlabelled import unlabelled_files
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -67,12 +68,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images for training and evaluation. Pixels are read at the first access of `train` or `val`."""
+    """Images for training and evaluation. Pixels are read at the first access of `train` or `val`.
+
+    Where images have no classes, `labelled` is False, `num_classes` is 0 and labels mean nothing.
+    """
 
     name: str
     num_classes: int
     input_size: tuple[int, int, int]
     read: Callable[[str], Images] = field(repr=False)
+    labelled: bool = True
 
     @cached_property
     def train(self) -> Images:
@@ -145,9 +150,14 @@ def digits(
 
 
 def folder(root: Path, reading: Reading, watch: Watch = silent) -> ImageData:
-    """Images under `root/train/<class>/` and `root/val/<class>/` (or validation, valid, test, eval)."""
+    """Images under `root/train/<class>/` and `root/val/<class>/` (or validation, valid, test, eval).
+
+    Images that lie directly in `root`, or in `root/train` and `root/val`, have no classes.
+    """
     if not root.is_dir():
         raise DataError(f"data folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
+    if (unlabelled := unlabelled_files(root, reading.mode, FOLDERS)) is not None:
+        return replace(_image_data(str(root), 0, unlabelled, reading, watch), labelled=False)
     found = {split: _scan(root, split, reading.mode) for split in FOLDERS}
     (train, classes), (val, val_classes) = found["train"], found["val"]
     if classes != val_classes:

@@ -135,6 +135,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         raise PlanError("give either a budget (macs=, params=) or remove=")
     if sensitivity is not None and remove is not None:
         raise PlanError("sensitivity= spreads a budget (macs=, params=); remove= says itself what each group loses")
+    if sensitivity is not None and (unknown := [n for n in sensitivity.by_group if n not in graph.by_name]):
+        raise PlanError(f"the sensitivity is of another network: it knows a group {unknown[0]!r}, this graph does not")
     for name, value in (("round_to", round_to), ("min_channels", min_channels)):
         if type(value) is not int or value < 1:
             raise PlanError(f"{name}={value!r}: give a whole number from 1")

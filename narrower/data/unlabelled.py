@@ -1,0 +1,45 @@
+"""Images without classes: what measuring, repairing and label-free training need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .images import Files, Images, StreamImages, TensorImages
+
+EVALUATED = 5
+"""Without a folder for evaluation every fifth image is kept for it."""
+
+
+def unlabelled_files(root: Path, mode: str, folders: dict[str, tuple[str, ...]]) -> dict[str, Files] | None:
+    """The images of `root`, or of its folders for training and evaluation, where they lie directly there. None if none do."""
+    places = {split: next((root / name for name in names if (root / name).is_dir()), None) for split, names in folders.items()}
+    train = image_files(places["train"] or root)
+    if not train:
+        return None
+    val = image_files(places["val"]) if places["val"] is not None else []
+    if not val:
+        train, val = [p for k, p in enumerate(train) if (k + 1) % EVALUATED], train[EVALUATED - 1 :: EVALUATED]
+    if not val:
+        raise DataError(f"{root} has {len(train)} images: {EVALUATED} at least are needed, one of them to evaluate on")
+    return {split: Files(paths, [0] * len(paths), mode) for split, paths in (("train", train), ("val", val))}
+
+
+def image_files(place: Path) -> list[str]:
+    """The image files directly in a folder, sorted by name."""
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    return sorted(str(path) for path in place.iterdir() if path.suffix.lower() in get_img_extensions(as_set=True))
+
+
+def relabelled(images: Images, labels: Tensor) -> Images:
+    """The same images with other labels `(N,)`. Raises DataError for a stream."""
+    if isinstance(images, TensorImages):
+        return replace(images, labels=labels)
+    if isinstance(images, StreamImages) or not isinstance(images.source, Files):
+        raise DataError("these images cannot be given labels: only those of a folder can")
+    return replace(images, source=replace(images.source, labels=torch.as_tensor(labels).tolist()))

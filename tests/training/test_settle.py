@@ -1,0 +1,74 @@
+"""What is kept at the end: the best on images that nothing was trained on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+from support.training import CONFIG, data, network, run
+from torch import nn
+
+from narrower.data.images import hold_out
+from narrower.training.accelerator import make_accelerator
+from narrower.training.evaluate import evaluate
+from narrower.training.settle import TRAINED, settle
+
+FIT, HELD = hold_out(data(200).train, 1000, 0)
+CPU = make_accelerator("cpu")
+
+
+def trained() -> nn.Module:
+    return run(network(), config=replace(CONFIG, held_out=0))
+
+
+def spoiled(model: nn.Module) -> nn.Module:
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None:
+            m.running_mean += 3
+    return model
+
+
+def test_stale_statistics_are_renewed() -> None:
+    assert HELD is not None
+    model = spoiled(trained())
+    before = evaluate(model, HELD, CONFIG, CPU)["loss"]
+    found = settle(model, FIT, HELD, CONFIG, CPU)
+    assert found.changed and found.kept == f"{TRAINED}, BatchNorm renewed"
+    after = evaluate(model, HELD, CONFIG, CPU)["loss"]
+    assert after == pytest.approx(found.losses[found.kept]) and after < 0.5 * before
+
+
+def test_statistics_that_are_better_stay_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renewed from other images, they are worse."""
+    assert HELD is not None
+    model = trained()
+    before = copy.deepcopy(model.state_dict())
+    dark = replace(FIT, images=torch.zeros_like(FIT.images))  # type: ignore[arg-type,union-attr]
+    found = settle(model, dark, HELD, CONFIG, CPU)
+    assert found.kept == TRAINED and len(found.losses) == 2
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_average_of_weights_is_taken_if_it_is_better() -> None:
+    assert HELD is not None
+    good, bad = trained(), spoiled(trained())
+    bad[0].weight.data.zero_()  # type: ignore[index]
+    want = {k: v.clone() for k, v in good.state_dict().items()}
+    found = settle(bad, FIT, HELD, replace(CONFIG, recalibrate=0), CPU, average=good)
+    assert found.kept == "average of the weights"
+    assert all(torch.equal(v, want[k]) for k, v in bad.state_dict().items())
+
+
+def test_held_out_images_are_no_training_images() -> None:
+    images = data(200).train
+    fit, held = hold_out(images, 1000, 3)
+    assert held is not None and (len(fit), len(held)) == (190, 10)
+    assert hold_out(images, 1000, 3)[1].labels.equal(held.labels)  # type: ignore[union-attr]
+    pixels = {bytes(x.numpy().tobytes()) for x in fit.images}  # type: ignore[union-attr]
+    assert not pixels & {bytes(x.numpy().tobytes()) for x in held.images}  # type: ignore[union-attr]
+    assert hold_out(images, 0, 3) == (images, None)
+    assert hold_out(data(19).train, 10, 3)[1] is None
