@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--reported", type=int, help="report on so many images, not on all others")
     parser.add_argument("--score", default="magnitude", help="the order of channels")
     parser.add_argument("--orders", nargs="+", help="compare these scores, at the same widths")
-    parser.add_argument("--allocations", nargs="+", default=["scores", "measured"], choices=("scores", "measured"))
+    parser.add_argument("--allocations", nargs="+", default=["share", "measured"], choices=("share", "measured"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     data = cifar(args) if args.network == "cifar" else lite(args)

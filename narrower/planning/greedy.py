@@ -1,10 +1,10 @@
-"""Widths from a budget: greedy descent over (score lost) / (cost saved)."""
+"""Widths from a budget: greedy descent, by equal shares or by the loss for the cost saved."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -38,17 +38,24 @@ class ComponentDescent:
     def best_step(self, running: RunningCost, weight: Mapping[CostKind, float],
                   sensitivity: Sensitivity | None = None) -> Step | None:
         """The step that loses least for what it saves, by score or by measured damage; None when nothing more can go."""
-        best: Step | None = None
+        values = [((self.loss(step) if sensitivity is None else self.damage(step, sensitivity)) / saved, step)
+                  for step, saved in self.steps(running, weight)]
+        return min(values, key=lambda found: found[0], default=None)
+
+    def even_step(self, running: RunningCost, weight: Mapping[CostKind, float]) -> Step | None:
+        """The step after which the cells that it shrinks have lost the smallest share; None when nothing more can go."""
+        values = [(float(((self.lost + step) / self.part.sizes)[step > 0].max()), step)
+                  for step, _ in self.steps(running, weight)]
+        return min(values, key=lambda found: found[0], default=None)
+
+    def steps(self, running: RunningCost, weight: Mapping[CostKind, float]) -> Iterator[tuple[np.ndarray, float]]:
+        """The steps that can be taken, with the cost that each saves."""
         for move in self.moves:
             step = move * self.repetitions(move)
-            if (self.lost + step > self.most).any():
-                continue
-            saved = sum(weight[k] * v for k, v in running.saved(self.per_group(step)).items())
-            if saved > 0:
-                value = (self.loss(step) if sensitivity is None else self.damage(step, sensitivity)) / saved
-                if best is None or value < best[0]:
-                    best = (value, step)
-        return best
+            if (self.lost + step <= self.most).all():
+                saved = sum(weight[k] * v for k, v in running.saved(self.per_group(step)).items())
+                if saved > 0:
+                    yield step, saved
 
     def damage(self, step: np.ndarray, sensitivity: Sensitivity) -> float:
         """By how much the measured damage of its groups grows with a step."""
@@ -147,9 +154,10 @@ def by_budget(graph: Graph, parts: list[Component], scores: Mapping[str, np.ndar
               min_channels: int, sensitivity: Sensitivity | None = None) -> list[np.ndarray]:
     """The number of channels that each cell of each component loses, so that the costs are within the budget.
 
-    Greedy: take the step that minimises (score lost / score remaining, in log terms) per cost saved, or the measured damage
-    per cost saved. Costs are bilinear in the widths, so what a step saves is computed anew each time. Then steps that still
-    fit are undone, the last one first. Raises BudgetError if the budget cannot be reached.
+    Without a sensitivity all groups lose the same share: the next step is one after which its cells have lost the least. With
+    it, the next step is the one that adds the least damage per cost saved. Costs are bilinear in the widths, so what a step
+    saves is computed anew each time. Then steps that still fit are undone, the last one first. Raises BudgetError if the budget
+    cannot be reached.
     """
     model = CostModel(graph)
     kinds: tuple[CostKind, ...] = ("macs", "params")
@@ -158,7 +166,8 @@ def by_budget(graph: Graph, parts: list[Component], scores: Mapping[str, np.ndar
     running = RunningCost(model, tuple(targets))
     weight = {k: 1 / dense[k] for k in targets}
     descents = [ComponentDescent(graph, p, scores, model, round_to, min_channels) for p in parts]
-    taken = descend(descents, running, targets, lambda d: d.best_step(running, weight, sensitivity))
+    taken = descend(descents, running, targets, lambda d: d.even_step(running, weight) if sensitivity is None
+                    else d.best_step(running, weight, sensitivity))
     if not fits(running.now, targets):
         raise unreachable(graph, running, targets, dense)
     for k in reversed(taken):

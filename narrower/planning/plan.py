@@ -116,9 +116,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         graph: from `trace`.
         scores: one number per channel of each free group. Higher is kept.
         macs, params: the cost that may remain: a fraction of the dense network in (0, 1), or an absolute number. The plan is
-            within it, and no removed step would fit back. Greedy: take the step that minimises (score lost / score remaining,
-            in log terms) per cost saved. A group counts once per layer, times the root of its size. So scores need not be
-            comparable between groups, no group is emptied, and wide layers, whose channels are cheap, keep more of them.
+            within it, and no removed step would fit back. All groups lose the same share of their channels, as far as ties,
+            `round_to` and `min_channels` allow: scores are compared within a group only.
         remove: instead of a budget, the fraction of channels taken from each group, or {pattern: fraction} over names of
             groups and layers. Of several patterns that match, the last one counts.
         round_to: kept widths are multiples of it where the dense widths allow.
