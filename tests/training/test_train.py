@@ -14,14 +14,18 @@ import torch
 from torch import nn
 
 pytest.importorskip("accelerate")
+pytest.importorskip("timm")
 from support.training import CONFIG, data, network, run
 
+import narrower
 from narrower.data.images import TensorImages
+from narrower.data.sources import ImageData
+from narrower.distillation import Distillation
 from narrower.errors import ConfigError, StorageError
 from narrower.training.accelerator import make_accelerator
 from narrower.training.config import TrainConfig
 from narrower.training.evaluate import evaluate
-from narrower.training.train import learning_rate
+from narrower.training.train import TrainContext, learning_rate, train
 
 
 def test_training_learns_and_logs_every_epoch() -> None:
@@ -71,7 +75,8 @@ def interrupting(at: int, number: signal.Signals = signal.SIGINT) -> Any:
 
 
 @pytest.mark.parametrize("at", [0, 7, 11, 17])  # first step, middle of an epoch, last step of an epoch, very last step
-@pytest.mark.parametrize("options", [{}, {"amp": True, "channels_last": True, "smoothing": 0.1, "clip_grad": 1.0}])
+@pytest.mark.parametrize("options", [{}, {"amp": True, "channels_last": True, "smoothing": 0.1, "clip_grad": 1.0},
+                                     {"model_ema": True, "model_ema_decay": 0.8}])
 def test_resumed_is_uninterrupted(at: int, options: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit, with dropout, augmentation and momentum; and each epoch is logged once."""
     config = replace(CONFIG, **options)
@@ -125,3 +130,36 @@ def test_a_loss_that_explodes_is_an_error_and_nothing_is_saved(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"no longer finite.*lower --lr"):
         run(network(), tmp_path / "checkpoint.pt", replace(CONFIG, lr=1e30))
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_distillation_draws_the_network_to_its_teacher(tmp_path: Path) -> None:
+    """With weight 1 labels do not count: wrong ones change nothing. Resumed is uninterrupted here too."""
+    teacher = run(network())
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    wrong = data()
+    wrong.train.labels.copy_(1 - wrong.train.labels)  # type: ignore[union-attr]
+
+    def distilled(images: ImageData, file: Path | None = None, **kwargs: Any) -> nn.Module:
+        student = network()
+        context = TrainContext(make_accelerator("cpu"), checkpoint=file, **kwargs)
+        return train(student, images, replace(CONFIG, held_out=0), context, seed=1,
+                     distillation=Distillation(teacher, student, weight=1.0))
+
+    whole = distilled(data())
+    x = torch.stack([data().val[k][0] for k in range(90)])
+    agree = (whole.eval()(x).argmax(1) == teacher.eval()(x).argmax(1)).float().mean()
+    assert agree > 0.9
+    other = distilled(wrong)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    with pytest.raises(KeyboardInterrupt):
+        distilled(data(), tmp_path / "checkpoint.pt", watch=interrupting(7))
+    resumed = distilled(data(), tmp_path / "checkpoint.pt")
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+def test_an_average_of_weights_is_no_match_for_resrep() -> None:
+    model = network()
+    resrep = narrower.ResRep(model, narrower.trace(model, torch.zeros(1, 1, 8, 8)), macs=0.5, steps=10)
+    with pytest.raises(ConfigError, match="--model-ema: ResRep changes the widths"):
+        train(model, data(), replace(CONFIG, model_ema=True), resrep=resrep)
