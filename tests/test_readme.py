@@ -26,10 +26,12 @@ README = ROOT / "README.md"
 # Added behind each command, so that the whole page runs in a minute; later flags win over earlier ones.
 TINY = {
     "train": ["--epochs", "1", "--workers", "0", "--cache-dir", "none"],
-    "prune": ["--epochs", "1", "--dense-epochs", "1", "--images", "32", "--recalibrate", "64", "--workers", "0"]
+    "prune": ["--epochs", "1", "--dense-epochs", "1", "--images", "16", "--recalibrate", "64", "--workers", "0"]
     + ["--cache-dir", "none"],
+    "sensitivity": ["--images", "16", "--workers", "0", "--cache-dir", "none"],
     "eval": ["--workers", "0", "--cache-dir", "none"],
 }
+WITHOUT_TRAINING = ["--epochs", "0"]
 OFFLINE = {"--pretrained"}  # published weights are not downloaded: the same network starts untrained
 
 
@@ -91,6 +93,9 @@ def folder(tmp_path: Path) -> Path:
             for number in range(count):
                 image = Image.new("RGB", (80, 72), (colour, colour + number, colour))
                 image.save(place / "photos" / split / label / f"{number}.jpg")
+    (place / "unlabelled").mkdir()
+    for number in range(20):
+        Image.new("RGB", (80, 72), (5 * number, 90, 90)).save(place / "unlabelled" / f"{number}.jpg")
     return place
 
 
@@ -130,7 +135,8 @@ def test_commands_of_the_readme_run_in_order(
             assert not unknown, f"README.md:{block.line}: narrower {words[0]} has no {unknown}"
         else:
             arguments = [word for word in words if word not in OFFLINE]
-            code = main([*arguments, *TINY.get(words[0], [])])
+            shorter = [*TINY.get(words[0], []), *(WITHOUT_TRAINING if "--epochs 0" in shlex.join(words) else [])]
+            code = main([*arguments, *shorter])
             said = capfd.readouterr().err[-2000:]
             assert code == 0, f"README.md:{block.line}: narrower {shlex.join(words)}: exit code {code}\n{said}"
 
