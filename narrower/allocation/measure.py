@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
 from ..graph.equal_counts import Component, components
 from ..graph.types import Graph
-from ..inputs import flatten_tensors, map_tensors, samples
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
+from ..repair.held_out import Comparison, checked_inputs, images_wanted, split
 from ..repair.second_moments import Repaired, SecondMoments, repaired, second_moments
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
@@ -24,7 +24,6 @@ from .replay import Record, Replay
 SHARES = (0.125, 0.25, 0.5, 0.75)
 MEASURED = 6  # one image in so many is measured on, the others are fitted
 MEASURED_IMAGES = 64
-CHUNK = 16  # images whose activations are kept at once
 
 
 class Cut(NamedTuple):
@@ -55,15 +54,13 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     """
     same_tensors(model, graph)
     values = checked_scores(graph, scores, set())
-    inputs = list(samples(batches, model, images))
-    count = sum(n for _, n in inputs)
-    if count < 2 * MEASURED:
-        raise DataError(f"sensitivity got {count} images: give it {2 * MEASURED} at least, better some hundreds")
-    fit, measured = split(inputs)
+    weights = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
+    wanted = images_wanted(graph, {w: prod(graph.shapes[w][1:]) for w in weights})
+    inputs = checked_inputs("sensitivity", batches, model, images, 2 * MEASURED, wanted)
+    fit, measured = split(inputs, MEASURED, MEASURED_IMAGES)
     parts = components(graph)
     copy = duplicate(model, {id(t): fresh_copy(t) for t in named_tensors(model).values()})
     with in_eval_mode(copy):
-        weights = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
         moments = second_moments(copy, weights, fit)
         cuts = [cut for k, part in enumerate(parts) for cut in cuts_of(graph, k, part, values, copy, moments, shares)]
         damages, kind = measured_damages(copy, cuts, measured, progress)
@@ -74,27 +71,6 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
             names = tuple(dict.fromkeys(c.group for c in part.cells))
             curves.append(Curve(names, tuple(s for s, _ in points), tuple(d for _, d in points)))
     return Sensitivity(tuple(curves), kind, sum(n for _, n in measured))
-
-
-def split(inputs: Sequence[tuple[Any, int]]) -> tuple[list[tuple[Any, int]], list[tuple[Any, int]]]:
-    """The batches without every sixth image, and these images in chunks."""
-    fit: list[tuple[Any, int]] = []
-    measured: list[tuple[Any, int]] = []
-    seen = 0
-    for batch, count in inputs:
-        number = torch.arange(seen, seen + count)
-        chosen = (number % MEASURED == MEASURED - 1) & (number // MEASURED < MEASURED_IMAGES)
-        seen += count
-        for mask, out, size in ((~chosen, fit, count), (chosen, measured, CHUNK)):
-            out += [(images_at(batch, index), len(index)) for index in mask.nonzero()[:, 0].split(size) if len(index)]
-    return fit, measured
-
-
-def images_at(batch: Any, index: Tensor) -> Any:
-    """Some images of a batch."""
-    def chosen(t: Tensor) -> Tensor:
-        return t[index.to(t.device)]
-    return map_tensors(batch, chosen)
 
 
 def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.ndarray], model: nn.Module,
@@ -122,44 +98,20 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
 def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tuple[Any, int]],
                      progress: Callable[[str], None] | None) -> tuple[list[float], str]:
     """The damage of each cut, and what it measures. The model's weights are changed in place and put back."""
-    named = named_tensors(model)
-    sums, seen, kind = np.zeros(len(cuts)), 0, "kl"
+    named, comparison, seen = named_tensors(model), Comparison(len(cuts)), 0
     for batch, count in inputs:
         record = Record(model)
-        dense = [t.clone() for t in flatten_tensors(run_forward(model, batch, record))]
-        kind = "kl" if is_logits(dense) else "relative"
+        comparison.dense(run_forward(model, batch, record))
         for k, cut in enumerate(cuts):
             before = {name: named[name].detach().clone() for name in cut.weights}
             for name, new in cut.weights.items():
                 named[name].data.copy_(new.weight)
             added = {named[name].untyped_storage()._cdata: new.intercept for name, new in cut.weights.items()}
             start = min((record.first_read[memory] for memory in added), default=len(record.outputs))
-            out = flatten_tensors(run_forward(model, batch, Replay(record, start, added)))
+            comparison.other(k, run_forward(model, batch, Replay(record, start, added)))
             for name, old in before.items():
                 named[name].data.copy_(old)
-            sums[k] += count * (kl_divergence(dense[0], out[0]) if kind == "kl" else relative_error(dense, out))
         seen += count
         if progress is not None:
             progress(f"sensitivity: {len(cuts)} cuts measured on {seen} of {sum(n for _, n in inputs)} images")
-    damages = sums / max(1, seen)
-    if not np.isfinite(damages).all():
-        raise DataError("the outputs are not finite on these images")
-    return [float(d) for d in np.maximum(damages, 0.0)], kind
-
-
-def is_logits(outputs: Sequence[Tensor]) -> bool:
-    """Whether the output looks like class scores: one floating tensor `(N, classes)` or `(N, classes, H, W)`."""
-    return len(outputs) == 1 and outputs[0].is_floating_point() and outputs[0].ndim in (2, 4) and outputs[0].shape[1] > 1
-
-
-def kl_divergence(dense: Tensor, cut: Tensor) -> float:
-    """The mean over images (and positions) of KL(dense || cut) over dimension 1, in nats."""
-    p, q = dense.double().log_softmax(1), cut.double().log_softmax(1)
-    return float((p.exp() * (p - q)).sum(1).mean())
-
-
-def relative_error(dense: Sequence[Tensor], cut: Sequence[Tensor]) -> float:
-    """The squared error relative to the variance of the dense outputs, averaged over floating tensors."""
-    errors = [float((a - b).double().square().mean() / a.double().var().clamp_min(1e-20))
-              for a, b in zip(dense, cut, strict=True) if a.is_floating_point() and a.numel() > 1]
-    return sum(errors) / max(1, len(errors))
+    return comparison.values(), comparison.kind

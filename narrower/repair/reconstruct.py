@@ -9,95 +9,163 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, PlanError
 from ..graph.selection import Kept
 from ..graph.types import table
-from ..inputs import flatten_tensors, map_tensors, samples
+from ..inputs import flatten_tensors, map_tensors
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
+from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors
+from .held_out import checked_inputs, divergences, images_wanted, split
 from .least_squares import choose, moments
-from .patches import as_weight, patches_at, values_at
+from .patches import as_matrix, as_weight, patches_at, values_at
 from .readers import give_intercepts, losing_inputs
 from .targets import Target, dense_targets
 from .watching import LayerCall, LayerWatch
 
-HELD_OUT = 4  # one image in so many decides, the others are fitted
+JUDGES, MOST_JUDGES = 8, 64  # one image in so many, at most so many of them, judges whole networks and is never fitted
+HELD_OUT = 4  # of the others one in so many chooses a layer's ridge
+LEAST_IMAGES = 2 * JUDGES
 SAMPLES_PER_INPUT = 4  # sampled positions for each input of a layer
 LEAST_SAMPLES = 8192
 LEAST_SCALE = 1e-6  # a BatchNorm that multiplies by less hides its layer
+CUT, LAYERS, STREAMS = "cut", "layer targets", "stream targets"
 
 
 class LayerRepair(NamedTuple):
     """`error`: the squared error of a layer on held-out images, relative to that of its cut weights.
 
     `strength`: the ridge relative to the mean variance of the inputs; inf where the intercept alone helps, None where
-    nothing did and the layer keeps its cut weights.
+    nothing did and the layer keeps its cut weights. `inputs`: how many the layer reads at a position.
     """
 
     weight: str
     error: float
     strength: float | None
     samples: int
+    inputs: int
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
     """`model`: the repaired network. `layers`: what was gained, in the order of the forward. `left`: weights that have lost
-    inputs and stay as they were cut, and why."""
+    inputs and stay as they were cut, and why.
+
+    `divergences`: how far the outputs are from the dense ones, on `images` images that nothing was fitted on: as "cut", and
+    repaired with "layer targets" or "stream targets", where these were tried. `kept`: which of them `model` is, the nearest.
+    `measure`: "kl" (of class probabilities, in nats) or "relative" (squared error relative to the variance).
+    """
 
     model: nn.Module
     layers: tuple[LayerRepair, ...]
     left: Mapping[str, str]
+    kept: str
+    divergences: Mapping[str, float]
+    measure: str
+    images: int
 
     def __str__(self) -> str:
-        rows = [("weight", "samples", "error left", "ridge")]
+        rows = [("weight", "inputs", "samples", "error left", "ridge")]
         for r in self.layers:
             ridge = "kept as cut" if r.strength is None else f"{r.strength:g}"
-            rows.append((r.weight, f"{r.samples:,}", f"{r.error:.1%}", ridge))
-        return "\n".join([table(rows), *(f"left as cut: {name}: {why}" for name, why in self.left.items())])
+            rows.append((r.weight, f"{r.inputs:,}", f"{r.samples:,}", f"{r.error:.1%}", ridge))
+        lines = [table(rows)] if self.layers else []
+        lines += [f"left as cut: {name}: {why}" for name, why in self.left.items()]
+        if not self.divergences:
+            return "\n".join([*lines, "no layer to repair: the network is as it was cut"])
+        found = ", ".join(f"{name} {value:.4g}" for name, value in self.divergences.items())
+        judged = f"{self.measure} from the dense outputs on {self.images} images held out"
+        return "\n".join([*lines, f"{judged}: {found}; kept: {self.kept}"])
 
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, images: int | None = None,
-                stream_targets: bool = True) -> Reconstruction:
+                stream_targets: bool | None = None) -> Reconstruction:
     """Repair `small`, which `narrow(model, plan)` returned.
 
     Every layer that lost inputs gets the weights that best give the dense layer's output from the inputs that are left.
 
     Layers are solved in the order of the forward, each from the inputs that the repaired layers before it give (He et al.,
     "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.2). Ridge regression on the difference to
-    the cut weights, with an intercept. Its strength, and whether a layer changes at all, is decided on every fourth image,
-    which the fit does not see. `stream_targets`: where a layer's output is added to another activation, directly or through a
-    BatchNorm, its target makes up for what the other summand has lost as well.
+    the cut weights, with an intercept. Its strength, and whether a layer changes at all, is decided on every fourth of the
+    fitted images; then the layer is fitted to all of them.
+
+    `stream_targets`: where a layer's output is added to another activation, directly or through a BatchNorm, its target makes
+    up for what the other summand has lost as well. None tries both, in twice the time.
+
+    Every eighth image (64 at most) is not fitted. On these the outputs are compared with the dense ones. The nearest network is
+    returned: the cut one, as it was, if no repair is nearer.
 
     `batches` gives what the model takes, or pairs whose first part is; no labels are needed. All of them are used, or the first
     `images` samples. The dense network runs over them batch by batch. The narrow one runs once over all of them together, so
     memory grows with their number. Do not renew BatchNorm statistics after this: the targets are in the old ones.
 
-    Neither `model` nor `small` is changed. Raises DataError for too few images, or if an activation is not finite; PlanError
-    if the model's tensors are not those that were traced.
+    Neither `model` nor `small` is changed. Raises DataError for too few images, batches without tensors or of several shapes,
+    activations that are not finite, or outputs without numbers to compare; PlanError if the tensors of `model` are not those
+    that were traced, or those of `small` not those that the plan leaves.
     """
     same_tensors(model, plan.graph)
-    inputs = list(samples(batches, model, images))
-    count = sum(n for _, n in inputs)
-    if count < 2 * HELD_OUT:
-        raise DataError(f"reconstruct got {count} images: give it {2 * HELD_OUT} at least, better some hundreds")
-    repaired = duplicate(small, {id(t): fresh_copy(t) for t in named_tensors(small).values()})
     kept = Kept(plan.graph, plan.keep)
+    named = cut_tensors(small, kept)
     outputs, left = losing_inputs(kept)
-    intercepts = give_intercepts(repaired, kept, outputs)
-    if hasattr(repaired, RECORD):
-        record_biases(repaired, [place.into for place in intercepts.values() if place.kind == "new bias"])
-    tensors = named_tensors(repaired)
-    per_image = {name: -(-max(LEAST_SAMPLES, SAMPLES_PER_INPUT * tensors[name][0].numel()) // count) for name in outputs}
-    with in_eval_mode(model), in_eval_mode(repaired):
-        targets, unseen = dense_targets(model, outputs, per_image, inputs)
-        watch = RepairWatch(repaired, targets, intercepts, stream_targets)
-        watch.run(joined_batches([x for x, _ in inputs]), count)
-    return Reconstruction(repaired, tuple(watch.repairs), {**left, **unseen})
+    reads = {name: named[name][0].numel() for name in outputs}
+    inputs = checked_inputs("reconstruct", batches, model, images, LEAST_IMAGES, images_wanted(plan.graph, reads))
+    fit, judges = split(inputs, JUDGES, MOST_JUDGES)
+    cut = fresh(small)
+    if outputs:
+        count = sum(n for _, n in fit)
+        per_image = {n: -(-max(LEAST_SAMPLES, SAMPLES_PER_INPUT * k) // count) for n, k in reads.items()}
+        with in_eval_mode(model):
+            targets, unseen = dense_targets(model, outputs, per_image, fit)
+        left |= unseen
+    if not outputs or not targets:
+        return Reconstruction(cut, (), left, CUT, {}, "", 0)
+    ways = [stream_targets] if stream_targets is not None else [False, True]
+    if all(t.stream is None for t in targets.values()):
+        ways = ways[:1]
+    whole = joined_batches([x for x, _ in fit])
+    found: dict[str, tuple[nn.Module, tuple[LayerRepair, ...]]] = {CUT: (cut, ())}
+    for streams in ways:
+        found[STREAMS if streams else LAYERS] = repaired(small, kept, targets, whole, streams)
+    values, measure = divergences(model, [m for m, _ in found.values()], judges)
+    by_name = dict(zip(found, values, strict=True))
+    best = min(by_name, key=lambda name: by_name[name])
+    if best == CUT:
+        left |= dict.fromkeys(targets, "no repair brings the outputs nearer to the dense ones")
+    return Reconstruction(*found[best], left, best, by_name, measure, sum(n for _, n in judges))
+
+
+def cut_tensors(small: nn.Module, kept: Kept) -> dict[str, Tensor]:
+    """The tensors of the cut network. Raises PlanError if they are not what the plan leaves."""
+    named, shapes = named_tensors(small), kept.graph.shapes
+    for name, cut in kept.cuts.items():
+        want = tuple(slice_tensor(torch.empty(shapes[name], device="meta"), cut).shape)
+        if name not in named or tuple(named[name].shape) != want:
+            found = tuple(named[name].shape) if name in named else "missing"
+            raise PlanError(f"the network to repair is not what this plan leaves: {name} is {found}, should be {want}; give "
+                            "reconstruct what narrow(model, plan) returned")
+    return named
+
+
+def fresh(small: nn.Module) -> nn.Module:
+    """A copy that shares no tensor."""
+    return duplicate(small, {id(t): fresh_copy(t) for t in named_tensors(small).values()})
+
+
+def repaired(small: nn.Module, kept: Kept, targets: Mapping[str, Target], inputs: Any,
+             stream_targets: bool) -> tuple[nn.Module, tuple[LayerRepair, ...]]:
+    """A repaired copy of the cut network, and what was gained."""
+    model = fresh(small)
+    intercepts = give_intercepts(model, kept, targets)
+    if hasattr(model, RECORD):
+        record_biases(model, [place.into for place in intercepts.values() if place.kind == "new bias"])
+    watch = RepairWatch(model, targets, intercepts, stream_targets)
+    with in_eval_mode(model):
+        watch.run(inputs, len(flatten_tensors(inputs)[0]))
+    return model, tuple(watch.repairs)
 
 
 def joined_batches(batches: list[Any]) -> Any:
@@ -127,21 +195,22 @@ class RepairWatch(LayerWatch):
             self.others[name] = values_at(out, self.targets[name].at)
 
     def layer(self, call: LayerCall) -> Tensor:
-        out, name, target = call.run(), call.weight, self.targets[call.weight]
+        name, target, weight = call.weight, self.targets[call.weight], self.tensors[call.weight]
         groups = call.geometry.groups
-        wanted, scale = self.wanted(name, target)
-        residual = (wanted - values_at(out, target.at)).unflatten(1, (groups, -1)).transpose(0, 1)
         inputs = patches_at(call.x, call.geometry, target.at)
+        made = inputs @ as_matrix(weight, call.geometry).transpose(1, 2)
+        wanted, scale = self.wanted(name, target)
+        residual = (wanted if call.bias is None else wanted - call.bias).unflatten(1, (groups, -1)).transpose(0, 1) - made
         if not bool(residual.isfinite().all() and inputs.isfinite().all()):
             raise DataError(f"what {name} reads or makes is not finite on these images")
         held_out = target.at.image % HELD_OUT == HELD_OUT - 1
         choice = choose(moments(inputs[:, ~held_out], residual[:, ~held_out]),
                         moments(inputs[:, held_out], residual[:, held_out]), scale.double().unflatten(0, (groups, -1)))
         error = choice.after / choice.before if choice.before > 0 else 1.0
-        self.repairs.append(LayerRepair(name, error, choice.strength, len(held_out)))
+        self.repairs.append(LayerRepair(name, error, choice.strength, len(held_out),
+                                        inputs.shape[2]))
         if choice.correction is None:
-            return out
-        weight = self.tensors[name]
+            return call.run()
         weight.data.add_(as_weight(choice.correction.weight.to(weight.dtype), weight, call.geometry))
         if (into := self.intercepts.get(name)) is not None:
             sign = -1 if into.kind == "running mean" else 1

@@ -37,10 +37,11 @@ class Stream(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer: its weight's name, its input `(N, C, *space)`, its geometry, and what runs it."""
+    """One call of a layer: its weight's name, its input `(N, C, *space)`, its bias `(O,)`, its geometry, and what runs it."""
 
     weight: str
     x: Tensor
+    bias: Tensor | None
     geometry: Geometry
     run: Callable[[], Tensor]
 
@@ -104,17 +105,21 @@ class LayerWatch(TorchDispatchMode):
         if factors is None or weight is None:
             return None
         x, matrix = factors
+        bias = args[2] if call.name == "convolution" else args[0] if call.name == "addmm" else None
+        if bias is not None and (bias.ndim != 1 or call.kwargs):
+            return None  # a sum of matrices, or scaled: no plain layer
 
         def run() -> Tensor:
             out: Tensor = func(*args, **call.kwargs)
             return out
 
         if call.name != "convolution":
-            return LayerCall(weight, x, Geometry(), run)
+            return LayerCall(weight, x, bias, Geometry(), run)
         _, _, _, stride, padding, dilation, transposed, _, groups = args
         n = x.ndim - 2
         wide = [tuple(v) * (n if len(v) == 1 else 1) for v in (stride, padding, dilation)]
-        return LayerCall(weight, x, Geometry(tuple(matrix.shape[2:]), wide[0], wide[1], wide[2], transposed, groups), run)
+        geometry = Geometry(tuple(matrix.shape[2:]), wide[0], wide[1], wide[2], transposed, groups)
+        return LayerCall(weight, x, bias, geometry, run)
 
     def origin(self, call: Call) -> Origin:
         """Where the output of a call comes from; notes the sums that layers go into."""

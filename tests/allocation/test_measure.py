@@ -9,7 +9,7 @@ from support.resrep_training import randomised
 from torch import Tensor, nn
 
 import narrower
-from narrower.allocation.measure import MEASURED, kl_divergence, split
+from narrower.allocation.measure import MEASURED
 from narrower.surgery.walk import named_tensors
 
 
@@ -68,20 +68,6 @@ def test_outputs_that_are_no_logits_are_compared_by_squared_error() -> None:
     graph = narrower.trace(model, batches()[0][:1])
     found = narrower.sensitivity(model, graph, narrower.random(graph), batches())
     assert found.measure == "relative" and found.curves[0].damages[-1] > 0
-
-
-def test_no_image_is_both_fitted_and_measured() -> None:
-    x = torch.arange(100).view(-1, 1)
-    fit, measured = split([(x[:37], 37), (x[37:], 63)])
-    a, b = (sorted(v for t, _ in part for v in t.flatten().tolist()) for part in (fit, measured))
-    assert sorted(a + b) == list(range(100)) and b == list(range(MEASURED - 1, 100, MEASURED))
-    assert all(len(t) == n for t, n in fit + measured)
-
-
-def test_the_divergence_is_that_of_torch() -> None:
-    p, q = torch.randn(5, 7), torch.randn(5, 7)
-    want = nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="batchmean", log_target=True)
-    assert kl_divergence(p, q) == pytest.approx(float(want), rel=1e-5)
 
 
 def test_bad_input_is_an_error() -> None:

@@ -64,7 +64,7 @@ def test_nothing_removed_changes_nothing() -> None:
     plan = narrower.plan(graph, narrower.random(graph), remove={"0.0": 0.0})
     small = narrower.narrow(model, plan)
     found = narrower.reconstruct(model, small, plan, batches())
-    assert not found.layers and not found.left
+    assert not found.layers and not found.left and found.kept == "cut" and "no layer to repair" in str(found)
     assert all(torch.equal(a, b) for a, b in zip(found.model.state_dict().values(), small.state_dict().values(), strict=True))
 
 
@@ -106,24 +106,74 @@ def test_patterns_are_measured_planned_and_repaired_or_left_with_a_reason(name: 
     assert errors[1] <= 1.2 * errors[0]
 
 
+class Block(nn.Module):
+    """A residual block whose shortcut loses channels as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.head = unit(3, 12), unit(12, 24), Head(12)
+        self.b = nn.Sequential(nn.Conv2d(24, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.b(self.a(x))))
+
+
 def test_a_sum_makes_up_for_what_its_other_summand_has_lost() -> None:
     """Stream targets reach the dense sum more nearly than each branch's own targets."""
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.a, self.head = unit(3, 12), unit(12, 24), Head(12)
-            self.b = nn.Sequential(nn.Conv2d(24, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.stem(x)
-            return self.head(torch.relu(x + self.b(self.a(x))))
-
     model = randomised(Block()).eval()
     plan, small = cut(model, 0.5)
     x = torch.randn(64, 3, 8, 8)
     errors = [difference(model, narrower.reconstruct(model, small, plan, batches(), stream_targets=s).model, x)
               for s in (True, False)]
     assert errors[0] != errors[1] and max(errors) < difference(model, small, x)
+
+
+def test_images_that_nothing_was_fitted_on_decide_about_the_targets() -> None:
+    kept = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = randomised(Block()).eval()
+        plan, small = cut(model, 0.5)
+        found = narrower.reconstruct(model, small, plan, batches())
+        assert list(found.divergences) == ["cut", "layer targets", "stream targets"] and found.images == IMAGES // 8
+        assert found.divergences[found.kept] == min(found.divergences.values()) and f"kept: {found.kept}" in str(found)
+        asked = narrower.reconstruct(model, small, plan, batches(), stream_targets=found.kept == "stream targets")
+        assert list(asked.divergences) == ["cut", found.kept]
+        for a, b in zip(found.model.state_dict().values(), asked.model.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        judges = torch.cat(batches())[7::8]
+        with torch.no_grad():
+            p, q = (m.eval()(judges).log_softmax(1) for m in (model, found.model))
+        assert found.divergences[found.kept] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+        kept.add(found.kept)
+    assert kept == {"layer targets", "stream targets"}
+
+
+def test_judges_are_not_fitted() -> None:
+    """Other images in their place: the same repair."""
+    model = network()
+    plan, small = cut(model)
+    x = torch.cat(batches())
+    found = []
+    for factor in (1, 3):
+        x[7::8] *= factor
+        found.append(narrower.reconstruct(model, small, plan, x.split(40)))
+    assert found[0].divergences != found[1].divergences
+    assert all(torch.equal(a, b) for a, b in zip(*(f.model.state_dict().values() for f in found), strict=True))
+
+
+def test_no_repair_that_is_not_nearer_is_kept() -> None:
+    """What is fitted to images of another kind does not help those that judge."""
+    model = network()
+    plan, small = cut(model, 0.1)
+    x = torch.cat(batches())
+    x[torch.arange(IMAGES) % 8 != 7] += 30
+    found = narrower.reconstruct(model, small, plan, [x])
+    assert found.kept == "cut" and found.divergences["cut"] < found.divergences["layer targets"]
+    assert not found.layers and "no repair" in found.left["1.0.weight"] and "kept: cut" in str(found)
+    same = zip(found.model.state_dict().values(), small.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
 
 
 def test_a_new_bias_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -153,3 +203,18 @@ def test_bad_images_are_errors() -> None:
         narrower.reconstruct(model, small, plan, [torch.full((16, 3, 8, 8), float("nan"))])
     with pytest.raises(narrower.PlanError, match="not the one that was traced"):
         narrower.reconstruct(small, small, plan, batches())
+    with pytest.raises(narrower.PlanError, match=r"not what this plan leaves: 0.0.weight is \(12, 3, 3, 3\), should be \(8,"):
+        narrower.reconstruct(model, model, plan, batches())
+
+
+def test_modes_are_put_back_and_the_repaired_network_has_those_of_the_cut_one() -> None:
+    model: Any = network()
+    plan, built = cut(model)
+    small: Any = built
+    want = narrower.reconstruct(model, small, plan, batches()).model
+    model.train()
+    small.train()[1].eval()
+    found = narrower.reconstruct(model, small, plan, batches()).model
+    assert model.training and model[1].training and small.training and not small[1].training
+    assert [m.training for m in found.modules()] == [m.training for m in small.modules()]
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), want.state_dict().values(), strict=True))

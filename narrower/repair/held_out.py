@@ -1,0 +1,143 @@
+"""Images to fit on, images that only judge, and how far outputs on these are from the dense network's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..graph.types import Graph
+from ..inputs import call_model, flatten_tensors, map_tensors, samples, shapes_of
+from ..surgery.walk import in_eval_mode
+
+CHUNK = 16  # images that are compared at once
+
+
+def checked_inputs(what: str, batches: Iterable[Any], model: nn.Module, images: int | None, least: int,
+                   wanted: str) -> list[tuple[Any, int]]:
+    """The model's inputs from each batch with their numbers of images: finite, alike in shape, at least `least` in all.
+
+    Raises DataError. `wanted` says how many images would be good.
+    """
+    found: list[tuple[Any, int]] = []
+    for inputs, count in samples(with_tensors(what, batches), model, images):
+        tensors, first = flatten_tensors(inputs), flatten_tensors(found[0][0] if found else inputs)
+        if [t.shape[1:] for t in tensors] != [t.shape[1:] for t in first] or any(len(t) != count for t in tensors):
+            raise DataError(f"{what}: batch {len(found)} has shape {shapes_of(inputs)}, the first one {shapes_of(first)}: all "
+                            "images must have one shape, and all tensors of a batch as many rows as there are images")
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            raise DataError(f"{what}: batch {len(found)} is not finite")
+        found.append((inputs, count))
+    if (seen := sum(n for _, n in found)) < least:
+        raise DataError(f"{what} got {seen} images: give it {least} at least, better some hundreds ({wanted})")
+    return found
+
+
+def with_tensors(what: str, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches. Raises DataError for one that has no tensor of images."""
+    for k, batch in enumerate(batches):
+        tensors = flatten_tensors(batch)
+        if not tensors or not tensors[0].ndim:
+            raise DataError(f"{what}: batch {k} is a {type(batch).__name__} without a tensor of images in it")
+        yield batch
+
+
+def split(inputs: Sequence[tuple[Any, int]], every: int, most: int) -> tuple[list[tuple[Any, int]], list[tuple[Any, int]]]:
+    """The batches without one image in `every`, and these images, at most `most`, in chunks."""
+    fit: list[tuple[Any, int]] = []
+    held_out: list[tuple[Any, int]] = []
+    seen = 0
+    for batch, count in inputs:
+        number = torch.arange(seen, seen + count)
+        chosen = (number % every == every - 1) & (number // every < most)
+        seen += count
+        for mask, out, size in ((~chosen, fit, count), (chosen, held_out, CHUNK)):
+            out += [(images_at(batch, index), len(index)) for index in mask.nonzero()[:, 0].split(size) if len(index)]
+    return fit, held_out
+
+
+def images_at(batch: Any, index: Tensor) -> Any:
+    """Some images of a batch."""
+    def chosen(t: Tensor) -> Tensor:
+        return t[index.to(t.device)]
+    return map_tensors(batch, chosen)
+
+
+class Comparison:
+    """How far the outputs of several networks are from the dense one's, summed up chunk by chunk.
+
+    `kind`: "kl" if the output looks like class scores, one tensor `(N, classes)` or `(N, classes, H, W)`: the Kullback-Leibler
+    divergence of the class probabilities from the dense ones, in nats, averaged over images and positions. Else "relative": the
+    squared error relative to the variance of the dense output, averaged over tensors.
+    """
+
+    def __init__(self, networks: int) -> None:
+        self.errors, self.sizes, self.kind = [np.zeros(1) for _ in range(networks)], np.zeros((3, 1)), "kl"
+
+    def dense(self, out: Any) -> None:
+        """The dense output on the next chunk. Raises DataError if it holds nothing that can be compared."""
+        self.want = [t.clone() for t in flatten_tensors(out) if t.is_floating_point() and t.numel()]
+        if not self.want:
+            raise DataError(f"the model returns {type(out).__name__} without floating-point numbers: nothing can be compared")
+        first = self.want[0]
+        self.kind = "kl" if len(self.want) == 1 and first.ndim in (2, 4) and first.shape[1] > 1 else "relative"
+        doubles = [t.detach().double() for t in self.want]
+        self.sizes = self.sizes + np.array([[t.numel(), float(t.sum()), float(t.square().sum())] for t in doubles]).T
+
+    def other(self, network: int, out: Any) -> None:
+        """The output of another network on this chunk."""
+        found = [t for t in flatten_tensors(out) if t.is_floating_point() and t.numel()]
+        if [t.shape for t in found] != [t.shape for t in self.want]:
+            raise DataError(f"the outputs have shapes {shapes_of(found)}, the dense ones {shapes_of(self.want)}")
+        if self.kind == "kl":
+            errors = [kl_divergence(self.want[0], found[0])]
+        else:
+            errors = [float((a - b).double().square().sum()) for a, b in zip(self.want, found, strict=True)]
+        self.errors[network] = self.errors[network] + np.array(errors)
+
+    def values(self) -> list[float]:
+        """For each network, over all chunks. Raises DataError if one is not finite."""
+        count, total, squares = self.sizes
+        if self.kind == "kl":
+            unit = count / self.want[0].shape[1]
+        else:
+            unit = np.maximum(squares - total ** 2 / np.maximum(count, 1), 1e-20 * count)
+        found = [float((e / unit).mean()) for e in self.errors]
+        if not np.isfinite(found).all():
+            raise DataError("the outputs are not finite on these images")
+        return [max(0.0, v) for v in found]
+
+
+@torch.no_grad()
+def divergences(dense: nn.Module, others: Sequence[nn.Module], inputs: Iterable[tuple[Any, int]]) -> tuple[list[float], str]:
+    """How far the outputs of other networks are from the dense one's, and what that measures."""
+    comparison = Comparison(len(others))
+    with ExitStack() as modes:
+        for model in (dense, *others):
+            modes.enter_context(in_eval_mode(model))
+        for batch, _ in inputs:
+            comparison.dense(call_model(dense, batch))
+            for k, other in enumerate(others):
+                comparison.other(k, call_model(other, batch))
+    return comparison.values(), comparison.kind
+
+
+def kl_divergence(dense: Tensor, other: Tensor) -> float:
+    """KL(dense || other) over dimension 1, in nats, summed over images and positions."""
+    p, q = dense.double().log_softmax(1), other.double().log_softmax(1)
+    return float((p.exp() * (p - q)).sum())
+
+
+def images_wanted(graph: Graph, reads: Mapping[str, int]) -> str:
+    """Which layer asks for the most images. `reads`: how many inputs each weight reads at a position."""
+    wanted = {name: ceil(count / max(1.0, graph.uses.get(name, 1.0))) for name, count in reads.items()}
+    name = max(wanted, key=lambda n: wanted[n], default="")
+    if not name:
+        return "no layer to repair"
+    return f"{name} reads {reads[name]:,} inputs: {wanted[name]:,} images give as many samples"

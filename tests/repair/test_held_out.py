@@ -1,0 +1,101 @@
+"""Images that judge are not fitted, and outputs are compared as their kind asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import narrower
+from narrower.repair.held_out import Comparison, checked_inputs, divergences, images_wanted, split
+
+
+def test_no_image_is_both_fitted_and_held_out() -> None:
+    x = torch.arange(100).view(-1, 1)
+    fit, held_out = split([(x[:37], 37), (x[37:], 63)], 6, 64)
+    a, b = (sorted(v for t, _ in part for v in t.flatten().tolist()) for part in (fit, held_out))
+    assert sorted(a + b) == list(range(100)) and b == list(range(5, 100, 6))
+    assert all(len(t) == n for t, n in fit + held_out)
+
+
+def test_no_more_images_are_held_out_than_asked() -> None:
+    x = torch.arange(100).view(-1, 1)
+    fit, held_out = split([(x, 100)], 4, 3)
+    assert torch.cat([t for t, _ in held_out]).flatten().tolist() == [3, 7, 11] and sum(n for _, n in fit) == 97
+
+
+def compared(dense: list[Any], *others: list[Any]) -> tuple[list[float], str]:
+    """Outputs chunk by chunk."""
+    found = Comparison(len(others))
+    for k, out in enumerate(dense):
+        found.dense(out)
+        for n, other in enumerate(others):
+            found.other(n, other[k])
+    return found.values(), found.kind
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 2, 3)])
+def test_class_scores_are_compared_by_the_divergence_of_torch(shape: tuple[int, ...]) -> None:
+    p, q = torch.randn(5, *shape), torch.randn(5, *shape)
+    want = nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True).sum(1).mean()
+    (value, same), kind = compared([p[:3], p[3:]], [q[:3], q[3:]], [p[:3], p[3:]])
+    assert kind == "kl" and value == pytest.approx(float(want), rel=1e-5) and same == 0
+
+
+def test_other_outputs_are_compared_by_squared_error_relative_to_the_variance() -> None:
+    boxes, count = torch.randn(6, 3, 4), torch.randn(6, 1) * 5 + 2
+    dense = [{"boxes": boxes[k], "count": count[k], "index": torch.arange(3)} for k in (slice(4), slice(4, 6))]
+    other = [{"boxes": boxes[k], "count": count[k] + 1, "index": torch.arange(3) + 1} for k in (slice(4), slice(4, 6))]
+    (value,), kind = compared(dense, other)
+    assert kind == "relative" and value == pytest.approx(float(1 / count.double().var(unbiased=False)) / 2, rel=1e-6)
+
+
+def test_what_cannot_be_compared_is_an_error() -> None:
+    with pytest.raises(narrower.DataError, match="returns tuple without floating-point"):
+        compared([(torch.arange(3), "text")], [(torch.arange(3), "text")])
+    with pytest.raises(narrower.DataError, match=r"shapes \(2, 4\), the dense ones \(2, 3\)"):
+        compared([torch.randn(2, 3)], [torch.randn(2, 4)])
+    with pytest.raises(narrower.DataError, match="not finite"):
+        compared([torch.randn(2, 3)], [torch.full((2, 3), float("nan"))])
+
+
+def test_networks_are_compared_in_eval_mode_and_get_their_modes_back() -> None:
+    dense = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).train()
+    other = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).train()
+    x = torch.randn(8, 3)
+    found = [divergences(dense, [other, dense], [(x[:5], 5), (x[5:], 3)]) for _ in range(2)]
+    assert found[0] == found[1] and found[0][0][1] == 0 < found[0][0][0]
+    assert dense.training and other.training and dense[0].training
+
+
+def test_batches_become_inputs_or_an_error_says_what_is_wrong() -> None:
+    model = nn.Linear(3, 2)
+
+    def checked(*batches: Any, images: int | None = None) -> list[tuple[Any, int]]:
+        return checked_inputs("test", batches, model, images, 4, "wish")
+
+    found = checked((torch.zeros(3, 3), torch.zeros(3)), torch.ones(2, 3))
+    assert [n for _, n in found] == [3, 2] and all(isinstance(x, Tensor) for x, _ in found)
+    assert [n for _, n in checked(torch.ones(9, 3), images=4)] == [4]
+    wrong: list[tuple[list[Any], str]] = [
+        ([], r"test got 0 images: give it 4 at least, better some hundreds \(wish\)"),
+        ([torch.ones(3, 3)], "got 3 images"),
+        ([torch.ones(3, 3), torch.ones(3, 4)], r"batch 1 has shape \(3, 4\), the first one \(3, 3\)"),
+        ([{"x": torch.ones(3, 3), "y": torch.ones(2, 3)}], "batch 0 has shape"),
+        ([torch.ones(3, 3), torch.full((3, 3), torch.inf)], "batch 1 is not finite"),
+        (["image.jpg"], "batch 0 is a str without a tensor"),
+        ([torch.ones(())], "batch 0 is a Tensor without a tensor"),
+    ]
+    for batches, message in wrong:
+        with pytest.raises(narrower.DataError, match=message):
+            checked(*batches)
+
+
+def test_the_layer_that_needs_most_images_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+    graph = narrower.trace(model, torch.randn(1, 3, 8, 8))
+    assert images_wanted(graph, {"0.weight": 27, "4.weight": 32}) == "4.weight reads 32 inputs: 32 images give as many samples"
+    assert images_wanted(graph, {"0.weight": 27 * 64}) == "0.weight reads 1,728 inputs: 27 images give as many samples"
+    assert images_wanted(graph, {}) == "no layer to repair"
