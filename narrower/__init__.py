@@ -16,7 +16,7 @@ from .errors import (
 from .graph import ChannelGroup, Graph, Scores, Slice
 from .measuring import measure
 from .narrowing import Folded, Verification, fold, narrow, verify
-from .planning import Plan, Sensitivity, plan
+from .planning import Plan, Sensitivity, compose, plan
 from .repair import Reconstruction, reconstruct
 from .resrep import Forgetting, ResRep
 from .scores import bn_scale, fpgm, hrank, magnitude, obs, random, taylor
@@ -28,6 +28,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "Folded", "Forgetting", "Graph",
     "NarrowerError", "Plan", "PlanError", "Reconstruction", "ResRep", "Scores", "Sensitivity", "Slice", "StorageError",
-    "TraceError", "Verification", "VerifyError", "bn_scale", "fold", "fpgm", "hrank", "load", "magnitude", "measure",
+    "TraceError", "Verification", "VerifyError", "bn_scale", "compose", "fold", "fpgm", "hrank", "load", "magnitude", "measure",
     "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "verify",
 ]

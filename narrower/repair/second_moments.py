@@ -48,11 +48,13 @@ class MomentWatch(LayerWatch):
         return out
 
 
-def second_moments(model: nn.Module, weights: Iterable[str], inputs: Sequence[tuple[Any, int]]) -> dict[str, SecondMoments]:
+def second_moments(model: nn.Module, weights: Iterable[str], inputs: Sequence[tuple[Any, int]],
+                   samples_per_input: int = SAMPLES_PER_INPUT) -> dict[str, SecondMoments]:
     """The second moments of what the layers with these weights read, from one forward over `inputs` (with their numbers of
-    images). Raises DataError if an input is not finite."""
+    images). `samples_per_input`: how many positions are sampled for each input of a layer. Raises DataError if an input is not
+    finite."""
     named, images = named_tensors(model), sum(n for _, n in inputs)
-    per_image = {w: -(-max(LEAST_SAMPLES, SAMPLES_PER_INPUT * named[w][0].numel()) // images) for w in weights}
+    per_image = {w: -(-max(LEAST_SAMPLES, samples_per_input * named[w][0].numel()) // images) for w in weights}
     watch = MomentWatch(model, per_image)
     for batch, count in inputs:
         watch.run(batch, count)

@@ -19,6 +19,7 @@ from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
 from .weights import magnitude
 
+SAMPLES_PER_INPUT = 10  # from few samples, errors look smaller than they are
 PORTION = 16  # one in so many of the channels left goes at a time
 LEAST_VARIANCE = 1e-20  # a layer whose output varies less has nothing to lose
 
@@ -49,7 +50,7 @@ def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int |
         raise DataError("obs got no batches: give it some images, better some hundreds")
     weights = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
     with in_eval_mode(model):
-        moments = second_moments(model, weights, inputs)
+        moments = second_moments(model, weights, inputs, SAMPLES_PER_INPUT)
     named = named_tensors(model)
     layers = {name: layer_of(named[name].detach(), moments.pop(name)) for name in list(moments)}
     found = {g.name: removal_errors(reads, g.size) for g in graph.free if (reads := reads_of(g, layers))}

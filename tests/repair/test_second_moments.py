@@ -48,3 +48,11 @@ def test_moments_that_rounding_made_indefinite_get_a_larger_ridge() -> None:
     h = x.T @ x - 0.1 * torch.eye(5, dtype=torch.float64)
     factor = module.ridge_factor(h)
     assert factor.isfinite().all() and (factor.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(0, 4), (1, 8)])
+def test_so_many_positions_are_sampled_for_each_input(asked: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_SAMPLES", 1)
+    model = nn.Sequential(nn.Conv2d(8, 2, 1)).double().eval()
+    m = second_moments(model, ["0.weight"], [(torch.randn(4, 8, 6, 6, dtype=torch.float64), 4)], asked)["0.weight"]
+    assert int(torch.linalg.matrix_rank(m.mean[0])) == taken, "one position of each image, or two"
