@@ -10,7 +10,9 @@ first `--images` of them in a random order are fitted and measured on, without l
 
     python benchmarks/repair.py cifar --checkpoint ... --data-dir ... --orders obs hrank random random:1
 
-compares scores instead, by the order that they give at the same widths: those of the plan by `magnitude`.
+compares scores instead, by the order that they give at the same widths: those of the plan without measurement. With `--steps`
+the budgets are stations of one way: from each the repaired network is measured anew, and cut on. KL is the divergence of the
+class probabilities from the dense network's, on the reported images.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import narrower
+from narrower.allocation.measure import kl_divergence
 from narrower.models.checkpoints import load_checkpoint
 from narrower.models.resnet import cifar_resnet56
 
@@ -77,9 +80,15 @@ def lite(args: argparse.Namespace) -> Data:
 
 
 @torch.no_grad()
-def top1(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(100), labels.split(100), strict=True))
-    return 100 * hits / len(labels)
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in x.split(100)])
+
+
+def quality(model: nn.Module, data: Data, dense: Tensor) -> str:
+    """Top-1 and the divergence from the `dense` logits."""
+    out = logits(model, data.x)
+    hits = int((out.argmax(1) == data.labels).sum())
+    return f"{100 * hits / len(data.labels):.2f} % (KL {kl_divergence(dense, out):.4f})"
 
 
 def score(name: str, graph: narrower.Graph, data: Data) -> narrower.Scores:
@@ -96,33 +105,60 @@ def score(name: str, graph: narrower.Graph, data: Data) -> narrower.Scores:
     return narrower.Scores(getattr(narrower, name)(data.model, graph))
 
 
-def after_each_stage(plan: narrower.Plan, data: Data, streams: Sequence[bool] = (False, True)) -> str:
-    """Top-1 after the cut and after reconstruction, without and with stream targets."""
+def after_each_stage(plan: narrower.Plan, data: Data, dense: Tensor, streams: Sequence[bool] = (False, True)) -> str:
+    """The quality after the cut and after reconstruction, without and with stream targets."""
     small = narrower.narrow(data.model, plan)
     shares = [after / before for before, after in (plan.macs, plan.params)]
-    line = f"MACs {shares[0]:.3f}, parameters {shares[1]:.3f}: cut {top1(small, data.x, data.labels):.2f} %"
+    line = f"MACs {shares[0]:.3f}, parameters {shares[1]:.3f}: cut {quality(small, data, dense)}"
     for stream in streams:
         start = time.perf_counter()
         done = narrower.reconstruct(data.model, small, plan, data.images.split(BATCH), stream_targets=stream).model
-        line += (f", reconstructed{' with stream targets' if stream else ''} {top1(done, data.x, data.labels):.2f} % "
-                 f"({time.perf_counter() - start:.0f} s)")
+        line += (f", reconstructed{' with stream targets' if stream else ''} {quality(done, data, dense)} in "
+                 f"{time.perf_counter() - start:.0f} s")
     return line
 
 
-def stages(args: argparse.Namespace, data: Data, graph: narrower.Graph) -> None:
+def measured(name: str, graph: narrower.Graph, data: Data) -> tuple[narrower.Scores, narrower.Sensitivity]:
+    """The scores, and the damage of the groups in that order."""
+    start = time.perf_counter()
+    scores = score(name, graph, data)
+    between = time.perf_counter()
+    damage = narrower.sensitivity(data.model, graph, scores, data.images.split(BATCH))
+    print(f"{name} took {between - start:.0f} s, sensitivity {time.perf_counter() - between:.0f} s", flush=True)
+    return scores, damage
+
+
+def stages(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: Tensor) -> None:
     """Allocations, for one order."""
     scores, damage = score(args.score, graph, data), None
     if "measured" in args.allocations:
-        start = time.perf_counter()
-        damage = narrower.sensitivity(data.model, graph, scores, data.images.split(BATCH))
-        print(f"sensitivity took {time.perf_counter() - start:.0f} s\n{damage}\n")
+        scores, damage = measured(args.score, graph, data)
+        print(f"{damage}\n")
     for macs in args.macs:
         for name in args.allocations:
             plan = narrower.plan(graph, scores, macs=macs, sensitivity=damage if name == "measured" else None)
-            print(f"order by {args.score}, allocated by {name}, {after_each_stage(plan, data)}", flush=True)
+            print(f"order by {args.score}, allocated by {name}, {after_each_stage(plan, data, dense)}", flush=True)
 
 
-def orders(args: argparse.Namespace, data: Data, graph: narrower.Graph) -> None:
+def steps(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: Tensor) -> None:
+    """Each budget in one step, and from the network of the budget before, repaired and measured anew."""
+    scores, damage = measured(args.score, graph, data)
+    before: narrower.Plan | None = None
+    for number, macs in enumerate(args.macs, 1):
+        plan = narrower.plan(graph, scores, macs=macs, sensitivity=damage)
+        print(f"order by {args.score}, one step, {after_each_stage(plan, data, dense, [True])}", flush=True)
+        if before is not None:
+            small = narrower.narrow(data.model, before)
+            small = narrower.reconstruct(data.model, small, before, data.images.split(BATCH), stream_targets=True).model
+            graph2 = narrower.trace(small, data.images[:1])
+            scores2, damage2 = measured(args.score, graph2, data._replace(model=small))
+            second = narrower.plan(graph2, scores2, macs=macs * plan.macs[0], sensitivity=damage2)
+            plan = narrower.compose(before, second)
+            print(f"order by {args.score}, {number} steps, {after_each_stage(plan, data, dense, [True])}", flush=True)
+        before = plan
+
+
+def orders(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: Tensor) -> None:
     """Orders, at the same widths."""
     for macs in args.macs:
         widths = narrower.plan(graph, score("magnitude", graph, data), macs=macs).keep
@@ -132,7 +168,7 @@ def orders(args: argparse.Namespace, data: Data, graph: narrower.Graph) -> None:
             plan = narrower.plan(graph, score(name, graph, data), remove=removed)
             assert all(len(plan.keep[n]) == len(kept) for n, kept in widths.items())
             took = time.perf_counter() - start
-            print(f"widths by magnitude, order by {name} ({took:.0f} s), {after_each_stage(plan, data, [True])}", flush=True)
+            print(f"order by {name} ({took:.0f} s), {after_each_stage(plan, data, dense, [True])}", flush=True)
 
 
 def main() -> None:
@@ -144,6 +180,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=350)
     parser.add_argument("--reported", type=int, help="report on so many images, not on all others")
     parser.add_argument("--score", default="magnitude", help="the order of channels")
+    parser.add_argument("--steps", action="store_true", help="the budgets, in falling order, are stations of one way")
     parser.add_argument("--orders", nargs="+", help="compare these scores, at the same widths")
     parser.add_argument("--allocations", nargs="+", default=["share", "measured"], choices=("share", "measured"))
     parser.add_argument("--seed", type=int, default=0)
@@ -151,8 +188,10 @@ def main() -> None:
     data = cifar(args) if args.network == "cifar" else lite(args)
     graph = narrower.trace(data.model, data.images[:1])
     print(f"{args.network}, {len(data.images)} images to fit and measure on, seed {args.seed}, {torch.get_num_threads()} "
-          f"threads; reported on {len(data.labels)} others\ndense {top1(data.model, data.x, data.labels):.2f} %", flush=True)
-    (orders if args.orders else stages)(args, data, graph)
+          f"threads; reported on {len(data.labels)} others")
+    dense = logits(data.model, data.x)
+    print(f"dense {quality(data.model, data, dense)}", flush=True)
+    (orders if args.orders else steps if args.steps else stages)(args, data, graph, dense)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
