@@ -31,9 +31,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import narrower
-from narrower.allocation.measure import kl_divergence
 from narrower.models.checkpoints import load_checkpoint
 from narrower.models.resnet import cifar_resnet56
+from narrower.repair.held_out import kl_divergence
 
 BATCH = 32
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
 from ..graph.types import ChannelGroup, Graph, Scores
-from ..inputs import samples
+from ..repair.held_out import checked_inputs, images_wanted
 from ..repair.patches import as_matrix
 from ..repair.second_moments import SecondMoments, ridge_factor, second_moments
 from ..surgery.copying import same_tensors
@@ -41,14 +40,13 @@ def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int |
     of them than it needs.
 
     `batches` gives what the model takes, or pairs whose first part is; no labels are needed. All of them are used, or the first
-    `images` samples. Raises DataError if there are none or an activation is not finite, PlanError if the model is not the one
-    that was traced.
+    `images` samples. Raises DataError if there are none, for batches without tensors or of several shapes, or if an activation
+    is not finite, PlanError if the model is not the one that was traced.
     """
     same_tensors(model, graph)
-    inputs = list(samples(batches, model, images))
-    if not inputs:
-        raise DataError("obs got no batches: give it some images, better some hundreds")
     weights = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
+    wanted = images_wanted(graph, {w: prod(graph.shapes[w][1:]) for w in weights})
+    inputs = checked_inputs("obs", batches, model, images, 1, wanted)
     with in_eval_mode(model):
         moments = second_moments(model, weights, inputs, SAMPLES_PER_INPUT)
     named = named_tensors(model)

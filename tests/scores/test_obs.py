@@ -161,9 +161,12 @@ def test_bad_input_is_an_error() -> None:
     model = chain(unit(3, 6), unit(6, 4), Head(4)).eval()
     x = torch.randn(8, 3, 6, 6)
     graph = narrower.trace(model, x[:1])
-    with pytest.raises(narrower.DataError, match="got no batches"):
+    with pytest.raises(narrower.DataError, match="obs got 0 images"):
         narrower.obs(model, graph, [])
     with pytest.raises(narrower.DataError, match="not finite"):
         narrower.obs(model, graph, [x.where(x < 2, torch.nan)])
+    with torch.no_grad(), pytest.raises(narrower.DataError, match="reads is not finite"):
+        named_tensors(model)["0.1.bias"][0] = torch.inf
+        narrower.obs(model, graph, [x])
     with pytest.raises(narrower.PlanError, match="not the one that was traced"):
         narrower.obs(chain(unit(3, 5), unit(5, 4), Head(4)), graph, [x])
