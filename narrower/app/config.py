@@ -108,6 +108,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         check(self, images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
         check(self, distill_temperature=(1e-3, 1e3), distill_weight=(0, 1), distill_features=(0, 1e6))
+        if self.sensitivity and (self.remove is not None or self.allocate != "measured"):
+            raise ConfigError("--sensitivity spreads a budget (--macs, --params) with --allocate measured")
         if self.allocate not in ALLOCATIONS:
             raise ConfigError(f"--allocate {self.allocate}: take one of {', '.join(ALLOCATIONS)}")
         if self.method not in METHODS:

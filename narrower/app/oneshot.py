@@ -63,6 +63,12 @@ def distilling(given: PruneConfig, model: nn.Module, student: nn.Module,
     )  # fmt: skip
 
 
+def check_plan(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> None:
+    """Make a plan of other scores, to fail before anything is trained. Raises as `make_plan` and `read_sensitivity`."""
+    damage = read_sensitivity(Path(given.sensitivity)) if given.sensitivity else None
+    make_plan(given, graph, trial_scores(given, model, graph), damage)
+
+
 def agreed(job: Job, plan: narrower.Plan) -> narrower.Plan:
     """The plan of the first process, in every process. Equal scores may be ordered differently in another process."""
     if job.accelerator.num_processes == 1:
@@ -98,8 +104,8 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
              images: Sequence[Batch]) -> narrower.Sensitivity:
     """The damage of each group: measured, or read from the file of the settings or from the folder of a run that goes on."""
     file = job.run.folder / run_folder.SENSITIVITY
-    if given := job.settings.prune.sensitivity:
-        return read_sensitivity(Path(given))
+    if job.settings.prune.sensitivity:
+        return read_sensitivity(Path(job.settings.prune.sensitivity))
     if job.run.resume and file.exists():
         return read_sensitivity(file)
     with job.stage("sensitivity") as facts:

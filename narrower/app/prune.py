@@ -16,7 +16,7 @@ from ..models.checkpoints import load_checkpoint
 from . import run_folder
 from .job import Job
 from .networks import Figures, figures, from_run, labelled_by, load_dense, save_weights
-from .oneshot import distilling, make_plan, narrow_oneshot, trial_scores
+from .oneshot import check_plan, distilling, narrow_oneshot
 from .resrep_run import check, train_resrep
 
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune")
@@ -75,7 +75,7 @@ def prune(job: Job) -> Result:
     if trains:  # fail before training if it cannot be done
         check(job, model, graph)
     else:
-        make_plan(job.settings.prune, graph, trial_scores(job.settings.prune, model, graph))
+        check_plan(job.settings.prune, model, graph)
     _ = job.data.train, job.data.val  # and if images cannot be read
     job.run.claim(job.settings.flat())
     dense_top1 = prepare_dense(job, model)

@@ -170,6 +170,76 @@ def test_constants_are_folded_or_named(folder: Path, capsys: pytest.CaptureFixtu
     assert "not folded: conv1: 2 channels: conv2.weight reads them between zeros" in printed
 
 
+def flat_images(place: Path, count: int = 40) -> None:
+    place.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for k in range(count):
+        pixels = torch.randint(0, 256, (8, 8, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(place / f"{k:02}.png")
+
+
+def test_images_without_classes_are_enough_without_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Top-1 is the agreement with the dense network; labels that do not exist are never trained on."""
+    from narrower.models import make_model
+
+    flat_images(folder / "flat")
+    torch.manual_seed(0)
+    torch.save(make_model("net.py:Net").state_dict(), "dense.pt")
+    images = [*SMALL, "--data-dir", "flat", "--workers", "0"]
+    common = ["prune", *images, "--checkpoint", "dense.pt", "--method", "magnitude", "--remove", "0.25", "--images", "24"]
+    assert cli.main([*common, "--epochs", "0", "--output", "run"]) == 0
+    said = capsys.readouterr()
+    assert "top-1 is the share of images on which a network agrees with the dense one" in said.err
+    stages = {row["stage"]: row for row in rows("run")}
+    assert stages["evaluate dense"]["top1"] == 100 >= stages["reconstruct"]["top1"]
+    assert cli.main([*common, "--epochs", "1", "--distill-weight", "1", "--output", "trained"]) == 0
+    capsys.readouterr()
+    for arguments, message in (
+        ([*common, "--epochs", "1"], "train towards the dense network alone"),
+        ([*common, "--epochs", "1", "--distill-weight", "1", "--no-distill"], "train towards the dense network alone"),
+        ([*common, "--epochs", "0", "--method", "taylor"], "--method taylor needs labels"),
+        (["prune", *images, "--epochs", "0"], "no network can be trained on them"),
+        (["train", *images], "no network can be trained on them"),
+        (["eval", "run"], "there is no accuracy to evaluate"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_measured_damages_serve_later_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sensitivity` prints and saves the curves. A run with them plans as one that measures itself."""
+    assert cli.main(["train", *SMALL, "--epochs", "2", "--output", "dense"]) == 0
+    common = [*SMALL, "--checkpoint", "dense/model.safetensors", "--method", "magnitude", "--images", "48"]
+    assert cli.main(["sensitivity", *common, "--output", "damage"]) == 0
+    said = capsys.readouterr().out
+    assert "kl on 8 images" in said and "saved in damage/sensitivity.json" in said
+    prune = ["prune", *common, "--macs", "0.6", "--epochs", "0"]
+    assert cli.main([*prune, "--sensitivity", "damage/sensitivity.json", "--output", "one"]) == 0
+    assert cli.main([*prune, "--output", "two"]) == 0
+    plans = [(Path(run) / run_folder.PLAN).read_text() for run in ("one", "two")]
+    assert plans[0] == plans[1] and same(weights("one"), weights("two"))
+    assert not any(row["stage"] == "sensitivity" for row in rows("one"))
+    capsys.readouterr()
+    (Path("damage") / "sensitivity.json").write_text("{")
+    damaged = {"damage/sensitivity.json": "this is not a sensitivity", "none.json": "cannot read the sensitivity"}
+    for name, message in damaged.items():
+        assert cli.main([*prune, "--sensitivity", name, "--output", "three"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["sensitivity", *SMALL, "--output", "four"]) == 2
+    assert "measured on a trained network" in capsys.readouterr().err
+
+
+def test_each_stage_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Share instead of measured damage, no reconstruction (BatchNorm is renewed then), no distillation."""
+    plain = ["--allocate", "share", "--no-reconstruct", "--no-distill", "--method", "magnitude", "--macs", "0.6"]
+    assert cli.main(["prune", *SHORT, *plain, "--output", "run"]) == 0
+    stages = [row["stage"] for row in rows("run")]
+    assert "recalibrate" in stages and not {"sensitivity", "reconstruct"} & {*stages}
+    assert "BatchNorm renewed" in capsys.readouterr().out
+    assert cli.main(["prune", *SHORT, "--allocate", "best", "--output", "other"]) == 2
+    assert "--allocate best: take one of measured, share" in capsys.readouterr().err
+
+
 def test_the_default_folder_is_new_each_time(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert cli.main(["train", *SMALL, "--epochs", "0"]) == 0
