@@ -2,7 +2,7 @@
 
 from .allocation import sensitivity
 from .batchnorm import recalibrate
-from .distillation import Distillation
+from .distillation import Distillation, Tuned, tune
 from .errors import (
     BudgetError,
     ConfigError,
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "Folded", "Forgetting", "Graph",
     "NarrowerError", "Plan", "PlanError", "Reconstruction", "ResRep", "Scores", "Sensitivity", "Slice", "StorageError",
-    "TraceError", "Verification", "VerifyError", "bn_scale", "compose", "fold", "fpgm", "hrank", "load", "magnitude", "measure",
-    "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "verify",
+    "TraceError", "Tuned", "Verification", "VerifyError", "bn_scale", "compose", "fold", "fpgm", "hrank", "load",
+    "magnitude", "measure", "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity",
+    "taylor", "trace", "tune", "verify",
 ]

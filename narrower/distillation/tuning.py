@@ -1,0 +1,134 @@
+"""tune: label-free training on the few hundred images that the repair uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..inputs import call_model, flatten_tensors, map_tensors
+from ..planning.plan import Plan
+from ..repair.held_out import checked_inputs, divergences, images_at, split
+from ..surgery.copying import duplicate, fresh_copy
+from ..surgery.walk import in_eval_mode, named_tensors
+from .distill import Distillation
+
+HELD_OUT = 6  # one image in so many decides, the others are trained on
+HELD_OUT_IMAGES = 128
+TEMPERATURE, FEATURES = 2.0, 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """`model`: the network that diverges least from the dense one on held-out images. `before`, `after`: the divergence there
+    of the network as given and as tuned, and `measure` what it is ("kl" in nats, or "relative")."""
+
+    model: nn.Module
+    before: float
+    after: float
+    measure: str
+    steps: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether the tuned network is the one that is returned."""
+        return self.after < self.before
+
+    def __str__(self) -> str:
+        which = "kept" if self.kept else "not kept: the network stays as it was given"
+        return f"{self.steps} steps: {self.measure} on held-out images {self.before:.4f} -> {self.after:.4f}, {which}"
+
+
+def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, steps: int = 300, lr: float = 1e-4,
+         batch_size: int = 32, seed: int = 0, images: int | None = None,
+         progress: Callable[[str], None] | None = None) -> Tuned:
+    """Train a copy of `small` towards the outputs and features of `model`, on images without labels.
+
+    For a network that was cut and repaired, and a few hundred images: minutes, between no training and epochs of it (Wang et
+    al., "Practical Network Acceleration with Tiny Sets", CVPR 2023). BatchNorm keeps its statistics, since the repaired weights
+    are made for them; all parameters that require gradients train. Every sixth image (128 at most) is held out: the tuned
+    network is kept if it diverges less from the dense one there.
+
+    Args:
+        model: the dense network. It is not changed.
+        small: what `narrow` or `reconstruct` returned. It is not changed.
+        plan: the plan of `narrow`.
+        batches: what the model takes, or pairs whose first part is. All are kept in memory.
+        steps: optimizer steps (Adam).
+        lr: highest learning rate; it falls to zero as a cosine.
+        batch_size: images in a step.
+        seed: of the order of images.
+        images: use so many of the images; None for all.
+        progress: takes a line of text after each tenth of the steps.
+
+    Raises:
+        ConfigError: a setting is out of range, or the loss is no longer finite.
+        DataError: too few images, or images that are not finite or of different shapes.
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name}={value!r}: give a whole number from 1")
+    if not 0 < lr < math.inf:
+        raise ConfigError(f"lr={lr!r}: give a number above 0")
+    inputs = checked_inputs("tune", batches, model, images, 2 * HELD_OUT, "the more the better")
+    fit, held_out = split(inputs, HELD_OUT, HELD_OUT_IMAGES)
+    tuned = duplicate(small, {id(t): fresh_copy(t) for t in named_tensors(small).values()})
+    distillation = Distillation(model, tuned, plan, temperature=TEMPERATURE, weight=1.0, features=FEATURES)
+    try:
+        with in_eval_mode(tuned):
+            run_steps(tuned, distillation, minibatches(fit, steps, batch_size, seed), Cosine(lr, steps), progress)
+    finally:
+        distillation.close()
+    (before, after), measure = divergences(model, [small, tuned], held_out)
+    return Tuned(tuned if after < before else small, before, after, measure, steps)
+
+
+class Cosine(NamedTuple):
+    """A learning rate that falls from `lr` to zero in `steps`."""
+
+    lr: float
+    steps: int
+
+    def at(self, step: int) -> float:
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def run_steps(student: nn.Module, distillation: Distillation, inputs: Iterable[Any], rate: Cosine,
+              progress: Callable[[str], None] | None) -> None:
+    """A step of Adam on each of the inputs, in place. Raises ConfigError if the loss is not finite."""
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=rate.lr)
+    for step, batch in enumerate(inputs):
+        for group in optimizer.param_groups:
+            group["lr"] = rate.at(step)
+        loss = distillation.loss(batch, call_model(student, batch))
+        if not bool(loss.isfinite()):
+            raise ConfigError(f"the loss is no longer finite at step {step + 1} of {rate.steps}: try a lower lr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress is not None and (step + 1) % max(1, rate.steps // 10) == 0:
+            progress(f"tuning: step {step + 1} of {rate.steps}, loss {float(loss.detach()):.4f}")
+
+
+def minibatches(inputs: Sequence[tuple[Any, int]], count: int, size: int, seed: int) -> Iterator[Any]:
+    """`count` batches of `size` images (of all, where there are fewer). The order is drawn anew for each pass."""
+    together = concatenated([batch for batch, _ in inputs])
+    total = sum(n for _, n in inputs)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(count):
+        while len(order) < min(size, total):
+            order = torch.cat([order, torch.randperm(total, generator=generator)])
+        yield images_at(together, order[:size])
+        order = order[size:]
+
+
+def concatenated(batches: Sequence[Any]) -> Any:
+    """One batch of the images of all, in the nesting of the first."""
+    parts = iter([torch.cat(tensors) for tensors in zip(*map(flatten_tensors, batches), strict=True)])
+    return map_tensors(batches[0], lambda _: next(parts))

@@ -1,0 +1,96 @@
+"""tune: what it returns diverges less on images that it never trained on, and what it was given is untouched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.networks import Head, unit
+from support.resrep_training import randomised
+from torch import nn
+
+import narrower
+from narrower.distillation.tuning import Cosine, minibatches
+from narrower.repair.held_out import divergences, split
+
+BATCHES = list(torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(32))
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[Any, Any, narrower.Plan]:
+    torch.manual_seed(0)
+    model = randomised(nn.Sequential(unit(3, 12), unit(12, 10, stride=2), unit(10, 8), Head(8))).eval()
+    graph = narrower.trace(model, BATCHES[0][:1])
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), remove=0.4)
+    return model, narrower.narrow(model, plan), plan
+
+
+def test_a_tuned_network_is_nearer_to_the_dense_one_on_held_out_images(networks: Any) -> None:
+    model, small, plan = networks
+    said: list[str] = []
+    before = copy.deepcopy(small.state_dict())
+    found = narrower.tune(model, small.train(), plan, BATCHES, steps=60, lr=3e-3, progress=said.append)
+    assert found.kept and found.after < 0.7 * found.before and found.model is not small
+    held_out = split([(b, len(b)) for b in BATCHES], 6, 128)[1]
+    (again,), _ = divergences(model, [found.model], held_out)
+    assert again == pytest.approx(found.after)
+    assert len(said) == 10 and "step 60 of 60" in said[-1] and "kept" in str(found)
+    assert small.training and all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    statistics = {k: v for k, v in found.model.state_dict().items() if "running" in k}
+    assert statistics and all(torch.equal(v, before[k]) for k, v in statistics.items())
+
+
+def test_what_makes_it_worse_is_not_kept(networks: Any) -> None:
+    model, small, plan = networks
+    found = narrower.tune(model, small, plan, BATCHES, steps=3, lr=1.0)
+    assert not found.kept and found.model is small and "stays as it was given" in str(found)
+
+
+def test_the_same_seed_gives_the_same_network_and_frozen_parameters_stay(networks: Any) -> None:
+    model, small, plan = networks
+    small = copy.deepcopy(small)
+    small[0][0].weight.requires_grad_(False)
+    runs = [narrower.tune(model, small, plan, BATCHES, steps=10, lr=1e-3, seed=s).model for s in (3, 3, 4)]
+    states = [run.state_dict() for run in runs]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    assert not all(torch.equal(v, states[2][k]) for k, v in states[0].items())
+    assert torch.equal(states[0]["0.0.weight"], small[0][0].weight)
+    assert not runs[0].get_parameter("0.0.weight").requires_grad and runs[0].get_parameter("1.0.weight").requires_grad
+
+
+def test_a_tuned_network_is_saved_and_loaded(networks: Any, tmp_path: Any) -> None:
+    model, small, plan = networks
+    tuned = narrower.tune(model, small, plan, BATCHES, steps=20, lr=3e-3).model
+    narrower.save(tuned, tmp_path)
+    again = narrower.load(tmp_path, lambda: copy.deepcopy(model)).eval()
+    assert torch.equal(again(BATCHES[0]), tuned.eval()(BATCHES[0]))
+
+
+def test_every_image_is_drawn_once_in_each_pass() -> None:
+    numbers = [({"x": torch.arange(4)}, 4), ({"x": torch.arange(4, 10)}, 6)]
+    drawn = [b["x"] for b in minibatches(numbers, 5, 4, seed=0)]
+    assert [len(d) for d in drawn] == [4] * 5
+    assert sorted(torch.cat(drawn).tolist()) == sorted([*range(10)] * 2)
+    assert [len(b["x"]) for b in minibatches(numbers, 2, 64, seed=0)] == [10, 10]
+
+
+def test_the_learning_rate_falls_to_zero() -> None:
+    rates = [Cosine(2.0, 10).at(step) for step in range(11)]
+    assert rates[0] == 2.0 and rates[10] == pytest.approx(0) and rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"steps": 0}, narrower.ConfigError, "steps=0: give a whole number"),
+    ({"batch_size": 2.5}, narrower.ConfigError, "batch_size=2.5"),
+    ({"lr": 0.0}, narrower.ConfigError, "lr=0.0: give a number above 0"),
+    ({"lr": 1e30, "steps": 20}, narrower.ConfigError, "no longer finite at step .* try a lower lr"),
+    ({"images": 5}, narrower.DataError, "tune got 5 images: give it 12"),
+])  # fmt: skip
+def test_bad_input_is_named(options: dict[str, Any], error: type[Exception], message: str, networks: Any) -> None:
+    model, small, plan = networks
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(error, match=message):
+        narrower.tune(model, small, plan, BATCHES, **options)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
