@@ -53,8 +53,8 @@ class Sensitivity:
     def damage(self, groups: Sequence[str], share: float) -> float:
         """The damage of removing that share of the channels of groups that shrink together.
 
-        Between measured points a power of the share: convex and smooth, so that a plan need not end on a measured point. Groups
-        without a curve cost nothing.
+        Between measured points a power of the share: convex and smooth, so that a plan need not end on a measured point. Zero
+        without a curve.
         """
         hull = next((self.hulls[g] for g in groups if g in self.hulls), None)
         return 0.0 if hull is None or share <= 0 else interpolated(*hull, share)

@@ -124,7 +124,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         exclude: patterns of groups and layers that are left alone.
         min_channels: the least number of channels that each group keeps.
         sensitivity: the measured damage of each group, from `narrower.sensitivity` with the same scores. A budget is then met
-            with the least damage: the step that minimises (damage added) per cost saved goes first.
+            with the least damage: the step that minimises (damage added) per cost saved goes first. Groups that were not
+            measured keep all channels.
 
     Raises:
         PlanError: the request does not fit the graph.
@@ -142,9 +143,9 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     if not graph.free:
         why = "; ".join(f"{g.name}: {g.pinned}" for g in graph.groups[:4])
         raise PlanError(f"nothing is free in this network ({why})")
-    left_out = excluded(graph, exclude)
+    free, left_out = {g.name for g in graph.free}, excluded(graph, exclude)
     values = checked_scores(graph, scores, left_out)
-    parts = components(graph, left_out)
+    parts = components(graph, left_out if sensitivity is None else left_out | free - sensitivity.by_group.keys())
     request = {"macs": macs, "params": params, "remove": remove if not isinstance(remove, Mapping) else dict(remove),
                "round_to": round_to, "exclude": sorted(left_out), "min_channels": min_channels}
     if remove is not None:

@@ -79,6 +79,13 @@ def test_a_budget_is_taken_where_it_does_least_damage() -> None:
         assert plan.macs[1] <= 0.8 * plan.macs[0]
 
 
+def test_what_was_not_measured_stays() -> None:
+    graph, scores = chain()
+    curves = tuple(Curve((g.name,), CURVE.shares, (0.1, 0.3, 1.0, 3.0)) for g in graph.free if g.name != "1.0")
+    plan = narrower.plan(graph, scores, macs=0.7, sensitivity=Sensitivity(curves, "kl", 10))
+    assert len(plan.keep["1.0"]) == 16 and all(len(plan.keep[n]) < 16 for n in ("0.0", "2.0"))
+
+
 def test_round_to_and_least_widths_hold_as_before() -> None:
     graph, scores = chain()
     curves = tuple(Curve((g.name,), (0.5,), (0.1,)) for g in graph.free)
