@@ -16,7 +16,8 @@ from ..graph.types import Graph
 from ..inputs import call_model, flatten_tensors, map_tensors, samples, shapes_of
 from ..surgery.walk import in_eval_mode
 
-CHUNK = 16  # images that are compared at once
+CHUNK = 3 << 18  # numbers in the images that run at once: activations of some ten times as many stay in memory that is reused
+MOST_AT_ONCE = 64
 
 
 def checked_inputs(what: str, batches: Iterable[Any], model: nn.Module, images: int | None, least: int,
@@ -49,17 +50,25 @@ def with_tensors(what: str, batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def split(inputs: Sequence[tuple[Any, int]], every: int, most: int) -> tuple[list[tuple[Any, int]], list[tuple[Any, int]]]:
-    """The batches without one image in `every`, and these images, at most `most`, in chunks."""
-    fit: list[tuple[Any, int]] = []
-    held_out: list[tuple[Any, int]] = []
-    seen = 0
-    for batch, count in inputs:
-        number = torch.arange(seen, seen + count)
-        chosen = (number % every == every - 1) & (number // every < most)
-        seen += count
-        for mask, out, size in ((~chosen, fit, count), (chosen, held_out, CHUNK)):
-            out += [(images_at(batch, index), len(index)) for index in mask.nonzero()[:, 0].split(size) if len(index)]
+    """The images without one in `every`, and these, at most `most`; both in chunks.
+
+    The size of the chunks is that of the computation, whatever the batches are.
+    """
+    number = torch.arange(sum(n for _, n in inputs))
+    chosen = (number % every == every - 1) & (number // every < most)
+    whole = joined([x for x, _ in inputs])
+    size = sum(t[0].numel() for t in flatten_tensors(whole)) if len(number) else 1
+    at_once = min(MOST_AT_ONCE, max(1, CHUNK // size))
+    fit, held_out = ([(images_at(whole, index), len(index)) for index in mask.nonzero()[:, 0].split(at_once) if len(index)]
+                     for mask in (~chosen, chosen))
     return fit, held_out
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches as one: their tensors joined along the first dimension."""
+    columns = zip(*(flatten_tensors(b) for b in batches), strict=True)
+    whole = iter([torch.cat(tensors) for tensors in columns])
+    return map_tensors(batches[0], lambda t: next(whole))
 
 
 def images_at(batch: Any, index: Tensor) -> Any:

@@ -7,6 +7,7 @@ Letters: `G` groups, `P` samples, `I` inputs, `O` outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,13 +60,13 @@ def solve(m: Moments, strength: float) -> Correction:
     return Correction(weight, mean_r - (weight @ mean_x[..., None])[..., 0])
 
 
-def squared_error(m: Moments, c: Correction, scale: Tensor) -> float:
-    """The mean over samples of the squared residual that a correction leaves, summed over outputs; each output is first
-    multiplied by its `scale` `(G, O)`."""
-    w, b = c
-    left = m.rr - 2 * ((w * m.rx).sum(2) + b * m.r) + ((w @ m.xx) * w).sum(2)
-    left = left + 2 * b * (w @ m.x[..., None])[..., 0] + m.size * b.square()
-    return float((left * scale.square()).sum()) / m.size
+def squared_error(x: Tensor, r: Tensor, c: Correction, scale: Tensor) -> float:
+    """The mean over samples of the squared residual that a correction leaves, summed over outputs.
+
+    `x` `(G, P, I)`, `r` `(G, P, O)`. Each output is first multiplied by its `scale` `(G, O)`.
+    """
+    left = r - x @ c.weight.transpose(1, 2).to(x.dtype) - c.intercept[:, None].to(x.dtype)
+    return float((left * scale[:, None].to(x.dtype)).square().sum(dtype=torch.float64)) / x.shape[1]
 
 
 class Choice(NamedTuple):
@@ -77,22 +78,38 @@ class Choice(NamedTuple):
     after: float
 
 
-def choose(fit: Moments, held_out: Moments, scale: Tensor) -> Choice:
-    """Of no correction, an intercept alone, and the ridges of `STRENGTHS`: what is best on held-out samples.
+def choose(x: Tensor, r: Tensor, held_out: Tensor, scale: Tensor) -> Choice:
+    """Of no correction, an intercept alone, and the ridges of `STRENGTHS`: what is best on the samples `held_out`, bool `(P,)`.
 
-    The chosen one is then fitted to all samples.
+    The chosen one is then fitted to all samples. The ridges are walked from the middle, in the direction in which the error
+    falls, as far as it does.
     """
+    fit, judge = moments(x[:, ~held_out], r[:, ~held_out]), (x[:, held_out], r[:, held_out])
     no_weight = torch.zeros_like(fit.rx)
-    before = squared_error(held_out, Correction(no_weight, torch.zeros_like(fit.r)), scale)
-    errors = {float("inf"): squared_error(held_out, Correction(no_weight, fit.r / fit.size), scale)}
-    for strength in STRENGTHS:
-        try:
-            errors[strength] = squared_error(held_out, solve(fit, strength), scale)
-        except torch.linalg.LinAlgError:
-            continue
+    before = squared_error(*judge, Correction(no_weight, torch.zeros_like(fit.r)), scale)
+    errors = {float("inf"): squared_error(*judge, Correction(no_weight, fit.r / fit.size), scale)}
+
+    def error(strength: float) -> float:
+        if strength not in errors:
+            try:
+                errors[strength] = squared_error(*judge, solve(fit, strength), scale)
+            except torch.linalg.LinAlgError:
+                errors[strength] = float("inf")
+        return errors[strength]
+
+    lowest(error, STRENGTHS)
     strength = min(errors, key=lambda s: errors[s])
     if not errors[strength] < before:
         return Choice(None, None, before, before)
-    both = together(fit, held_out)
+    both = together(fit, moments(*judge))
     correction = Correction(no_weight, both.r / both.size) if strength == float("inf") else solve(both, strength)
     return Choice(correction, strength, before, errors[strength])
+
+
+def lowest(error: Callable[[float], float], values: Sequence[float]) -> float:
+    """The value with the lowest error, if the error falls and then rises: few are tried, from the middle on."""
+    k = len(values) // 2
+    step = 1 if k + 1 < len(values) and error(values[k + 1]) < error(values[k]) else -1
+    while 0 <= k + step < len(values) and error(values[k + step]) < error(values[k]):
+        k += step
+    return values[k]

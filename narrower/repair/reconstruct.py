@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from ..errors import DataError, PlanError
 from ..graph.selection import Kept
 from ..graph.types import table
-from ..inputs import flatten_tensors, map_tensors
+from ..inputs import flatten_tensors
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors
-from .held_out import checked_inputs, divergences, images_wanted, split
-from .least_squares import choose, moments
+from .held_out import checked_inputs, divergences, images_wanted, joined, split
+from .least_squares import choose
 from .patches import as_matrix, as_weight, patches_at, values_at
 from .readers import give_intercepts, losing_inputs
 from .targets import Target, dense_targets
@@ -119,17 +119,17 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
         count = sum(n for _, n in fit)
         per_image = {n: -(-max(LEAST_SAMPLES, SAMPLES_PER_INPUT * k) // count) for n, k in reads.items()}
         with in_eval_mode(model):
-            targets, unseen = dense_targets(model, outputs, per_image, fit)
+            targets, unseen, once = dense_targets(model, outputs, per_image, fit)
         left |= unseen
     if not outputs or not targets:
         return Reconstruction(cut, (), left, CUT, {}, "", 0)
     ways = [stream_targets] if stream_targets is not None else [False, True]
     if all(t.stream is None for t in targets.values()):
         ways = ways[:1]
-    whole = joined_batches([x for x, _ in fit])
+    whole = joined([x for x, _ in fit])
     found: dict[str, tuple[nn.Module, tuple[LayerRepair, ...]]] = {CUT: (cut, ())}
     for streams in ways:
-        found[STREAMS if streams else LAYERS] = repaired(small, kept, targets, whole, streams)
+        found[STREAMS if streams else LAYERS] = repaired(small, kept, targets, whole, streams, once)
     values, measure = divergences(model, [m for m, _ in found.values()], judges)
     by_name = dict(zip(found, values, strict=True))
     best = min(by_name, key=lambda name: by_name[name])
@@ -156,23 +156,17 @@ def fresh(small: nn.Module) -> nn.Module:
 
 
 def repaired(small: nn.Module, kept: Kept, targets: Mapping[str, Target], inputs: Any,
-             stream_targets: bool) -> tuple[nn.Module, tuple[LayerRepair, ...]]:
-    """A repaired copy of the cut network, and what was gained."""
+             stream_targets: bool, once: frozenset[int]) -> tuple[nn.Module, tuple[LayerRepair, ...]]:
+    """A repaired copy of the cut network, and what was gained. `once`: the calls whose output one other call reads."""
     model = fresh(small)
     intercepts = give_intercepts(model, kept, targets)
     if hasattr(model, RECORD):
         record_biases(model, [place.into for place in intercepts.values() if place.kind == "new bias"])
     watch = RepairWatch(model, targets, intercepts, stream_targets)
+    watch.once = once
     with in_eval_mode(model):
         watch.run(inputs, len(flatten_tensors(inputs)[0]))
     return model, tuple(watch.repairs)
-
-
-def joined_batches(batches: list[Any]) -> Any:
-    """Batches as one: their tensors joined along the first dimension."""
-    columns = zip(*(flatten_tensors(b) for b in batches), strict=True)
-    whole = iter([torch.cat(tensors) for tensors in columns])
-    return map_tensors(batches[0], lambda t: next(whole))
 
 
 class RepairWatch(LayerWatch):
@@ -204,8 +198,7 @@ class RepairWatch(LayerWatch):
         if not bool(residual.isfinite().all() and inputs.isfinite().all()):
             raise DataError(f"what {name} reads or makes is not finite on these images")
         held_out = target.at.image % HELD_OUT == HELD_OUT - 1
-        choice = choose(moments(inputs[:, ~held_out], residual[:, ~held_out]),
-                        moments(inputs[:, held_out], residual[:, held_out]), scale.double().unflatten(0, (groups, -1)))
+        choice = choose(inputs, residual, held_out, scale.unflatten(0, (groups, -1)))
         error = choice.after / choice.before if choice.before > 0 else 1.0
         self.repairs.append(LayerRepair(name, error, choice.strength, len(held_out),
                                         inputs.shape[2]))

@@ -76,13 +76,13 @@ class TargetWatch(LayerWatch):
 
 
 def dense_targets(model: nn.Module, kept: Mapping[str, Tensor], per_image: Mapping[str, int],
-                  inputs: Iterable[tuple[Any, int]]) -> tuple[dict[str, Target], dict[str, str]]:
+                  inputs: Iterable[tuple[Any, int]]) -> tuple[dict[str, Target], dict[str, str], frozenset[int]]:
     """One forward of the dense network over `inputs` (with their numbers of images): the targets of the layers with the weights
-    in `kept`, and why others have none."""
+    in `kept`, why others have none, and the calls whose output one other call reads."""
     watch = TargetWatch(model, kept, per_image)
     for batch, images in inputs:
         watch.run(batch, images)
         watch.batches.append(images)
     targets = watch.targets()
     silent = dict.fromkeys(kept, "no convolution or linear layer reads it in the forward")
-    return targets, {n: watch.unseen.get(n, why) for n, why in silent.items() if n not in targets}
+    return targets, {n: watch.unseen.get(n, why) for n, why in silent.items() if n not in targets}, watch.read_once()

@@ -6,23 +6,31 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..inputs import flatten_tensors
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
 from ..tracing.operators.interface import Call, tensors_in
 from .patches import Geometry
 
+CHUNK = 1 << 20  # numbers that a convolution reads at once
+IN_PLACE = frozenset({"add", "mul", "relu", "hardtanh", "silu", "hardswish", "clamp"})
+"""Operators that can write into their first operand."""
+FRESH = IN_PLACE | {"convolution", "native_batch_norm", "constant_pad_nd"}
+"""Operators whose output has memory of its own."""
 ORIGIN = "_narrower_origin"  # the attribute of an activation
 
 
 class Origin(NamedTuple):
-    """The number of the call that made an activation. `weight`: the layer whose output it is, as it is or behind the BatchNorm
-    `norm`."""
+    """The number of the call that made an activation. `fresh`: whether it has memory of its own. `weight`: the layer whose
+    output it is, as it is or behind the BatchNorm `norm`."""
 
     call: int
+    fresh: bool
     weight: str | None = None
     norm: str | None = None
 
@@ -56,12 +64,43 @@ def input_and_weight(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | 
     return None
 
 
+def run_in_chunks(func: Any, call: Call) -> Any:
+    """The output of a call. A convolution takes a few images at a time: its workspace stays small, and its memory is reused."""
+    args = call.args
+    if call.name != "convolution" or args[0].numel() <= CHUNK:
+        return func(*args, **call.kwargs)
+    size = max(1, CHUNK * len(args[0]) // args[0].numel())
+    out: Tensor | None = None
+    for start in range(0, len(args[0]), size):
+        part = func(args[0][start: start + size], *args[1:], **call.kwargs)
+        if out is None:
+            out = part.new_empty((len(args[0]), *part.shape[1:]))
+        out[start: start + size] = part
+    return out
+
+
+def in_place(call: Call) -> Any:
+    """The output of a call, written into its first operand. None where that is not possible."""
+    x, others = call.args[0], list(tensors_in(call.args[1:]))
+    if call.name in IN_PLACE and all(t.shape == x.shape and t.dtype == x.dtype for t in others):
+        return getattr(torch.ops.aten, f"{call.name}_")(*call.args, **call.kwargs)
+    if call.name == "native_batch_norm" and len(others) == 4 and not call.args[5]:
+        _, scale, shift, mean, variance, _, _, eps = call.args
+        factor = scale / torch.sqrt(variance + eps)
+        wide = (1, -1, *(1,) * (x.ndim - 2))
+        return x.mul_(factor.view(wide)).add_((shift - mean * factor).view(wide)), x.new_empty(0), x.new_empty(0)
+    return None
+
+
 class LayerWatch(TorchDispatchMode):
     """A forward of `model` in which `layer` is called for each layer that reads one of `weights` as it is.
 
     The output of `layer` goes on. `finished` sees the output of every call, by its number. Layers whose weight is used more
-    than once in a forward are counted in `uses`.
+    than once in a forward are counted in `uses`. `once`: calls whose output only one other call reads, as another forward has
+    shown (`read_once`): that call may overwrite it. Fresh memory for all images takes longer than most arithmetic.
     """
+
+    once: frozenset[int] = frozenset()
 
     def __init__(self, model: nn.Module, weights: Iterable[str]) -> None:
         super().__init__()
@@ -76,25 +115,47 @@ class LayerWatch(TorchDispatchMode):
         self.images, self.counter = images, CallCounter(self.held)
         self.uses: Counter[str] = Counter()
         self.streams: dict[str, Stream] = {}
+        self.reads: Counter[int] = Counter()
 
     def run(self, inputs: Any, images: int) -> Any:
         """The model's output."""
         self.begin(images)
-        return run_forward(self.model, inputs, self)
+        out = run_forward(self.model, inputs, self)
+        self.note_reads(flatten_tensors(out), 2)
+        return out
+
+    def note_reads(self, tensors: Iterable[Tensor], times: int = 1) -> None:
+        """The outputs of some calls are read."""
+        for t in tensors:
+            origin = getattr(t, ORIGIN, None)
+            if origin is not None:
+                self.reads[origin.call] += times
+
+    def read_once(self) -> frozenset[int]:
+        """The calls of the last forward whose output was read by one call, and is no output of the model."""
+        return frozenset(call for call, times in self.reads.items() if times == 1)
+
+    def overwritable(self, call: Call) -> bool:
+        """Whether a call may write into its first operand: fresh memory that nothing else reads."""
+        origin = getattr(call.args[0], ORIGIN, None) if call.args else None
+        return origin is not None and origin.fresh and origin.call in self.once
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = self.counter.count(func, args, kwargs)
+        self.note_reads(tensors_in(args))
         found = self.layer_call(func, call)
         if found is None:
             origin = self.origin(call)
-            out = func(*args, **(kwargs or {}))
+            out = in_place(call) if self.overwritable(call) else None
+            out = run_in_chunks(func, call) if out is None else out
         else:
             self.uses[found.weight] += 1
-            origin = Origin(call.place, found.weight)
+            origin = Origin(call.place, True, found.weight)
             out = self.layer(found)
         first = out[0] if isinstance(out, (tuple, list)) and out else out
         if isinstance(first, Tensor):
-            setattr(first, ORIGIN, origin)
+            written = func._schema.name.endswith("_")  # in place: views of it may be read
+            setattr(first, ORIGIN, origin._replace(fresh=False) if written else origin)
             self.finished(call.place, first)
         return out
 
@@ -110,8 +171,7 @@ class LayerWatch(TorchDispatchMode):
             return None  # a sum of matrices, or scaled: no plain layer
 
         def run() -> Tensor:
-            out: Tensor = func(*args, **call.kwargs)
-            return out
+            return run_in_chunks(func, call)
 
         if call.name != "convolution":
             return LayerCall(weight, x, bias, Geometry(), run)
@@ -126,12 +186,12 @@ class LayerWatch(TorchDispatchMode):
         args = call.args
         first, second = ((*(getattr(a, ORIGIN, None) for a in args[:2]), None, None))[:2]
         if "batch_norm" in call.name and first is not None and first.norm is None:
-            return Origin(call.place, first.weight, self.norms.get(id(args[1])))
+            return Origin(call.place, True, first.weight, self.norms.get(id(args[1])))
         if call.name == "add" and first and second and args[0].shape == args[1].shape and not call.kwargs:
             for mine, other in ((first, second), (second, first)):
                 if mine.weight is not None:
                     self.streams[mine.weight] = Stream(mine.norm, other.call, call.place)
-        return Origin(call.place)
+        return Origin(call.place, call.name in FRESH)
 
     def layer(self, call: LayerCall) -> Tensor:
         """The output of a layer."""

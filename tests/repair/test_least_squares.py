@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from narrower.repair.least_squares import Correction, choose, moments, solve, squared_error, together
+from narrower.repair.least_squares import STRENGTHS, Correction, choose, lowest, moments, solve, squared_error, together
 
 
 def data(samples: int, inputs: int = 6, outputs: int = 4, groups: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,12 +26,14 @@ def test_the_solution_is_that_of_the_augmented_system() -> None:
         torch.testing.assert_close(found.intercept[g], r[g].mean(0) - want @ x[g].mean(0))
 
 
-def test_the_error_from_moments_is_that_of_the_samples() -> None:
+def test_the_error_is_the_mean_of_scaled_squares() -> None:
     x, r = data(30)
     c = Correction(torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64))
     scale = torch.rand(2, 4, dtype=torch.float64)
-    left = (r - x @ c.weight.transpose(1, 2) - c.intercept[:, None]) * scale[:, None]
-    torch.testing.assert_close(squared_error(moments(x, r), c, scale), float(left.square().sum() / 30))
+    want = sum(float(((r[g, p] - c.weight[g] @ x[g, p] - c.intercept[g]) * scale[g]).square().sum())
+               for g in range(2) for p in range(30)) / 30
+    assert squared_error(x, r, c, scale) == pytest.approx(want)
+    assert squared_error(x.float(), r.float(), c, scale) == pytest.approx(want, rel=1e-5)
 
 
 def test_moments_of_two_sets_are_those_of_both() -> None:
@@ -43,13 +46,43 @@ def test_moments_of_two_sets_are_those_of_both() -> None:
 def test_what_can_be_explained_is() -> None:
     x, _ = data(200)
     r = x @ torch.randn(2, 6, 4, dtype=torch.float64) + 3
-    choice = choose(moments(x[:, :150], r[:, :150]), moments(x[:, 150:], r[:, 150:]), torch.ones(2, 4, dtype=torch.float64))
+    choice = choose(x, r, torch.arange(200) >= 150, torch.ones(2, 4, dtype=torch.float64))
     assert choice.strength == 1e-4 and choice.after < 1e-5 * choice.before
 
 
 def test_fewer_samples_than_inputs_do_not_ruin_the_layer() -> None:
     """Noise fits itself: on held-out samples no correction is better, or a strong ridge that hardly changes anything."""
     x, r = torch.randn(1, 40, 60, dtype=torch.float64), torch.randn(1, 40, 5, dtype=torch.float64)
-    choice = choose(moments(x[:, :30], r[:, :30]), moments(x[:, 30:], r[:, 30:]), torch.ones(1, 5, dtype=torch.float64))
+    choice = choose(x, r, torch.arange(40) >= 30, torch.ones(1, 5, dtype=torch.float64))
     assert choice.after <= choice.before
     assert choice.correction is None or (choice.strength or 0) >= 1
+
+
+@pytest.mark.parametrize("best", range(7))
+def test_the_walk_finds_the_lowest_of_errors_that_fall_and_rise(best: int) -> None:
+    values, tried = list(range(7)), []
+
+    def error(value: float) -> float:
+        tried.append(value)
+        return abs(value - best)
+
+    assert lowest(error, values) == best
+    assert len(set(tried)) <= abs(best - 3) + 3
+
+
+def test_the_ridge_is_the_best_on_held_out_samples_and_the_fit_uses_all() -> None:
+    torch.manual_seed(3)
+    held_out = torch.arange(60) % 3 == 0
+    scale = torch.ones(1, 4, dtype=torch.float64)
+    seen = set()
+    for noise in (0.01, 1.0, 10.0, 100.0):
+        x = torch.randn(1, 60, 20, dtype=torch.float64)
+        r = x @ torch.randn(1, 20, 4, dtype=torch.float64) + noise * torch.randn(1, 60, 4, dtype=torch.float64)
+        fit, judge = moments(x[:, ~held_out], r[:, ~held_out]), (x[:, held_out], r[:, held_out])
+        errors = {s: squared_error(*judge, solve(fit, s), scale) for s in STRENGTHS}
+        choice = choose(x, r, held_out, scale)
+        if choice.strength in errors:
+            assert choice.after == min(errors.values()) and errors[choice.strength] == choice.after
+            torch.testing.assert_close(choice.correction, solve(moments(x, r), choice.strength))
+            seen.add(choice.strength)
+    assert len(seen) > 1

@@ -25,7 +25,7 @@ class Twice(nn.Module):
 def test_targets_are_the_kept_dense_outputs_and_sums() -> None:
     model, x = Twice().eval(), torch.randn(5, 3, 4, 4)
     keep = {"conv.weight": torch.tensor([0, 4])}
-    targets, left = dense_targets(model, keep, {"conv.weight": 7}, [(x[:2], 2), (x[2:], 3)])
+    targets, left, _ = dense_targets(model, keep, {"conv.weight": 7}, [(x[:2], 2), (x[2:], 3)])
     target = targets["conv.weight"]
     with torch.no_grad():
         out = model.conv(x)
@@ -38,7 +38,7 @@ def test_targets_are_the_kept_dense_outputs_and_sums() -> None:
 
 def test_layers_that_cannot_be_seen_have_a_reason() -> None:
     every = {n: torch.arange(k) for n, k in (("twice.weight", 6), ("mixed.weight", 2), ("unused.weight", 3))}
-    targets, left = dense_targets(Twice().eval(), every, dict.fromkeys(every, 4), [(torch.randn(5, 3, 4, 4), 5)])
+    targets, left, _ = dense_targets(Twice().eval(), every, dict.fromkeys(every, 4), [(torch.randn(5, 3, 4, 4), 5)])
     assert not targets
     assert "more than once" in left["twice.weight"] and "rows" in left["mixed.weight"]
     assert "no convolution" in left["unused.weight"]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
+import pytest
+import torch
+from support.resrep_training import randomised
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from narrower.inputs import flatten_tensors
+from narrower.repair import watching
 from narrower.repair.watching import LayerCall, LayerWatch
 
 
@@ -23,11 +30,29 @@ class Block(nn.Module):
         return self.fc(x.flatten(2).transpose(1, 2).reshape(-1, 4))
 
 
+class ConvolutionSizes(TorchDispatchMode):
+    """How many images each convolution gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
 class Seen(LayerWatch):
     def __init__(self, model: nn.Module, weights: list[str]) -> None:
         super().__init__(model, weights)
         self.layers: list[LayerCall] = []
         self.outs: dict[int, Tensor] = {}
+
+    @property
+    def memory(self) -> int:
+        """How many memories the outputs of all calls have."""
+        return len({t.untyped_storage()._cdata for t in self.outs.values()})
 
     def layer(self, call: LayerCall) -> Tensor:
         self.layers.append(call)
@@ -67,8 +92,56 @@ def test_other_weights_are_not_seen() -> None:
     assert [c.weight for c in watch.layers] == ["fc.weight"] and not watch.streams
 
 
+def test_large_convolutions_run_in_chunks_that_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Block().eval(), torch.randn(5, 4, 5, 5)
+    seen: list[int] = []
+    with torch.no_grad():
+        want = model(x)
+        for chunk in (1, 250, 500):
+            monkeypatch.setattr(watching, "CHUNK", chunk)
+            with ConvolutionSizes() as sizes:
+                torch.testing.assert_close(Seen(model, ["conv.weight"]).run(x, 5), want)
+            seen.append(max(sizes.seen))
+    assert seen == [1, 2, 5]
+
+
 def test_a_second_forward_starts_anew() -> None:
     watch = Seen(Block().eval(), ["conv.weight"])
     for _ in range(2):
         watch.run(torch.randn(2, 4, 5, 5), 2)
     assert watch.uses == {"conv.weight": 1} and len(watch.layers) == 2
+
+
+class Careless(nn.Module):
+    """Outputs that others read as well: twice, through a view, as an output of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 1) for _ in range(4))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.a(x)
+        y = torch.relu(x) + x  # x is read twice
+        z = self.b(y)
+        flat = z.flatten(2)
+        z = torch.relu(z) + flat.mean()  # a view reads it
+        w = self.c(z)
+        rows = w.flatten(2)
+        w.relu_()
+        out = torch.nn.functional.hardtanh(w) * 2  # a view made before reads what is written in place
+        kept = self.d(out)
+        return torch.relu(kept), kept, self.norm(self.a(kept)), rows.sum()
+
+
+@pytest.mark.parametrize("name", ["block", "careless"])
+def test_calls_overwrite_only_what_nothing_else_reads(name: str) -> None:
+    model, x = randomised(Block() if name == "block" else Careless()).eval(), torch.randn(3, 4, 5, 5)
+    with torch.no_grad():
+        first, second = (Seen(model, ["conv.weight"] if name == "block" else ["d.weight"]) for _ in range(2))
+        want = [t.clone() for t in flatten_tensors(first.run(x, 3))]
+        second.once = first.read_once()
+        found = flatten_tensors(second.run(x, 3))
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(found, flatten_tensors(model(x)))
+    assert second.memory < first.memory
