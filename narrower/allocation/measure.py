@@ -15,7 +15,7 @@ from ..graph.types import Graph
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
 from ..repair.held_out import Comparison, checked_inputs, images_wanted, split
-from ..repair.second_moments import Repaired, SecondMoments, repaired, second_moments
+from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
@@ -27,11 +27,13 @@ MEASURED_IMAGES = 64
 
 
 class Cut(NamedTuple):
-    """One removal to be measured: the number of its curve, the share that goes, and the weights of the readers then."""
+    """One removal to be measured: the number of its curve, the share that goes, the weights of the readers then, and what is
+    added to their outputs."""
 
     curve: int
     share: float
-    weights: Mapping[str, Repaired]
+    weights: Mapping[str, Tensor]
+    intercepts: Mapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -44,13 +46,15 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     repaired by least squares, and the output is compared with the dense network's: by the Kullback-Leibler divergence of the
     class probabilities, or, for outputs that are not one tensor of logits `(N, classes, ...)`, by the squared error relative to
     the variance. Every sixth image (64 at most) is measured on; the second moments for the repair come from the others. Fitted
-    on the images measured, curves would be flat where a layer has more inputs than samples.
+    on the images measured, curves would be flat where a layer has more inputs than samples. Layers whose inputs cannot be seen
+    (their weight is computed first, or they are no plain layer) are cut without repair. `progress` names them.
 
     `batches` gives what the model takes, or pairs whose first part is; no labels are needed. All of them are used, or the first
     `images` samples. `progress` gets a line now and then.
 
-    Raises DataError for too few images or outputs that are not finite, PlanError if the model is not the one that was traced or
-    the scores are of another graph.
+    Raises DataError for too few images, batches without tensors, of several shapes or that the model cannot take, values that
+    are not finite, or outputs without numbers; PlanError if the model is not the one that was traced or the scores are of
+    another graph.
     """
     same_tensors(model, graph)
     values = checked_scores(graph, scores, set())
@@ -62,6 +66,9 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     copy = duplicate(model, {id(t): fresh_copy(t) for t in named_tensors(model).values()})
     with in_eval_mode(copy):
         moments = second_moments(copy, weights, fit)
+        hidden = sorted(weights - moments.keys())
+        if hidden and progress is not None:
+            progress(f"sensitivity: cut without repair, as what they read cannot be seen: {', '.join(hidden)}")
         cuts = [cut for k, part in enumerate(parts) for cut in cuts_of(graph, k, part, values, copy, moments, shares)]
         damages, kind = measured_damages(copy, cuts, measured, progress)
     curves = []
@@ -82,17 +89,36 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
         return []
     named = named_tensors(model)
     removed: dict[str, list[np.ndarray]] = {}
+    dims: dict[str, int] = {}
     for k, lost in enumerate(losses):
         for group, lowest in lowest_channels([part], [lost], scores):
             for s in graph[group].slices:
-                if s.role == "in" and s.tensor in moments:
-                    groups = moments[s.tensor].geometry.groups
-                    inputs = named[s.tensor].shape[s.dim] * (groups if s.dim == 1 else 1)
-                    masks = removed.setdefault(s.tensor, [np.zeros((groups, inputs // groups), dtype=bool) for _ in losses])
-                    masks[k].reshape(-1)[s.positions[np.isin(s.channels, lowest)]] = True
-    weights = {name: repaired(named[name], moments[name], masks) for name, masks in removed.items()}
+                if s.role == "in" and s.tensor in named:
+                    blocks = moments[s.tensor].geometry.groups if s.tensor in moments else s.blocks
+                    size = named[s.tensor].shape[s.dim] * (blocks if s.dim else 1)
+                    masks = removed.setdefault(s.tensor, [np.zeros(size, dtype=bool) for _ in losses])
+                    masks[k][s.positions[np.isin(s.channels, lowest)]] = True
+                    dims[s.tensor] = s.dim
+    weights: dict[str, list[Tensor]] = {}
+    intercepts: dict[str, list[Tensor]] = {}
+    for name, masks in removed.items():
+        if name in moments:
+            found = repaired(named[name], moments[name], [m.reshape(moments[name].geometry.groups, -1) for m in masks])
+            weights[name], intercepts[name] = [r.weight for r in found], [r.intercept for r in found]
+        else:
+            weights[name] = [without_inputs(named[name], dims[name], mask) for mask in masks]
     total = int(part.sizes.sum())
-    return [Cut(number, int(lost.sum()) / total, {name: w[k] for name, w in weights.items()}) for k, lost in enumerate(losses)]
+    return [Cut(number, int(lost.sum()) / total, {n: w[k] for n, w in weights.items()},
+                {n: i[k] for n, i in intercepts.items()}) for k, lost in enumerate(losses)]
+
+
+def without_inputs(weight: Tensor, dim: int, removed: np.ndarray) -> Tensor:
+    """A weight that is zero for the `removed` inputs along `dim`: bool, of a grouped convolution for each group."""
+    stay = torch.as_tensor(~removed, device=weight.device)
+    if dim:
+        rows = stay.view(-1, weight.shape[1])
+        stay = rows.repeat_interleave(len(weight) // len(rows), 0)
+    return weight * stay.view(*stay.shape, *(1,) * (weight.ndim - stay.ndim))
 
 
 def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tuple[Any, int]],
@@ -105,9 +131,10 @@ def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tup
         for k, cut in enumerate(cuts):
             before = {name: named[name].detach().clone() for name in cut.weights}
             for name, new in cut.weights.items():
-                named[name].data.copy_(new.weight)
-            added = {named[name].untyped_storage()._cdata: new.intercept for name, new in cut.weights.items()}
-            start = min((record.first_read[memory] for memory in added), default=len(record.outputs))
+                named[name].data.copy_(new)
+            added = {named[name].untyped_storage()._cdata: intercept for name, intercept in cut.intercepts.items()}
+            changed = [record.first_read.get(named[name].untyped_storage()._cdata) for name in cut.weights]
+            start = min((n for n in changed if n is not None), default=len(record.outputs))
             comparison.other(k, run_forward(model, batch, Replay(record, start, added)))
             for name, old in before.items():
                 named[name].data.copy_(old)

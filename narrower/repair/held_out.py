@@ -22,7 +22,8 @@ MOST_AT_ONCE = 64
 
 def checked_inputs(what: str, batches: Iterable[Any], model: nn.Module, images: int | None, least: int,
                    wanted: str) -> list[tuple[Any, int]]:
-    """The model's inputs from each batch with their numbers of images: finite, alike in shape, at least `least` in all.
+    """The model's inputs from each batch with their numbers of images: finite, alike in shape, such that the model runs, at
+    least `least` in all.
 
     Raises DataError. `wanted` says how many images would be good.
     """
@@ -37,6 +38,12 @@ def checked_inputs(what: str, batches: Iterable[Any], model: nn.Module, images: 
         found.append((inputs, count))
     if (seen := sum(n for _, n in found)) < least:
         raise DataError(f"{what} got {seen} images: give it {least} at least, better some hundreds ({wanted})")
+    try:
+        with torch.no_grad(), in_eval_mode(model):
+            call_model(model, images_at(found[0][0], torch.tensor([0])))
+    except Exception as e:
+        shapes = shapes_of(map_tensors(found[0][0], lambda t: t[:1]))
+        raise DataError(f"{what}: the model does not run on an image of shape {shapes} ({type(e).__name__}: {e})") from e
     return found
 
 

@@ -84,5 +84,5 @@ def dense_targets(model: nn.Module, kept: Mapping[str, Tensor], per_image: Mappi
         watch.run(batch, images)
         watch.batches.append(images)
     targets = watch.targets()
-    silent = dict.fromkeys(kept, "no convolution or linear layer reads it in the forward")
+    silent = dict.fromkeys(kept, "no convolution or linear layer reads it as it is")
     return targets, {n: watch.unseen.get(n, why) for n, why in silent.items() if n not in targets}, watch.read_once()

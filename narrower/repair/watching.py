@@ -105,7 +105,7 @@ class LayerWatch(TorchDispatchMode):
     def __init__(self, model: nn.Module, weights: Iterable[str]) -> None:
         super().__init__()
         named = named_tensors(model)
-        self.model, self.held = model, list(named.values())
+        self.model, self.held, self.tensors = model, list(named.values()), named
         self.by_memory = {named[n].untyped_storage()._cdata: n for n in weights}
         self.norms = {id(t): n.rpartition(".")[0] for n, t in named.items()}
         self.begin(0)
@@ -174,7 +174,9 @@ class LayerWatch(TorchDispatchMode):
             return run_in_chunks(func, call)
 
         if call.name != "convolution":
-            return LayerCall(weight, x, bias, Geometry(), run)
+            stored = self.tensors[weight]
+            as_linear = stored.ndim == 2 and matrix.shape == stored.T.shape and matrix.stride() == stored.T.stride()
+            return LayerCall(weight, x, bias, Geometry(), run) if as_linear else None
         _, _, _, stride, padding, dilation, transposed, _, groups = args
         n = x.ndim - 2
         wide = [tuple(v) * (n if len(v) == 1 else 1) for v in (stride, padding, dilation)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from support.networks import PATTERNS, Head, unit
@@ -9,7 +12,7 @@ from support.resrep_training import randomised
 from torch import Tensor, nn
 
 import narrower
-from narrower.allocation.measure import MEASURED
+from narrower.allocation.measure import MEASURED, without_inputs
 from narrower.surgery.walk import named_tensors
 
 
@@ -82,3 +85,94 @@ def test_bad_input_is_an_error() -> None:
         narrower.sensitivity(model, graph, scores, [torch.full((24, 3, 8, 8), float("nan"))])
     with pytest.raises(narrower.PlanError, match="no entry for group"):
         narrower.sensitivity(model, graph, narrower.Scores(), batches())
+    with pytest.raises(narrower.DataError, match="batch 1 has shape"):
+        narrower.sensitivity(model, graph, scores, [torch.randn(12, 3, 8, 8), torch.randn(12, 3, 9, 9)])
+    with pytest.raises(narrower.DataError, match=r"does not run on an image of shape \(1, 4, 8, 8\)"):
+        narrower.sensitivity(model, graph, scores, batches(channels=4))
+    with pytest.raises(narrower.PlanError, match="not the one that was traced"):
+        narrower.sensitivity(nn.Sequential(unit(3, 12), Head(12)), graph, scores, batches())
+
+
+class Ranked(nn.Module):
+    """Gives the order of the classes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return out.argsort(1)
+
+
+def test_outputs_without_numbers_to_compare_are_an_error_and_the_model_is_untouched() -> None:
+    model = Ranked()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    graph = narrower.trace(model, batches()[0][:1])
+    scores = narrower.random(graph)
+    with pytest.raises(narrower.DataError, match="without floating-point numbers"):
+        narrower.sensitivity(model, graph, scores, batches())
+    plan = narrower.plan(graph, scores, remove=0.3)
+    small = narrower.narrow(model, plan)
+    with pytest.raises(narrower.DataError, match="without floating-point numbers"):
+        narrower.reconstruct(model, small, plan, batches())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_model_in_train_mode_is_measured_in_eval_mode_and_stays_in_train_mode() -> None:
+    model = network()
+    graph = narrower.trace(model, batches()[0][:1])
+    scores = narrower.magnitude(model, graph)
+    want = narrower.sensitivity(model, graph, scores, batches())
+    model.train()
+    assert narrower.sensitivity(model, graph, scores, batches()) == want
+    assert model.training and all(m.training for m in model.modules())
+
+
+class Unseen(nn.Module):
+    """Layers whose inputs cannot be seen: a centred weight, and a parameter that is a factor as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+        self.c, self.matrix, self.head = nn.Conv2d(8, 4, 1), nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = self.b.weight - self.b.weight.mean((1, 2, 3), keepdim=True)
+        x = torch.relu(nn.functional.conv2d(torch.relu(self.a(x)), centred, self.b.bias))
+        out: Tensor = self.head(torch.relu(torch.relu(self.c(x)).mean((2, 3)) @ self.matrix))
+        return out
+
+
+def test_layers_whose_inputs_cannot_be_seen_are_cut_without_repair_and_named() -> None:
+    torch.manual_seed(0)
+    model = Unseen().eval()
+    graph = narrower.trace(model, batches()[0][:1])
+    scores = narrower.random(graph)
+    lines: list[str] = []
+    found = narrower.sensitivity(model, graph, scores, batches(), shares=(0.5,), progress=lines.append)
+    assert "cut without repair" in lines[0] and lines[0].endswith("b.weight, matrix")
+    for group, weight, dim in (("a", "b.weight", 1), ("c", "matrix", 0)):
+        cut = copy.deepcopy(model)
+        lowest = scores[group].argsort()[: len(scores[group]) // 2]
+        with torch.no_grad():
+            named_tensors(cut)[weight].index_fill_(dim, lowest, 0.0)
+        x = torch.cat(batches())[MEASURED - 1:: MEASURED]
+        with torch.no_grad():
+            p, q = (m(x).double().log_softmax(1) for m in (model, cut))
+        want = float((p.exp() * (p - q)).sum(1).mean())
+        assert found.by_group[group].damages[0] == pytest.approx(want, rel=0.05)
+    plan = narrower.plan(graph, scores, remove=0.5)
+    repaired = narrower.reconstruct(model, narrower.narrow(model, plan), plan, batches())
+    assert set(repaired.left) == {"b.weight", "matrix"} and [r.weight for r in repaired.layers] == ["c.weight", "head.weight"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_inputs_of_a_grouped_weight_are_zeroed_in_each_group(groups: int) -> None:
+    weight = torch.randn(6, 4 // groups, 3, 3)
+    removed = np.array([True, False, False, True])
+    x = torch.randn(2, 4, 5, 5)
+    x[:, [1, 2]] = 0
+    found = without_inputs(weight, 1, removed)
+    assert not nn.functional.conv2d(x, found, groups=groups).any()
+    assert found.count_nonzero() == weight.numel() // 2

@@ -203,6 +203,8 @@ def test_bad_images_are_errors() -> None:
         narrower.reconstruct(model, small, plan, [torch.full((16, 3, 8, 8), float("nan"))])
     with pytest.raises(narrower.PlanError, match="not the one that was traced"):
         narrower.reconstruct(small, small, plan, batches())
+    with pytest.raises(narrower.DataError, match=r"does not run on an image of shape \(1, 5, 8, 8\)"):
+        narrower.reconstruct(model, small, plan, batches(channels=5))
     with pytest.raises(narrower.PlanError, match=r"not what this plan leaves: 0.0.weight is \(12, 3, 3, 3\), should be \(8,"):
         narrower.reconstruct(model, model, plan, batches())
 
