@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..training.config import check
 
 METHODS = ("hrank", "resrep", "obs", "magnitude", "fpgm", "bn_scale", "taylor", "random")
-ALLOCATIONS = ("measured", "share")
+ALLOCATIONS = ("measured", "share", "norms")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class PruneConfig:
         bool, "also narrow channels that a layer normalises or pools across (removal changes such a layer by definition)"
     ] = True
     allocate: Annotated[
-        str, "how a budget is spread over the groups: measured (by the damage that each does) or share (the same of each)"
+        str, "how a budget is spread: measured (by the damage of each group), share (the same of each), norms (for resrep: "
+        "the rows of its compactors decide during the training, as published)"
     ] = "measured"
     sensitivity: Annotated[str | None, "measured before: the sensitivity.json of `narrower sensitivity`"] = None
     reconstruct: Annotated[bool, "after the cut, repair the weights that stay by least squares"] = True
@@ -97,7 +98,7 @@ class PruneConfig:
     distill_features: Annotated[float, "weight of the features at the end of each stage"] = 0.0
     scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"
     prior: Annotated[
-        str, "resrep: score that the row norms are multiplied by when channels are chosen, or none (as published)"
+        str, "resrep: score of the plan; with --allocate norms the row norms are multiplied by it, or none (as published)"
     ] = "magnitude"
     forgetting: Annotated[
         dict[str, Any], "resrep: settings instead of those that follow from --epochs, as JSON: '{\"mask_interval\": 200}'"
@@ -116,9 +117,13 @@ class PruneConfig:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
         if self.prior not in ("none", *METHODS) or self.prior == "resrep":
             raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m != 'resrep')}")
-        if self.method == "resrep" and (self.remove is not None or self.round_to > 1 or self.min_channels > 1):
-            raise ConfigError("--method resrep works towards a budget (--macs, --params): it takes no --remove, --round-to or "
+        if self.allocate == "norms" and self.method != "resrep":
+            raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
+        if self.allocate == "norms" and (self.remove is not None or self.round_to > 1 or self.min_channels > 1):
+            raise ConfigError("--allocate norms works towards a budget (--macs, --params): it takes no --remove, --round-to or "
                               "--min-channels")
+        if self.allocate != "norms" and self.method == "resrep" and self.prior == "none":
+            raise ConfigError("--prior none leaves the choice to the norms of the rows: give --allocate norms too")
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,7 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
         found = narrower.sensitivity(model, graph, scores, images, progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
     if job.run.writes:
-        part = file.with_name(file.name + ".part")
-        part.write_text(found.to_json(), encoding="utf-8")
-        part.replace(file)
+        write_whole(file, found.to_json())
     return found
 
 
@@ -139,15 +137,33 @@ def measure_sensitivity(job: Job) -> narrower.Sensitivity:
     return measured(job, model, graph, scored(job, model, graph, images), images)
 
 
-def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:
-    """Score, measure, plan, narrow, verify, and repair. The narrow network and its plan."""
-    given = job.settings.prune
-    images = list(sample(job, given.images))
+def planned(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Plan:
+    """Score, measure and plan, or read the plan of a run that goes on."""
+    given, file = job.settings.prune, job.run.folder / run_folder.PLAN
+    if job.run.resume and file.exists():
+        return narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph)
     scores = scored(job, model, graph, images)
     damage = measured(job, model, graph, scores, images) if given.allocate == "measured" and given.remove is None else None
     with job.stage("plan") as facts:
         plan = agreed(job, make_plan(given, graph, scores, damage))
         facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
+    if job.run.writes:
+        write_whole(file, plan.to_json())
+    return plan
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write beside the file, then take its place: a crash leaves no half of it."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:
+    """Plan, narrow, verify, and repair. The narrow network and its plan."""
+    given = job.settings.prune
+    images = list(sample(job, given.images))
+    plan = planned(job, model, graph, images)
     if given.reconstruct:
         small = reconstructed(job, model, narrowed(job, model, plan), plan, images)
         return (tuned(job, model, small, plan, images) if given.tune_steps else small), plan

@@ -81,7 +81,9 @@ def prune(job: Job) -> Result:
     dense_top1 = prepare_dense(job, model)
     if (found := restored(job, graph)) is None:
         found = (train_resrep if trains else narrow_oneshot)(job, model, graph)
-        save_narrow(job, *found)
+        if job.run.writes:
+            with job.stage("save"):
+                narrower.save(found[0], job.run.folder)
     small, plan = found
     top1 = {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))}
     if job.settings.train.epochs and not trains:
@@ -105,16 +107,6 @@ def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan 
     file = folder / run_folder.PLAN
     plan = narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph) if file.exists() else None
     return from_run(job, folder), plan
-
-
-def save_narrow(job: Job, small: nn.Module, plan: narrower.Plan | None) -> None:
-    """Save the narrow network, and the plan where one was made."""
-    if not job.run.writes:
-        return
-    with job.stage("save"):
-        if plan is not None:
-            (job.run.folder / run_folder.PLAN).write_text(plan.to_json(), encoding="utf-8")
-        narrower.save(small, job.run.folder)
 
 
 def prepare_dense(job: Job, model: nn.Module) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,15 +17,20 @@ from ..errors import ConfigError, VerifyError
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
-from .oneshot import distilling, recalibrated, sample, score
+from .oneshot import distilling, make_plan, planned, recalibrated, sample, scored
 
 MERGED = 1e-3  # largest difference of the merged network, relative to the outputs, in float32
 
 
-def compacted(
-    given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, scores: narrower.Scores | None = None
-) -> narrower.ResRep:
-    """Insert compactors into `model` as the settings say. `scores`: multiply the row norms when channels are chosen.
+class Choice(NamedTuple):
+    """Which channels go: those of a `plan`, or (None) those that the norms of the rows, times `scores`, choose on the way."""
+
+    plan: narrower.Plan | None = None
+    scores: narrower.Scores | None = None
+
+
+def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, choice: Choice) -> narrower.ResRep:
+    """Insert compactors into `model` as the settings say.
 
     Raises:
         ConfigError: `--forgetting` has an unknown setting.
@@ -36,20 +41,42 @@ def compacted(
     except TypeError as error:
         known = ", ".join(narrower.Forgetting.__dataclass_fields__)
         raise ConfigError(f"--forgetting {given.forgetting}: it knows {known}") from error
+    budget = {} if choice.plan else {"macs": given.macs, "params": given.params}
     return narrower.ResRep(
-        model, graph, macs=given.macs, params=given.params, steps=steps, scores=scores,
+        model, graph, **budget, plan=choice.plan, steps=steps, scores=choice.scores,
         scope=given.scope, exclude=given.exclude, settings=settings,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     """Check that ResRep is possible, before the dense network is trained. Raises as `compacted`."""
+    given = job.settings.prune
     if job.settings.train.epochs < 1:
         raise ConfigError("--method resrep needs --epochs: it works by training")
-    compacted(job.settings.prune, copy.deepcopy(model), graph, 1)
+    plan = None if given.allocate == "norms" else make_plan(compactable(given, model, graph), graph, narrower.random(graph))
+    compacted(given, copy.deepcopy(model), graph, 1, Choice(plan))
 
 
-def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, None]:
+def compactable(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> PruneConfig:
+    """The settings of a plan for ResRep: scored by the prior, without the groups that no compactor covers."""
+    least = replace(given, macs=1 - 1e-9, params=None)
+    covered = compacted(least, copy.deepcopy(model), graph, 1, Choice()).placement.rows
+    return replace(given, method=given.prior, exclude=[*given.exclude, *(g.name for g in graph.free if g.name not in covered)])
+
+
+def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
+    """Plan, or score for the choice by norms."""
+    given = job.settings.prune
+    images = list(sample(job, given.images))
+    by_prior = replace(given, method=given.prior) if given.prior != "none" else given
+    if given.allocate == "norms":
+        scoring = replace(job, settings=replace(job.settings, prune=by_prior))
+        return Choice(scores=scored(scoring, model, graph, images) if given.prior != "none" else None)
+    planning = replace(job, settings=replace(job.settings, prune=compactable(given, model, graph)))
+    return Choice(planned(planning, model, graph, images))
+
+
+def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None]:
     """Train a copy of `model` with compactors, shrink it on the way, merge it, and renew its BatchNorm statistics if better.
 
     On Ctrl-C it is merged and saved.
@@ -57,14 +84,9 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
     config = job.settings.train
     steps = len(batches(job.fit_and_held[0], config.batch_size, order=0, shard=job.shard, workers=config.workers))
     given = job.settings.prune
-    scores = None
-    if given.prior != "none":
-        with job.stage("score") as facts:
-            images = job.report.watch(sample(job, given.images), f"scoring ({given.prior})", given.images)
-            scores = score(replace(given, method=given.prior), model, graph, images, job.settings.run.seed)
-            facts["method"] = given.prior
+    choice = choose(job, model, graph)
     training = copy.deepcopy(model)
-    resrep = compacted(given, training, graph, max(1, config.epochs * steps), scores)
+    resrep = compacted(given, training, graph, max(1, config.epochs * steps), choice)
     try:
         job.train(training, "resrep", run_folder.CHECKPOINT, config, resrep=resrep,
                   distillation=distilling(given, model, training))
@@ -79,7 +101,7 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
         facts["error"] = difference(training, small, next(sample(job, 16))[0])
         facts["text"] = "\n".join([str(resrep), *(f"warning: {w.message}" for w in said)])
         facts["top1"] = job.evaluate(small)
-    return recalibrated(job, small), None
+    return recalibrated(job, small), choice.plan
 
 
 @torch.inference_mode()

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from ..errors import BudgetError
+from ..errors import BudgetError, PlanError
 from ..graph.cost import CostKind, CostModel, RunningCost
 from ..graph.equal_counts import Component, components
 from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..planning.greedy import ComponentDescent, descend, fits
-from ..planning.plan import widths
+from ..planning.plan import Plan, widths
 from ..planning.requests import checked_scores, lowest_channels
 from .placement import Placement, without_groups
 from .schedule import Ranking
@@ -30,7 +30,8 @@ class Candidates:
     """The channels that compactors can remove, and the budget.
 
     `placement`: the compactors and, for each group, the rows that must be zero. `parts`: the components of these groups.
-    `targets`: the largest value of each cost that the budget allows.
+    `targets`: the largest value of each cost that the budget allows. `wanted`: the channels that a plan removes; None where
+    norms decide.
     """
 
     cost: CostModel
@@ -38,6 +39,7 @@ class Candidates:
     parts: Sequence[Component]
     targets: Costs
     ranking: Ranking
+    wanted: Masks | None = None
 
     @property
     def graph(self) -> Graph:
@@ -64,8 +66,12 @@ class Candidates:
 
         `norms`: {group: array (size,)}. Ranking "norm": the lowest norm of all groups first (section 3.3 of the paper).
         Channels tied together count with their mean. "share": as in `plan`, the smallest share of the group's sum per cost
-        saved. At least one channel of every cell stays. Returns the chosen channels, and the costs without them.
+        saved. At least one channel of every cell stays. Of a plan's channels those with the lowest norms go first. Returns the
+        chosen channels, and the costs without them.
         """
+        if self.wanted is not None:
+            chosen = lowest_of(self.wanted, norms, most)
+            return chosen, self.costs(self.without(chosen))
         running = RunningCost(self.cost, tuple(self.targets))
         weight = {k: 1 / self.cost.cost(k, self.cost.dense) for k in self.targets}
         steps = [ComponentDescent(self.graph, p, norms, self.cost, 1, 1) for p in self.parts]
@@ -81,13 +87,18 @@ class Candidates:
         return {name: ~kept.mask(name) for name in self.placement.rows}, dict(running.now)
 
     def count(self) -> int:
-        """An estimate of how many channels must be removed: the number chosen for random norms."""
+        """How many channels a plan removes, or an estimate of how many must be: the number chosen for random norms."""
         rng = np.random.default_rng(0)
         chosen, _ = self.choose({n: rng.random(self.graph[n].size) for n in self.placement.rows})
         return sum(int(c.sum()) for c in chosen.values())
 
     def check_reachable(self) -> None:
-        """Raise BudgetError if even the smallest network, with one channel of every cell, exceeds the budget."""
+        """Raise BudgetError if even the smallest network, with one channel of every cell, exceeds the budget.
+
+        A plan can always be reached.
+        """
+        if self.wanted is not None:
+            return
         smallest = replace(self, targets=dict.fromkeys(self.targets, 0.0), ranking="norm")
         least = smallest.choose({n: np.ones(self.graph[n].size) for n in self.placement.rows})[1]
         for kind, target in self.targets.items():
@@ -109,6 +120,22 @@ class Candidates:
         order = {group: np.where(stays, 2, before.mask(group)) for group, stays in alive.items()}
         return Kept.without(self.graph, lowest_channels(self.parts, counts, order))
 
+    def planned(self, reached: Kept) -> Kept:
+        """The channels that a plan keeps; without a plan, those that training has `reached`."""
+        if self.wanted is None or all((reached.mask(name) == ~mask).all() for name, mask in self.wanted.items()):
+            return reached
+        return self.without(self.wanted)
+
+    def without(self, removed: Masks) -> Kept:
+        """All channels but these."""
+        return Kept.without(self.graph, [(name, np.nonzero(mask)[0]) for name, mask in removed.items()])
+
+    def removed_by_plan(self) -> dict[str, list[int]] | None:
+        """The channels that a plan removes, for a saved state. None without a plan."""
+        if self.wanted is None:
+            return None
+        return {name: np.nonzero(mask)[0].tolist() for name, mask in self.wanted.items()}
+
     def by_channel(self, values: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray],
                    fill: float) -> dict[str, list[np.ndarray]]:
         """Convert values of compactor rows into values of channels: {group: one array (size,) per site}.
@@ -125,6 +152,34 @@ class Candidates:
                 np.maximum.at(value, m.channels, dense[m.positions])
                 out.setdefault(group, []).append(np.where(np.isinf(value), np.nan, value))
         return out
+
+
+def lowest_of(wanted: Masks, norms: Mapping[str, np.ndarray], most: float) -> Masks:
+    """Of the wanted channels the `most` with the lowest norms, all where there are no more."""
+    pairs = sorted((float(norms[name][k]), name, int(k)) for name, mask in wanted.items() for k in np.nonzero(mask)[0])
+    chosen = {name: np.zeros_like(mask) for name, mask in wanted.items()}
+    for _, name, k in pairs[: int(min(most, len(pairs)))]:
+        chosen[name][k] = True
+    return chosen
+
+
+def wanted_by(plan: Plan, graph: Graph, placement: Placement) -> Masks:
+    """The channels that a plan removes, of each group with compactors.
+
+    Raises PlanError if the plan is of another graph, removes nothing, or removes channels without a compactor.
+    """
+    if {g.name: g.size for g in plan.graph.free} != {g.name: g.size for g in graph.free}:
+        raise PlanError("the plan was made for another graph than the one that ResRep was given")
+    kept = Kept(graph, plan.keep)
+    losing = [g.name for g in graph.free if not kept.mask(g.name).all()]
+    if not losing:
+        raise PlanError("the plan removes nothing")
+    without = [name for name in losing if name not in placement.rows]
+    if without:
+        why = "; ".join(f"{n}: {placement.reasons.get(n, 'nothing to compact')}" for n in without[:4])
+        raise PlanError(f"the plan removes channels of {len(without)} groups that have no compactor: plan with exclude= for "
+                        f"them, or try scope='all' ({why})")
+    return {name: ~kept.mask(name) for name in placement.rows}
 
 
 def tied_parts(graph: Graph, placement: Placement) -> tuple[list[Component], Placement]:

@@ -22,12 +22,13 @@ from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizer
+from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
 from .placement import Scope, prepare, without_groups
-from .ranking import Candidates, priors, tied_parts
+from .ranking import Candidates, priors, tied_parts, wanted_by
 from .restructure import Mode, compactor_at, restore_shapes, restructure
 from .schedule import Forgetting, decouples_penalty
 
@@ -44,20 +45,23 @@ class ResRep:
     At first the model computes what it did before. Train it as usual, with an optimizer over `param_groups` that was passed to
     `attach`. Between steps `shrink` removes channels that are zero already. `merge` returns the narrow network.
 
-    `macs`, `params`: the budget, as for `plan`. `steps`: optimizer steps of the whole training; they determine the schedule.
-    `scope`: "inner" for channels that one layer produces, as in the paper; "all" for residual streams too. `exclude`: patterns
-    of groups to leave alone. `scores`: row norms are multiplied by a channel's score, divided by the mean of its group.
+    `macs`, `params`: the budget, as for `plan`: norms decide during the training which channels go. Instead `plan`: which go is
+    decided already, for example by measured damage; after all steps `merge` returns its widths. `steps`: optimizer steps of the
+    whole training; they determine the schedule. `scope`: "inner" for channels that one layer produces, as in the paper; "all"
+    for residual streams too. `exclude`: patterns of groups to leave alone. `scores`: row norms are multiplied by a channel's
+    score, divided by the mean of its group.
     `settings`: see `Forgetting`.
 
-    Raises PlanError if the model is not the traced one or has nothing to compact, BudgetError for a budget that cannot be
-    reached, ConfigError for settings out of range.
+    Raises PlanError if the model is not the traced one, has nothing to compact, or does not fit the plan, BudgetError for a
+    budget that cannot be reached, ConfigError for settings out of range.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
-                 steps: int, scope: Scope = "inner", exclude: Sequence[str] = (), scores: Mapping[str, Tensor] | None = None,
+                 plan: Plan | None = None, steps: int, scope: Scope = "inner", exclude: Sequence[str] = (),
+                 scores: Mapping[str, Tensor] | None = None,
                  settings: Forgetting | None = None) -> None:
-        if macs is None and params is None:
-            raise PlanError("give a budget: macs= or params=")
+        if (plan is None) == (macs is None and params is None):
+            raise PlanError("give a budget, macs= or params=, or instead a plan=")
         if type(steps) is not int or steps < 1:
             raise ConfigError(f"steps={steps!r}: give the number of optimizer steps of the training")
         if scope not in ("inner", "all"):
@@ -70,7 +74,9 @@ class ResRep:
         self.dense: dict[CostKind, float] = {k: cost.cost(k, cost.dense) for k in ("macs", "params")}
         self.budget, self.scope = {"macs": macs, "params": params}, scope
         settings = settings or Forgetting()
-        self.candidates = Candidates(cost, self.placement, parts, Budget(macs, params).targets(self.dense), settings.ranking)
+        wanted = None if plan is None else wanted_by(plan, self.graph, self.placement)
+        targets: dict[CostKind, float] = {"macs": plan.macs[1]} if plan else Budget(macs, params).targets(self.dense)
+        self.candidates = Candidates(cost, self.placement, parts, targets, settings.ranking, wanted)
         self.candidates.check_reachable()
         self.prior = priors(self.graph, self.placement, scores)
         self.settings = settings.over(steps, self.candidates.count())
@@ -178,17 +184,20 @@ class ResRep:
     def merge(self, model: nn.Module | None = None) -> nn.Module:
         """The narrow network: plain modules, with every compactor merged. In eval mode it equals the trained one to rounding.
 
-        `model`: an averaged copy to merge instead of the trained model. Neither is changed. Warns if the budget is not reached.
+        `model`: an averaged copy to merge instead of the trained model. Neither is changed. Warns if the budget is not reached;
+        channels of a plan that are not zero after all `steps` are cut.
         """
         source = self.model if model is None else model
         small = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
-        kept = self.remaining()
+        reached = self.remaining()
+        kept = self.candidates.planned(reached) if self.step >= self.steps else reached
         restructure(small, self.placement, self.kept, kept, "merge")
-        for kind, have in self.candidates.costs(kept).items():
+        for kind, have in self.candidates.costs(reached).items():
             target, dense = self.candidates.targets[kind], self.dense[kind]
-            if have > target:
+            if have > target * (1 + 1e-12):
+                rest = "" if kept is reached else "; the channels of the plan that are not zero yet are cut"
                 warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {dense:,.0f} remain ({have / dense:.1%}), "
-                              f"{target / dense:.1%} was asked for; train longer (step {self.step} of {self.steps})",
+                              f"{target / dense:.1%} was asked for{rest}; train longer (step {self.step} of {self.steps})",
                               stacklevel=2)
         record_narrowing(small, kept)
         return small
@@ -225,6 +234,7 @@ class ResRep:
     def run_settings(self) -> dict[str, Any]:
         """The settings that must agree between a saved state and the ResRep that loads it."""
         return {"format": FORMAT, "steps": self.steps, "budget": dict(self.budget), "scope": self.scope,
+                "plan": self.candidates.removed_by_plan(),
                 "settings": asdict(self.settings), "groups": {n: self.graph[n].size for n in self.placement.rows}}
 
     def state_dict(self) -> dict[str, Any]:

@@ -310,7 +310,9 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--exclude", "layer9*"], "no group matches 'layer9*'", nothing),
     (["--macs", "0.5", "--remove", "0.5"], "either a budget", nothing),
     (["--method", "best"], "take one of hrank, resrep, obs, magnitude", nothing),
-    (["--method", "resrep", "--remove", "0.5"], "works towards a budget", nothing),
+    (["--method", "resrep", "--allocate", "norms", "--remove", "0.5"], "works towards a budget", nothing),
+    (["--allocate", "norms"], "is for --method resrep", nothing),
+    (["--method", "resrep", "--prior", "none"], "give --allocate norms too", nothing),
     (["--method", "resrep", "--epochs", "0"], "needs --epochs", nothing),
     (["--method", "resrep", "--macs", "0.01"], "the least is", nothing),
     (["--method", "resrep", "--scope", "outer"], "'inner' or 'all'", nothing),
@@ -414,11 +416,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert epochs[0] == epochs[1]
 
 
-RESREP = [*SMALL, "--dense-epochs", "1", "--epochs", "4", "--method", "resrep", "--macs", "0.5", "--scope", "all"]
+RESREP = [*SMALL, "--dense-epochs", "1", "--epochs", "4", "--method", "resrep", "--macs", "0.5", "--scope", "all",
+          "--images", "48"]
 
 
-def test_resrep_merges_what_it_trained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["prune", *RESREP, "--output", "run"]) == 0
+@pytest.mark.parametrize("allocate", ["measured", "norms"])
+def test_resrep_merges_what_it_trained(allocate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prune", *RESREP, "--allocate", allocate, "--output", "run"]) == 0
     out = capsys.readouterr().out
     assert "masked" in out and "channels are zero" in out and "dense against narrow" in out
     stages = {row["stage"]: row for row in rows("run")}
@@ -430,6 +434,7 @@ def test_resrep_merges_what_it_trained(capsys: pytest.CaptureFixture[str]) -> No
     epochs = [row for row in rows("run") if "epoch" in row and row["stage"] == "resrep"]
     assert epochs[-1]["reached"] <= 0.5 and epochs[-1]["zero"] > 0
     assert weights("run")["conv1.weight"].shape[0] < 8
+    assert ("plan" in stages) == (allocate == "measured")
     assert cli.main(["eval", "run"]) == 0
 
 

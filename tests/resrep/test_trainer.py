@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -373,6 +375,75 @@ def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink(name: str, kinds: 
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert whole.state_dict()["step"] == resumed.state_dict()["step"] == 70
     assert difference(outputs(whole.merge(), inputs), outputs(resumed.merge(), inputs)) == 0
+
+
+def planned(macs: float = 0.5, steps: int = 60, **options: Any) -> tuple[narrower.ResRep, narrower.Plan, nn.Module]:
+    """A ResRep that has its channels from a plan, the plan, and the dense network."""
+    torch.manual_seed(1)
+    model = randomised(small_resnet()).double()
+    graph = narrower.trace(model, IMAGES)
+    plan = narrower.plan(graph, narrower.random(graph, seed=5), macs=macs)
+    training = copy.deepcopy(model)
+    return narrower.ResRep(training, graph, plan=plan, steps=steps, scope="all", **options), plan, model
+
+
+def test_training_sends_exactly_the_channels_of_a_plan_to_zero() -> None:
+    resrep, plan, model = planned()
+    optimizer = sgd(resrep, lr=0.02)
+    for _ in range(3):
+        resrep_training.train(resrep, optimizer, IMAGES, 20)
+        resrep.shrink()
+    assert resrep.phase == "frozen" and resrep.reached() == pytest.approx(plan.macs[1] / plan.macs[0])
+    before = outputs(resrep.model, IMAGES)
+    merged = resrep.merge()
+    assert difference(before, outputs(merged, IMAGES)) < 1e-10
+    shapes = {n: t.shape for n, t in narrower.narrow(model, plan).state_dict().items()}
+    assert {n: t.shape for n, t in merged.state_dict().items() if n in shapes} == shapes
+    assert all(np.array_equal(resrep.kept.keep[n], k) for n, k in plan.keep.items())
+
+
+def test_rows_of_a_plan_are_chosen_by_their_norms_a_few_at_a_time() -> None:
+    resrep, plan, _ = planned()
+    norms = {n: np.arange(resrep.graph[n].size, dtype=float) for n in resrep.placement.rows}
+    gone = {n: np.setdiff1d(np.arange(resrep.graph[n].size), plan.keep[n]) for n in norms}
+    few, costs = resrep.candidates.choose(norms, 3)
+    lowest = sorted((norms[n][k], n, k) for n in gone for k in gone[n])[:3]
+    assert sorted((norms[n][k], n, k) for n in few for k in np.nonzero(few[n])[0]) == lowest
+    every, all_costs = resrep.candidates.choose(norms)
+    assert {n: np.nonzero(mask)[0].tolist() for n, mask in every.items()} == {n: k.tolist() for n, k in gone.items()}
+    assert plan.macs[0] > costs["macs"] > all_costs["macs"] == plan.macs[1]
+
+
+def test_what_is_left_of_a_plan_after_all_steps_is_cut_and_said() -> None:
+    resrep, plan, model = planned(steps=40, settings=narrower.Forgetting(forget_steps=0))  # the pull is too weak
+    optimizer = sgd(resrep, lr=1e-6)
+    resrep_training.train(resrep, optimizer, IMAGES, 10)
+    with pytest.warns(UserWarning, match="was not reached"):
+        early = resrep.merge()
+    assert difference(outputs(resrep.model, IMAGES), outputs(early, IMAGES)) < 1e-10
+    resrep_training.train(resrep, optimizer, IMAGES, 30)
+    with pytest.warns(UserWarning, match="channels of the plan that are not zero yet are cut"):
+        merged = resrep.merge()
+    shapes = {n: t.shape for n, t in narrower.narrow(model, plan).state_dict().items()}
+    assert {n: t.shape for n, t in merged.state_dict().items() if n in shapes} == shapes
+
+
+def test_plans_that_do_not_fit_are_refused() -> None:
+    resrep, plan, model = planned()
+    graph = plan.graph
+    with pytest.raises(PlanError, match="no compactor: plan with exclude"):
+        narrower.ResRep(copy.deepcopy(model), graph, plan=plan, steps=9, scope="inner")
+    with pytest.raises(PlanError, match="or instead a plan"):
+        narrower.ResRep(copy.deepcopy(model), graph, plan=plan, macs=0.5, steps=9)
+    nothing = replace(plan, keep={g.name: np.arange(g.size) for g in graph.free})
+    with pytest.raises(PlanError, match="removes nothing"):
+        narrower.ResRep(copy.deepcopy(model), graph, plan=nothing, steps=9, scope="all")
+    other = narrower.trace(PATTERNS["grouped"].make(), PATTERNS["grouped"].inputs)
+    with pytest.raises(PlanError, match="another graph"):
+        narrower.ResRep(copy.deepcopy(model), graph, steps=9, scope="all",
+                        plan=narrower.plan(other, narrower.random(other), remove=0.5))
+    with pytest.raises(StorageError, match="of another run: plan was"):
+        planned(macs=0.6)[0].load_state_dict(resrep.state_dict())
 
 
 def test_merged_saves_loads_and_trains_on(tmp_path: Any) -> None:
