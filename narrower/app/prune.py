@@ -87,11 +87,13 @@ def prune(job: Job) -> Result:
     small, plan = found
     top1 = {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))}
     if job.settings.train.epochs and not trains:
+        distillation = distilling(job.settings.prune, model, small, plan)
         with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
             top1["fine-tune"] = job.train(
-                small, "fine-tune", run_folder.CHECKPOINT, job.settings.train,
-                distillation=distilling(job.settings.prune, model, small, plan),
+                small, "fine-tune", run_folder.CHECKPOINT, job.settings.train, distillation=distillation
             )  # fmt: skip
+        if distillation is not None:
+            distillation.close()
     final = [*top1.values()][-1] if top1 else job.evaluate(small)
     with job.stage("measure", busy="measuring") as facts:
         dense, narrow = figures(job.example, (model, dense_top1), (small, final))

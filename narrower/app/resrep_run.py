@@ -68,12 +68,13 @@ def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
     """Plan, or score for the choice by norms."""
     given = job.settings.prune
     images = list(sample(job, given.images))
-    by_prior = replace(given, method=given.prior) if given.prior != "none" else given
-    if given.allocate == "norms":
-        scoring = replace(job, settings=replace(job.settings, prune=by_prior))
-        return Choice(scores=scored(scoring, model, graph, images) if given.prior != "none" else None)
-    planning = replace(job, settings=replace(job.settings, prune=compactable(given, model, graph)))
-    return Choice(planned(planning, model, graph, images))
+    if given.allocate != "norms":
+        planning = replace(job, settings=replace(job.settings, prune=compactable(given, model, graph)))
+        return Choice(planned(planning, model, graph, images))
+    if given.prior == "none":
+        return Choice()
+    scoring = replace(given, method=given.prior, allocate="share")  # a method that scores has no norms
+    return Choice(scores=scored(replace(job, settings=replace(job.settings, prune=scoring)), model, graph, images))
 
 
 def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None]:
