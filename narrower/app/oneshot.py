@@ -12,7 +12,7 @@ import narrower
 
 from ..data.images import Batch, batches, mix
 from ..errors import ConfigError
-from ..training.settle import settle
+from ..training.settle import settle, train_batches
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
@@ -204,11 +204,15 @@ def tuned(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, ima
 
 
 def recalibrated(job: Job, small: nn.Module) -> nn.Module:
-    """The cut network with renewed BatchNorm statistics, where they are better on the images held out."""
+    """The cut network with renewed BatchNorm statistics, where they are better on the images held out, or where none are."""
     fit, held = job.fit_and_held
-    config = job.settings.train
-    if config.recalibrate and held is not None:
+    config, seed = job.settings.train, job.settings.run.seed
+    if config.recalibrate:
         with job.stage("recalibrate") as facts:
-            facts["kept"] = settle(small, fit, held, config, job.accelerator, seed=job.settings.run.seed).kept
+            if held is None:
+                stream = train_batches(fit, config, job.accelerator, seed)
+                facts["images"] = narrower.recalibrate(small, stream, images=config.recalibrate)
+            else:
+                facts["kept"] = settle(small, fit, held, config, job.accelerator, seed=seed).kept
             facts["top1"] = job.evaluate(small)
     return small

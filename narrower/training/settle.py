@@ -42,11 +42,6 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
     training may be worse still. So `config.recalibrate` images of `fit` are, and the lowest cross-entropy on the images of
     `held`, which nothing was trained on, decides.
     """
-    def train_batches() -> Iterator[Batch]:
-        loader = batches(fit.augmented(seed, config.epochs), config.batch_size, order=mix(seed, config.epochs),
-                         workers=config.workers)
-        return (to_device(x, y, config, accelerator.device) for x, y in loader)
-
     values: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, float] = {}
     for name, source in ((TRAINED, model), ("average of the weights", average)):
@@ -54,12 +49,20 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
             continue
         restore(model, snapshot(source))
         for candidate, renewed in ((name, False), (f"{name}, BatchNorm renewed", True)):
-            if not renewed or (config.recalibrate and recalibrate(model, train_batches(), images=config.recalibrate)):
+            if not renewed or (config.recalibrate and recalibrate(
+                    model, train_batches(fit, config, accelerator, seed), images=config.recalibrate)):
                 values[candidate] = snapshot(model)
                 losses[candidate] = evaluate(model, held, config, accelerator)["loss"]
     kept = min(losses, key=lambda name: losses[name])
     restore(model, values[kept])
     return Settled(kept, losses)
+
+
+def train_batches(fit: Images, config: TrainConfig, accelerator: Accelerator, seed: int) -> Iterator[Batch]:
+    """Batches exactly as in training: shuffled and augmented, on the device."""
+    loader = batches(fit.augmented(seed, config.epochs), config.batch_size, order=mix(seed, config.epochs),
+                     workers=config.workers)
+    return (to_device(x, y, config, accelerator.device) for x, y in loader)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
