@@ -21,7 +21,6 @@ import argparse
 import importlib
 import resource
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,17 +104,16 @@ def score(name: str, graph: narrower.Graph, data: Data) -> narrower.Scores:
     return narrower.Scores(getattr(narrower, name)(data.model, graph))
 
 
-def after_each_stage(plan: narrower.Plan, data: Data, dense: Tensor, streams: Sequence[bool] = (False, True)) -> str:
-    """The quality after the cut and after reconstruction, without and with stream targets."""
+def repaired(plan: narrower.Plan, data: Data, dense: Tensor, stream: bool | None = True) -> nn.Module:
+    """The reconstructed network. Prints the quality after the cut and then."""
     small = narrower.narrow(data.model, plan)
     shares = [after / before for before, after in (plan.macs, plan.params)]
-    line = f"MACs {shares[0]:.3f}, parameters {shares[1]:.3f}: cut {quality(small, data, dense)}"
-    for stream in streams:
-        start = time.perf_counter()
-        done = narrower.reconstruct(data.model, small, plan, data.images.split(BATCH), stream_targets=stream).model
-        line += (f", reconstructed{' with stream targets' if stream else ''} {quality(done, data, dense)} in "
-                 f"{time.perf_counter() - start:.0f} s")
-    return line
+    start = time.perf_counter()
+    done = narrower.reconstruct(data.model, small, plan, data.images.split(BATCH), stream_targets=stream)
+    took = time.perf_counter() - start
+    print(f"MACs {shares[0]:.3f}, parameters {shares[1]:.3f}: cut {quality(small, data, dense)}, reconstructed ({done.kept}, "
+          f"{took:.0f} s) {quality(done.model, data, dense)}", flush=True)
+    return done.model
 
 
 def measured(name: str, graph: narrower.Graph, data: Data) -> tuple[narrower.Scores, narrower.Sensitivity]:
@@ -137,25 +135,27 @@ def stages(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: T
     for macs in args.macs:
         for name in args.allocations:
             plan = narrower.plan(graph, scores, macs=macs, sensitivity=damage if name == "measured" else None)
-            print(f"order by {args.score}, allocated by {name}, {after_each_stage(plan, data, dense)}", flush=True)
+            for stream in args.streams:
+                print(f"order by {args.score}, allocated by {name}, ", end="")
+                repaired(plan, data, dense, stream)
 
 
 def steps(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: Tensor) -> None:
     """Each budget in one step, and from the network of the budget before, repaired and measured anew."""
     scores, damage = measured(args.score, graph, data)
-    before: narrower.Plan | None = None
+    before: tuple[narrower.Plan, nn.Module] | None = None
     for number, macs in enumerate(args.macs, 1):
         plan = narrower.plan(graph, scores, macs=macs, sensitivity=damage)
-        print(f"order by {args.score}, one step, {after_each_stage(plan, data, dense, [True])}", flush=True)
+        print(f"order by {args.score}, one step, ", end="")
+        small = repaired(plan, data, dense)
         if before is not None:
-            small = narrower.narrow(data.model, before)
-            small = narrower.reconstruct(data.model, small, before, data.images.split(BATCH), stream_targets=True).model
-            graph2 = narrower.trace(small, data.images[:1])
-            scores2, damage2 = measured(args.score, graph2, data._replace(model=small))
-            second = narrower.plan(graph2, scores2, macs=macs * plan.macs[0], sensitivity=damage2)
-            plan = narrower.compose(before, second)
-            print(f"order by {args.score}, {number} steps, {after_each_stage(plan, data, dense, [True])}", flush=True)
-        before = plan
+            first, model = before
+            graph2 = narrower.trace(model, data.images[:1])
+            scores2, damage2 = measured(args.score, graph2, data._replace(model=model))
+            plan = narrower.compose(first, narrower.plan(graph2, scores2, macs=macs * plan.macs[0], sensitivity=damage2))
+            print(f"order by {args.score}, {number} steps, ", end="")
+            small = repaired(plan, data, dense)
+        before = plan, small
 
 
 def orders(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: Tensor) -> None:
@@ -167,8 +167,8 @@ def orders(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: T
             start = time.perf_counter()
             plan = narrower.plan(graph, score(name, graph, data), remove=removed)
             assert all(len(plan.keep[n]) == len(kept) for n, kept in widths.items())
-            took = time.perf_counter() - start
-            print(f"order by {name} ({took:.0f} s), {after_each_stage(plan, data, dense, [True])}", flush=True)
+            print(f"order by {name} ({time.perf_counter() - start:.0f} s), ", end="")
+            repaired(plan, data, dense)
 
 
 def main() -> None:
@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=350)
     parser.add_argument("--reported", type=int, help="report on so many images, not on all others")
     parser.add_argument("--score", default="magnitude", help="the order of channels")
+    parser.add_argument("--streams", nargs="+", default=[None], type=lambda text: text == "yes", metavar="yes|no",
+                        help="stream targets or not, instead of what is nearer on images held out")
     parser.add_argument("--steps", action="store_true", help="the budgets, in falling order, are stations of one way")
     parser.add_argument("--orders", nargs="+", help="compare these scores, at the same widths")
     parser.add_argument("--allocations", nargs="+", default=["share", "measured"], choices=("share", "measured"))
