@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.models.checkpoints import load_checkpoint
-from narrower.models.resnet import cifar_resnet56
+from narrower.models.resnet import cifar_resnet20, cifar_resnet56
 from narrower.repair.held_out import kl_divergence
 
 BATCH = 32
@@ -54,7 +54,7 @@ class Data(NamedTuple):
 
 
 def cifar(args: argparse.Namespace) -> Data:
-    model = cifar_resnet56()
+    model = cifar_resnet20() if args.depth == 20 else cifar_resnet56()
     load_checkpoint(model, args.checkpoint)
     classes = sorted(p.name for p in (args.data_dir / "val").iterdir())
     rng, found = np.random.default_rng(args.seed), []
@@ -87,7 +87,7 @@ def quality(model: nn.Module, data: Data, dense: Tensor) -> str:
     """Top-1 and the divergence from the `dense` logits."""
     out = logits(model, data.x)
     hits = int((out.argmax(1) == data.labels).sum())
-    return f"{100 * hits / len(data.labels):.2f} % (KL {kl_divergence(dense, out):.4f})"
+    return f"{100 * hits / len(data.labels):.2f} % (KL {kl_divergence(dense, out) / len(out):.4f})"
 
 
 def score(name: str, graph: narrower.Graph, data: Data) -> narrower.Scores:
@@ -175,7 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", choices=("cifar", "lite"))
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, help="of the ResNet-56")
+    parser.add_argument("--checkpoint", type=Path, help="of the ResNet")
+    parser.add_argument("--depth", type=int, choices=(20, 56), default=56, help="of the ResNet")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
     parser.add_argument("--images", type=int, default=350)
     parser.add_argument("--reported", type=int, help="report on so many images, not on all others")
