@@ -58,6 +58,14 @@ def test_fewer_samples_than_inputs_do_not_ruin_the_layer() -> None:
     assert choice.correction is None or (choice.strength or 0) >= 1
 
 
+def test_weights_stay_where_nothing_helps_on_held_out_samples() -> None:
+    held_out = torch.arange(40) >= 30
+    x = torch.randn(1, 40, 6, dtype=torch.float64)
+    r = torch.where(held_out, -1.0, 1.0).double().view(1, 40, 1).expand(1, 40, 5)
+    choice = choose(x, r, held_out, torch.ones(1, 5, dtype=torch.float64))
+    assert choice.correction is None and choice.strength is None and choice.after == choice.before
+
+
 @pytest.mark.parametrize("best", range(7))
 def test_the_walk_finds_the_lowest_of_errors_that_fall_and_rise(best: int) -> None:
     values, tried = list(range(7)), []

@@ -131,7 +131,8 @@ class Careless(nn.Module):
         w.relu_()
         out = torch.nn.functional.hardtanh(w) * 2  # a view made before reads what is written in place
         kept = self.d(out)
-        return torch.relu(kept), kept, self.norm(self.a(kept)), rows.sum()
+        last = self.c(kept)
+        return torch.relu(kept), kept, self.norm(self.a(kept)), rows.sum(), torch.relu(last), last
 
 
 @pytest.mark.parametrize("name", ["block", "careless"])
