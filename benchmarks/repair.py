@@ -116,6 +116,15 @@ def repaired(plan: narrower.Plan, data: Data, dense: Tensor, stream: bool | None
     return done.model
 
 
+def tuned(small: nn.Module, plan: narrower.Plan, data: Data, dense: Tensor, how: tuple[int, float]) -> None:
+    """Prints the quality after label-free tuning on the images of the repair."""
+    start = time.process_time()
+    steps, lr = how
+    done = narrower.tune(data.model, small, plan, data.images.split(BATCH), steps=steps, lr=lr)
+    took = time.process_time() - start
+    print(f"tuned, lr {lr:g}, {took:.0f} s of CPU, {done}: {quality(done.model, data, dense)}", flush=True)
+
+
 def measured(name: str, graph: narrower.Graph, data: Data) -> tuple[narrower.Scores, narrower.Sensitivity]:
     """The scores, and the damage of the groups in that order."""
     start = time.perf_counter()
@@ -137,7 +146,9 @@ def stages(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: T
             plan = narrower.plan(graph, scores, macs=macs, sensitivity=damage if name == "measured" else None)
             for stream in args.streams:
                 print(f"order by {args.score}, allocated by {name}, ", end="")
-                repaired(plan, data, dense, stream)
+                small = repaired(plan, data, dense, stream)
+                for lr in args.tune_lr if args.tune_steps else ():
+                    tuned(small, plan, data, dense, (args.tune_steps, lr))
 
 
 def steps(args: argparse.Namespace, data: Data, graph: narrower.Graph, dense: Tensor) -> None:
@@ -183,6 +194,8 @@ def main() -> None:
     parser.add_argument("--score", default="magnitude", help="the order of channels")
     parser.add_argument("--streams", nargs="+", default=[None], type=lambda text: text == "yes", metavar="yes|no",
                         help="stream targets or not, instead of what is nearer on images held out")
+    parser.add_argument("--tune-steps", type=int, default=0, help="then tune so many steps, without labels")
+    parser.add_argument("--tune-lr", type=float, nargs="+", default=[1e-4])
     parser.add_argument("--steps", action="store_true", help="the budgets, in falling order, are stations of one way")
     parser.add_argument("--orders", nargs="+", help="compare these scores, at the same widths")
     parser.add_argument("--allocations", nargs="+", default=["share", "measured"], choices=("share", "measured"))
