@@ -23,7 +23,7 @@ from .replay import Record, Replay
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 MEASURED = 6  # one image in so many is measured on, the others are fitted
-MEASURED_IMAGES = 32
+MEASURED_IMAGES = 64
 
 
 class Cut(NamedTuple):
@@ -45,7 +45,7 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     For each group (groups with tied counts together) and each of `shares`, the layers that read the removed channels are
     repaired by least squares, and the output is compared with the dense network's: by the Kullback-Leibler divergence of the
     class probabilities, or, for outputs that are not one tensor of logits `(N, classes, ...)`, by the squared error relative to
-    the variance. Every sixth image (32 at most) is measured on; the second moments for the repair come from the others. Fitted
+    the variance. Every sixth image (64 at most) is measured on; the second moments for the repair come from the others. Fitted
     on the images measured, curves would be flat where a layer has more inputs than samples. Layers whose inputs cannot be seen
     (their weight is computed first, or they are no plain layer) are cut without repair. `progress` names them.
 

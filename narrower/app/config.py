@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from ..errors import ConfigError
 from ..training.config import check
 
-METHODS = ("hrank", "resrep", "obs", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+METHODS = ("obs", "hrank", "resrep", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+LEAST_IMAGES = 16
 ALLOCATIONS = ("measured", "share", "norms")
 
 
@@ -67,8 +68,8 @@ class PruneConfig:
     """pruning"""
 
     method: Annotated[
-        str, "hrank, obs, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, train; resrep: train towards zeros"
-    ] = "hrank"
+        str, "obs, hrank, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, train; resrep: train towards zeros"
+    ] = "obs"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
     remove: Annotated[
@@ -111,6 +112,8 @@ class PruneConfig:
         check(self, distill_temperature=(1e-3, 1e3), distill_weight=(0, 1), distill_features=(0, 1e6))
         if self.sensitivity and (self.remove is not None or self.allocate != "measured"):
             raise ConfigError("--sensitivity spreads a budget (--macs, --params) with --allocate measured")
+        if self.images < LEAST_IMAGES and (self.reconstruct or self.allocate == "measured"):
+            raise ConfigError(f"--images {self.images}: measuring and repairing need {LEAST_IMAGES} at least, better hundreds")
         if self.allocate not in ALLOCATIONS:
             raise ConfigError(f"--allocate {self.allocate}: take one of {', '.join(ALLOCATIONS)}")
         if self.method not in METHODS:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TRAINED = "as trained"
+CLEARLY = 0.95  # what is kept instead must have at most this share of the loss: small differences are chance
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
     """Give `model`, in place, the best of: its values as trained, and with renewed BatchNorm statistics; likewise of `average`.
 
     Running statistics lag behind the weights, by much after few steps. Statistics of images that were not augmented as in
-    training may be worse still. So `config.recalibrate` images of `fit` are, and the lowest cross-entropy on the images of
-    `held`, which nothing was trained on, decides.
+    training may be worse still. So `config.recalibrate` images of `fit` are. The values as trained stay, unless others have a
+    clearly lower cross-entropy on the images of `held`, which this training has not seen.
     """
     values: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, float] = {}
@@ -53,7 +54,8 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
                     model, train_batches(fit, config, accelerator, seed), images=config.recalibrate)):
                 values[candidate] = snapshot(model)
                 losses[candidate] = evaluate(model, held, config, accelerator)["loss"]
-    kept = min(losses, key=lambda name: losses[name])
+    best = min(losses, key=lambda name: losses[name])
+    kept = best if losses[best] < CLEARLY * losses[TRAINED] else TRAINED
     restore(model, values[kept])
     return Settled(kept, losses)
 

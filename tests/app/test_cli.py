@@ -147,7 +147,7 @@ def test_eval_and_inspect_find_what_train_and_prune_left(capsys: pytest.CaptureF
         assert "conv1" in out and "pinned: network output" in out and "MACs" in out
 
 
-@pytest.mark.parametrize("method", ["hrank", "fpgm", "bn_scale", "taylor", "random"])
+@pytest.mark.parametrize("method", ["hrank", "obs", "fpgm", "bn_scale", "taylor", "random"])
 def test_every_method_meets_the_budget(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--method", method, "--remove", "0.25", "--dense-epochs", "1", "--epochs", "0"]
     exclude = ["--exclude", "conv2"] if method == "bn_scale" else []
@@ -309,9 +309,10 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--remove", '{"layer9*": 0.5}'], "no group matches 'layer9*'", nothing),
     (["--exclude", "layer9*"], "no group matches 'layer9*'", nothing),
     (["--macs", "0.5", "--remove", "0.5"], "either a budget", nothing),
-    (["--method", "best"], "take one of hrank, resrep, obs, magnitude", nothing),
+    (["--method", "best"], "take one of obs, hrank, resrep, magnitude", nothing),
     (["--method", "resrep", "--allocate", "norms", "--remove", "0.5"], "works towards a budget", nothing),
     (["--allocate", "norms"], "is for --method resrep", nothing),
+    (["--images", "8"], "measuring and repairing need 16 at least", nothing),
     (["--method", "resrep", "--prior", "none"], "give --allocate norms too", nothing),
     (["--method", "resrep", "--epochs", "0"], "needs --epochs", nothing),
     (["--method", "resrep", "--macs", "0.01"], "the least is", nothing),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,15 @@ def test_statistics_that_are_better_stay_bit_for_bit() -> None:
     found = settle(model, loud, HELD, CONFIG, CPU)
     assert found.kept == TRAINED and len(found.losses) == 2
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_difference_within_chance_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Module `settle` is hidden by its function of the same name."""
+    assert HELD is not None
+    for loss, kept in ((0.97, False), (0.9, True)):
+        losses = iter([1.0, loss])
+        monkeypatch.setattr(sys.modules["narrower.training.settle"], "evaluate", lambda *_, found=losses: {"loss": next(found)})
+        assert settle(trained(), FIT, HELD, CONFIG, CPU).changed == kept
 
 
 def test_the_average_of_weights_is_taken_if_it_is_better() -> None:
