@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", default=[None], type=lambda text: text == "yes", metavar="yes|no",
                         help="stream targets or not, instead of what is nearer on images held out")
     parser.add_argument("--tune-steps", type=int, default=0, help="then tune so many steps, without labels")
-    parser.add_argument("--tune-lr", type=float, nargs="+", default=[1e-4])
+    parser.add_argument("--tune-lr", type=float, nargs="+", default=[2e-5])
     parser.add_argument("--steps", action="store_true", help="the budgets, in falling order, are stations of one way")
     parser.add_argument("--orders", nargs="+", help="compare these scores, at the same widths")
     parser.add_argument("--allocations", nargs="+", default=["share", "measured"], choices=("share", "measured"))

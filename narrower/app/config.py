@@ -92,7 +92,7 @@ class PruneConfig:
     reconstruct: Annotated[bool, "after the cut, repair the weights that stay by least squares"] = True
     images: Annotated[int, "training images for scoring, measuring and repairing; their labels are not used"] = 512
     tune_steps: Annotated[int, "steps of label-free tuning on these images, after the repair"] = 0
-    tune_lr: Annotated[float, "its learning rate"] = 1e-4
+    tune_lr: Annotated[float, "its learning rate"] = 2e-5
     distill: Annotated[bool, "fine-tune towards the outputs of the dense network, beside the labels"] = True
     distill_temperature: Annotated[float, "divides the logits of both networks"] = 4.0
     distill_weight: Annotated[float, "of the dense network's outputs; the labels have the rest; 1: no labels"] = 0.9

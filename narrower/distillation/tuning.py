@@ -44,7 +44,7 @@ class Tuned:
         return f"{self.steps} steps: {self.measure} on held-out images {self.before:.4f} -> {self.after:.4f}, {which}"
 
 
-def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, steps: int = 300, lr: float = 1e-4,
+def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, steps: int = 300, lr: float = 2e-5,
          batch_size: int = 32, seed: int = 0, images: int | None = None,
          progress: Callable[[str], None] | None = None) -> Tuned:
     """Train a copy of `small` towards the outputs and features of `model`, on images without labels.
