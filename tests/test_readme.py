@@ -32,7 +32,8 @@ TINY = {
     "eval": ["--workers", "0", "--cache-dir", "none"],
 }
 WITHOUT_TRAINING = ["--epochs", "0"]
-QUICK_ORDER = ["--method", "magnitude", "--allocate", "share"]  # obs and damages solve for 4,608 inputs
+# Least squares with 4,608 inputs take a minute; the commands for digits measure and reconstruct.
+WITHOUT_SOLVING = ["--method", "magnitude", "--allocate", "share", "--no-reconstruct"]
 SMALL_IMAGES = ["--img-size", "64"]  # of networks that would take 224 px
 OFFLINE = {"--pretrained"}  # published weights are not downloaded: the same network starts untrained
 
@@ -139,7 +140,7 @@ def test_commands_of_the_readme_run_in_order(
             arguments = [word for word in words if word not in OFFLINE]
             shorter = [*TINY.get(words[0], []), *(WITHOUT_TRAINING if "--epochs 0" in shlex.join(words) else [])]
             shorter += SMALL_IMAGES if "resnet18" in words else []
-            shorter += QUICK_ORDER if "resnet18" in words and words[0] == "prune" else []
+            shorter += WITHOUT_SOLVING if "resnet18" in words and words[0] == "prune" else []
             code = main([*arguments, *shorter])
             said = capfd.readouterr().err[-2000:]
             assert code == 0, f"README.md:{block.line}: narrower {shlex.join(words)}: exit code {code}\n{said}"
