@@ -139,17 +139,23 @@ def measure_sensitivity(job: Job) -> narrower.Sensitivity:
 
 def planned(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Plan:
     """Score, measure and plan, or read the plan of a run that goes on."""
-    given, file = job.settings.prune, job.run.folder / run_folder.PLAN
-    if job.run.resume and file.exists():
-        return narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph)
+    given = job.settings.prune
+    if job.run.resume and (found := saved_plan(job, graph)) is not None:
+        return found
     scores = scored(job, model, graph, images)
     damage = measured(job, model, graph, scores, images) if given.allocate == "measured" and given.remove is None else None
     with job.stage("plan") as facts:
         plan = agreed(job, make_plan(given, graph, scores, damage))
         facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
     if job.run.writes:
-        write_whole(file, plan.to_json())
+        write_whole(job.run.folder / run_folder.PLAN, plan.to_json())
     return plan
+
+
+def saved_plan(job: Job, graph: narrower.Graph) -> narrower.Plan | None:
+    """The plan in the run folder, if there is one."""
+    file = job.run.folder / run_folder.PLAN
+    return narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph) if file.exists() else None
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from ..models.checkpoints import load_checkpoint
 from . import run_folder
 from .job import Job
 from .networks import Figures, figures, from_run, labelled_by, load_dense, save_weights
-from .oneshot import check_plan, distilling, narrow_oneshot
+from .oneshot import check_plan, distilling, narrow_oneshot, saved_plan
 from .resrep_run import check, train_resrep
 
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune")
@@ -103,12 +103,9 @@ def prune(job: Job) -> Result:
 
 def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:
     """The narrow network and its plan from the folder of a run that goes on."""
-    folder = job.run.folder
     if not job.run.resume or not job.run.last("save"):  # a network without that row was saved on Ctrl-C
         return None
-    file = folder / run_folder.PLAN
-    plan = narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph) if file.exists() else None
-    return from_run(job, folder), plan
+    return from_run(job, job.run.folder), saved_plan(job, graph)
 
 
 def prepare_dense(job: Job, model: nn.Module) -> float:

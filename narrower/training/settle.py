@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
     for name, source in ((TRAINED, model), ("average of the weights", average)):
         if source is None:
             continue
-        restore(model, snapshot(source))
+        restore(model, named_tensors(source))
         for candidate, renewed in ((name, False), (f"{name}, BatchNorm renewed", True)):
             if not renewed or (config.recalibrate and recalibrate(
                     model, train_batches(fit, config, accelerator, seed), images=config.recalibrate)):
@@ -73,7 +73,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, values: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put the values back, in place."""
     for name, t in named_tensors(model).items():
         t.copy_(values[name])
