@@ -24,7 +24,7 @@ pytest.importorskip("sklearn")
 from PIL import Image
 
 import narrower
-from narrower.app import cli, run_folder
+from narrower.app import cli, run_folder, terminal
 from narrower.app.config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from narrower.training.config import TrainConfig
 
@@ -388,16 +388,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     """Ctrl-C in the middle: exit code 130, the work is saved, and the resumed run is the uninterrupted one."""
     arguments = ["prune", *SHORT, "--output"]
     assert cli.main([*arguments, "whole"]) == 0
-    plain = cli.Terminal.watch
+    plain = terminal.Terminal.watch
 
-    def pressing(self: cli.Terminal, iterable: Any, description: str = "", total: int = 0) -> Iterator[Any]:
+    def pressing(self: terminal.Terminal, iterable: Any, description: str = "", total: int = 0) -> Iterator[Any]:
         for number, item in enumerate(plain(self, iterable, description, total)):
             if description.startswith(f"{stage}: epoch 2") and number == at:
                 os.kill(os.getpid(), signal.SIGINT)
             yield item
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli.Terminal, "watch", pressing)
+        patched.setattr(terminal.Terminal, "watch", pressing)
         assert cli.main([*arguments, "cut"]) == 130
     error = capsys.readouterr().err
     assert "interrupted" in error and "--resume cut" in error and "Traceback" not in error
@@ -444,16 +444,16 @@ def test_a_resumed_resrep_run_equals_an_uninterrupted_one(
 ) -> None:
     """The merged network of an interrupted training is usable; the resumed one is the uninterrupted one, across a shrink."""
     assert cli.main(["prune", *RESREP, "--output", "whole"]) == 0
-    plain = cli.Terminal.watch
+    plain = terminal.Terminal.watch
 
-    def pressing(self: cli.Terminal, iterable: Any, description: str = "", total: int = 0) -> Iterator[Any]:
+    def pressing(self: terminal.Terminal, iterable: Any, description: str = "", total: int = 0) -> Iterator[Any]:
         for number, item in enumerate(plain(self, iterable, description, total)):
             if description.startswith("resrep: epoch 3") and number == 5:
                 os.kill(os.getpid(), signal.SIGINT)
             yield item
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli.Terminal, "watch", pressing)
+        patched.setattr(terminal.Terminal, "watch", pressing)
         assert cli.main(["prune", *RESREP, "--output", "cut"]) == 130
     checkpoint = torch.load(Path("cut") / run_folder.CHECKPOINT, weights_only=True)
     sizes = {"conv1": 8, "conv2": 16}

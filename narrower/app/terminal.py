@@ -1,0 +1,130 @@
+"""What the command line prints: lines and tables on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .job import Reporter
+from .networks import Figures
+from .prune import Result
+from .run_folder import Run
+
+
+class Terminal(Reporter):
+    """Prints lines on stdout and into the run's log. Shows progress on stderr."""
+
+    def __init__(self) -> None:
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.run: Run | None = None
+        self.quiet = False  # set in all processes except the first
+        self._bars: list[Progress] = []
+
+    def print(self, what: Any, *, error: bool = False) -> None:
+        if error or not self.quiet:
+            (self.err if error else self.out).print(what, markup=False)
+        if self.run is not None:
+            text = io.StringIO()
+            Console(file=text, width=200, highlight=False, soft_wrap=True).print(what, markup=False)
+            self.run.print(text.getvalue())
+
+    def watch(self, iterable: Iterable[Any], description: str = "", total: int = 0) -> Iterator[Any]:
+        if self.quiet or not self.err.is_terminal:
+            yield from iterable
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), Count(), Rate(), TimeRemainingColumn())
+        bar = Progress(*columns, console=self.err, transient=True)
+        task = bar.add_task(description, total=total or None)
+        self._bars.append(bar)
+        with bar:
+            for item in iterable:
+                yield item
+                bar.advance(task, len(item[1]) if isinstance(item, (tuple, list)) else 1)
+
+    def busy(self, description: str) -> AbstractContextManager[Any]:
+        return self.err.status(description)
+
+    def close(self) -> None:
+        """Remove the progress bars that an error has left."""
+        for bar in self._bars:
+            bar.stop()
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.err.print(f"narrower: {text}", markup=False)
+
+    def tell(self, row: dict[str, Any]) -> None:
+        if "text" in row:
+            self.print(row["text"])
+        self.print(epoch_line(row) if "epoch" in row else stage_line(row))
+
+
+class Count(ProgressColumn):
+    def render(self, task: Task) -> str:
+        return f"{task.completed:,.0f}/{task.total or 0:,.0f}"
+
+
+class Rate(ProgressColumn):
+    def render(self, task: Task) -> str:
+        return f"{task.speed or 0:,.0f} images/s"
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    forgetting = ""
+    if "masked" in row:
+        forgetting = f"masked {row['masked']:.1%}  reached {row['reached']:.1%}  {row['zero']:.0f} channels at zero  "
+    return (
+        f"{row['stage']}  epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}  top-1 {row['top1']:.2f} %  "
+        f"{forgetting}lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
+    )
+
+
+def stage_line(row: dict[str, Any]) -> str:
+    parts = [f"{row['stage']:<14}"]
+    for key, value in row.items():
+        if key == "top1":
+            parts.append(f"top-1 {value:.2f} %")
+        elif key == "error":
+            parts.append(f"largest relative difference {value:.1e}")
+        elif key in ("macs", "params"):
+            parts.append(f"{key} {value[0]:,.0f} -> {value[1]:,.0f} ({value[1] / value[0]:.1%})")
+        elif isinstance(value, (str, int)) and key not in ("stage", "text"):
+            parts.append(f"{key} {value}")
+    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+
+
+NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "reconstructed", "tune": "tuned",
+         "fine-tune": "fine-tuned"}
+
+
+def comparison(result: Result) -> Table:
+    """The final table: the dense network, the narrow one after each stage, and what changed in all."""
+    dense, narrow = result.dense, result.narrow
+    table = Table(title="dense against narrow")
+    for name in ("", "dense", *(NAMES[stage] for stage in result.stages), "change"):
+        table.add_column(name, justify="right" if name else "left")
+    stages = [f"{top1:.2f} %" for top1 in result.stages.values()]
+    table.add_row("top-1", f"{dense.top1:.2f} %", *stages, f"{narrow.top1 - dense.top1:+.2f}")
+    for (name, one), (_, two), ratio in zip(costs(dense), costs(narrow), ratios(dense, narrow), strict=True):
+        table.add_row(name, one, *[""] * (len(stages) - 1), two, f"x {ratio:.3f}")
+    return table
+
+
+def costs(of: Figures) -> list[tuple[str, str]]:
+    return [
+        ("MACs", f"{of.macs / 1e6:,.2f} M"),
+        ("parameters", f"{of.params / 1e6:,.3f} M"),
+        ("size", f"{of.size_mb:,.3f} MB"),
+        ("latency", f"{of.latency_ms:,.2f} ms"),
+    ]
+
+
+def ratios(dense: Figures, narrow: Figures) -> list[float]:
+    return [getattr(narrow, key) / getattr(dense, key) for key in ("macs", "params", "size_mb", "latency_ms")]
