@@ -25,19 +25,21 @@ from .job import Job, Settings, open_job
 from .networks import Figures, figures, from_run, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import prune, train_dense
-from .run_folder import SENSITIVITY, Run, default_folder
+from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
 from .terminal import Terminal, comparison, costs
 
 ERROR, INTERRUPTED = 2, 130
 
 
-def begin(settings: Settings, terminal: Terminal, *names: str) -> Job:
+def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     """Check the output folder, open the images and complete the settings."""
     given = settings.run
     accelerator = make_accelerator(given.device)
     terminal.quiet = not accelerator.is_main_process
-    folder = Path(given.resume or given.output or default_folder(*names, settings.model.model))
-    run = Run(folder, resume=bool(given.resume), overwrite=given.overwrite, writes=accelerator.is_main_process)
+    name = settings.prune.method if command == "prune" else command
+    folder = Path(given.resume or given.output or default_folder(name, settings.model.model))
+    run = Run(folder, command=command, resume=bool(given.resume), overwrite=given.overwrite,
+              writes=accelerator.is_main_process)
     terminal.run = run
     job = open_job(settings, run, accelerator, terminal)
     size = "x".join(map(str, job.data.input_size))
@@ -49,7 +51,7 @@ def begin(settings: Settings, terminal: Terminal, *names: str) -> Job:
 
 
 def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
-    result = prune(begin(settings, terminal, settings.prune.method))
+    result = prune(begin(settings, terminal, "prune"))
     terminal.print(comparison(result))
     terminal.print(f"saved in {result.folder}; evaluate it again with: narrower eval {result.folder}")
 
@@ -155,6 +157,7 @@ def message(error: NarrowerError) -> str:
 
 
 def hint(run: Run | None) -> str:
-    if run is None or not run.claimed:
+    if run is None or not (run.claimed or run.resume):
         return ""
-    return f"; what was done is in {run.folder}, go on with --resume {run.folder}"
+    before = f"; the run that it replaces is in {run.folder / PREVIOUS} until then" if (run.folder / PREVIOUS).exists() else ""
+    return f"; what was done is in {run.folder}, go on with --resume {run.folder}{before}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..data.images import Images, hold_out
+from ..data.images import Images, StreamImages, hold_out
 from ..data.sources import ImageData, Reading, open_data
 from ..errors import ConfigError
 from ..models import expected_images
@@ -22,6 +22,7 @@ from ..training.config import TrainConfig
 from ..training.evaluate import evaluate
 from ..training.train import TrainContext, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from .resuming import changes, check_start, fingerprint, named
 from .run_folder import Run
 
 if TYPE_CHECKING:
@@ -85,6 +86,25 @@ class Job:
         """(rank of this process, number of processes)."""
         return shard_of(self.accelerator)
 
+    @contextmanager
+    def claimed(self, model: nn.Module) -> Iterator[None]:
+        """Within, the run folder is written. An error brings back the run that this one replaces.
+
+        Raises:
+            ConfigError: a run that goes on began with other images, or with other weights than those of `model`.
+        """
+        given, images = self.settings.model, self.data.train
+        facts = {
+            "training images": None if isinstance(images, StreamImages) else len(images),
+            "weights of the dense network": fingerprint(model) if given.checkpoint or given.pretrained else None,
+        }
+        changed = changes(self.run, self.settings.flat()) if self.run.resume else {}
+        if self.run.resume:
+            check_start(self.run, facts)
+        self.run.claim(self.settings.flat(), facts, changed)
+        with self.run.replacing():
+            yield
+
     def tell(self, row: dict[str, Any]) -> None:
         self.run.log({key: value for key, value in row.items() if key != "text"})
         self.report.tell(row)
@@ -134,7 +154,12 @@ class Job:
 
 
 def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Reporter) -> Job:
-    """Open the images, and complete the settings from them and from the network. Paths become absolute."""
+    """Open the images, and complete the settings from them and from the network. Paths become absolute.
+
+    Raises:
+        ConfigError: settings contradict each other, or those of a run that goes on.
+        DataError: there are no images that can be read.
+    """
     data = open_images(settings, report)
     channels, height, width = data.input_size
     reading = reading_of(settings)
@@ -157,6 +182,8 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
         ),
         prune=replace(settings.prune, sensitivity=sensitivity, macs=0.5 if unlimited else settings.prune.macs),
     )
+    if run.resume and (changed := changes(run, settings.flat())):
+        report.note(f"changed from here on: {named(changed, list(changed))}")
     return Job(settings, data, run, accelerator, report)
 
 

@@ -112,7 +112,7 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
         found = narrower.sensitivity(model, graph, scores, images, progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
     if job.run.writes:
-        write_whole(file, found.to_json())
+        run_folder.write_whole(file, found.to_json())
     return found
 
 
@@ -132,9 +132,9 @@ def measure_sensitivity(job: Job) -> narrower.Sensitivity:
     model = load_dense(job)
     graph = narrower.trace(model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note)
     _ = job.data.train
-    job.run.claim(job.settings.flat())
-    images = list(sample(job, job.settings.prune.images))
-    return measured(job, model, graph, scored(job, model, graph, images), images)
+    with job.claimed(model):
+        images = list(sample(job, job.settings.prune.images))
+        return measured(job, model, graph, scored(job, model, graph, images), images)
 
 
 def planned(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Plan:
@@ -148,7 +148,7 @@ def planned(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[
         plan = agreed(job, make_plan(given, graph, scores, damage))
         facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
     if job.run.writes:
-        write_whole(job.run.folder / run_folder.PLAN, plan.to_json())
+        run_folder.write_whole(job.run.folder / run_folder.PLAN, plan.to_json())
     return plan
 
 
@@ -156,13 +156,6 @@ def saved_plan(job: Job, graph: narrower.Graph) -> narrower.Plan | None:
     """The plan in the run folder, if there is one."""
     file = job.run.folder / run_folder.PLAN
     return narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph) if file.exists() else None
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write beside the file, then take its place: a crash leaves no half of it."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:

@@ -39,8 +39,7 @@ def train_dense(job: Job) -> float:
         raise ConfigError(f"the images of {job.data.name} have no classes, so no network can be trained on them")
     model = load_dense(job)
     _ = job.data.train, job.data.val
-    job.run.claim(job.settings.flat())
-    with save_at_end(job, lambda: save_weights(model, job.run.folder / run_folder.MODEL)):
+    with job.claimed(model), save_at_end(job, lambda: save_weights(model, job.run.folder / run_folder.MODEL)):
         return job.train(model, "train", run_folder.CHECKPOINT, job.settings.train)
 
 
@@ -71,13 +70,18 @@ def prune(job: Job) -> Result:
             model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note
         )  # fmt: skip
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
-    trains = job.settings.prune.method == "resrep"
-    if trains:  # fail before training if it cannot be done
+    if job.settings.prune.method == "resrep":  # fail before training if it cannot be done
         check(job, model, graph)
     else:
         check_plan(job.settings.prune, model, graph)
     _ = job.data.train, job.data.val  # and if images cannot be read
-    job.run.claim(job.settings.flat())
+    with job.claimed(model):
+        return run_stages(job, model, graph)
+
+
+def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
+    """From the dense network to the saved narrow one. What the folder of a run that goes on has is not done again."""
+    trains = job.settings.prune.method == "resrep"
     dense_top1 = prepare_dense(job, model)
     if (found := restored(job, graph)) is None:
         found = (train_resrep if trains else narrow_oneshot)(job, model, graph)

@@ -11,15 +11,20 @@
 | `log.txt`             | what was printed                                                             |
 | `dense.safetensors`   | the dense network, where it was trained here                                 |
 | `*.checkpoint.pt`     | where training stopped, for `--resume`                                       |
+| `previous/`           | the run that this one replaces (`--overwrite`), until this one has ended     |
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import narrower
 
 from ..errors import ConfigError
 
@@ -27,23 +32,30 @@ MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "con
 DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
 FILES = (MODEL, NARROW, PLAN, CONFIG, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT)
+PREVIOUS, MOVING = "previous", "previous.part"
+START, RESUME = "start", "resume"
+"""Rows of the metrics: which command began with which images and weights; which settings have changed since."""
 
 
 class Run:
     """A run folder. Rows and log lines are kept in memory until `claim`, and written from then on."""
 
-    def __init__(self, folder: Path, *, resume: bool = False, overwrite: bool = False, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, command: str = "", resume: bool = False, overwrite: bool = False, writes: bool = True
+    ) -> None:
         """
         Args:
             folder: its path. `claim` creates it.
+            command: that of the command line which makes the run.
             resume: continue the run in this folder.
-            overwrite: let `claim` replace the run in this folder. Other files there stay.
+            overwrite: replace the run in this folder (`replacing`). Other files there stay.
             writes: True in the first process, False in the others.
 
         Raises:
-            ConfigError: the folder already holds a run, or has no run to resume, or is a file.
+            ConfigError: the folder already holds a run, or has none of this command to resume, or is a file.
         """
         self.folder = folder
+        self.command = command
         self.resume = resume
         self.writes = writes
         self._waiting: list[tuple[str, str]] = []
@@ -53,19 +65,27 @@ class Run:
         if resume:
             if not (folder / CONFIG).is_file():
                 raise ConfigError(f"there is no run to go on with in {folder} (no {CONFIG})")
-            self.claimed = True
+            began = self.last(START).get("command", command)
+            if began != command:
+                raise ConfigError(f"{folder} is a run of `narrower {began}`: go on by narrower {began} --resume {folder}")
         elif writes and not overwrite and (found := self._found()):
             raise ConfigError(
                 f"{folder} already holds a run ({', '.join(found)}): choose another --output, replace it with "
                 "--overwrite, or go on with it with --resume"
             )
+        self._replaces = False
         self._epochs = {(row["stage"], row["epoch"]) for row in self.rows() if "epoch" in row} if resume else set()
 
     def _found(self) -> list[str]:
-        return [name for name in FILES if (self.folder / name).exists()]
+        return [name for name in (*FILES, PREVIOUS, MOVING) if (self.folder / name).exists()]
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Create the folder, remove an old run from it, and write the settings and the rows and lines kept so far.
+    def claim(self, settings: Mapping[str, Any], facts: Mapping[str, Any], changed: Mapping[str, Any] | None = None) -> None:
+        """Start to write: the settings, a row, and the rows and lines kept so far. A run in the folder is set aside.
+
+        Args:
+            settings: all of them.
+            facts: what the run starts from, for its first row.
+            changed: of a run that goes on: the settings that differ from before.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -74,14 +94,60 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in self._found():
-                (self.folder / name).unlink()
-            (self.folder / CONFIG).write_text(to_yaml(settings), encoding="utf-8")
+            if not self.resume:
+                self._set_aside()
+            if not self.resume or changed:
+                write_whole(self.folder / CONFIG, to_yaml(settings))
         except OSError as error:
+            if not self.resume:
+                self._restore()
             raise ConfigError(f"cannot write the run to {self.folder}: {error}") from error
         self.claimed = True
+        if not self.resume:
+            self.log({"stage": START, "command": self.command, "narrower": narrower.__version__, **facts})
+        elif changed:
+            self.log({"stage": RESUME, "changed": changed})
         for name, text in self._waiting:
             self._append(name, text)
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """The run is made within. If an error ends it, the run that it replaces comes back; after Ctrl-C both are there."""
+        try:
+            yield
+        except Exception:
+            if self._replaces:
+                self._restore()
+            raise
+        if self.writes:
+            shutil.rmtree(self.folder / PREVIOUS, ignore_errors=True)
+
+    def _set_aside(self) -> None:
+        """Move an old run into `previous`. One that is there already was whole; what came after it was not, and goes."""
+        old, aside, moving = self._found(), self.folder / PREVIOUS, self.folder / MOVING
+        if aside.exists():
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
+        elif old:
+            moving.mkdir(exist_ok=True)  # a move that was cut short goes on
+            for name in FILES:
+                if (self.folder / name).exists():
+                    (self.folder / name).replace(moving / name)
+            moving.replace(aside)
+        self._replaces = bool(old)
+
+    def _restore(self) -> None:
+        """Put the old run back, in the place of what there is of the new one. Nothing is written from then on."""
+        aside, moving = self.folder / PREVIOUS, self.folder / MOVING
+        if aside.exists():
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
+            aside.replace(moving)
+        if moving.exists():
+            for file in moving.iterdir():
+                file.replace(self.folder / file.name)
+            moving.rmdir()
+        self.claimed = self._replaces = False
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row to the metrics, except for an epoch that has a row already (it was evaluated again)."""
@@ -132,6 +198,13 @@ def default_folder(*parts: str) -> Path:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return folder
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write beside the file, then take its place: a crash leaves no half of it."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

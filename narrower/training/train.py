@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Log = Callable[[dict[str, Any]], None]
 """Takes a row of metrics."""
 
+DIVERGED = 1e4
+"""No loss of a training that works is as high: guessing has the logarithm of the number of classes."""
 WORTH_SHRINKING = 0.05
 """After an epoch `ResRep.shrink` is called if it saves at least this share of the dense network's cost."""
 
@@ -106,7 +108,7 @@ def train(
         distillation: the loss against the dense network, which takes the cross-entropy as the task.
 
     Raises:
-        ConfigError: the loss is not finite, or the checkpoint belongs to other settings.
+        ConfigError: the loss is not finite or above `DIVERGED`, or the checkpoint belongs to other settings.
         StorageError: the checkpoint cannot be read, or is of another network.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the step under way is finished and saved in the checkpoint first.
     """
@@ -161,17 +163,16 @@ class TrainLoop:
                 if interrupted and step + 1 < self.steps:
                     self.save(Position(start.epoch, step + 1, float(loss_sum)))
                     raise KeyboardInterrupt
-        if not torch.isfinite(loss_sum):
-            raise ConfigError(
-                f"the loss is no longer finite in epoch {start.epoch + 1} of {self.context.stage}: try a lower --lr"
-            )
+        loss = float(self.accelerator.reduce(loss_sum)) / max(1, per_process * self.shard[1])
+        if not loss < DIVERGED:
+            raise ConfigError(f"{self.context.stage} has diverged: the loss is {loss:.2g} in epoch {start.epoch + 1}; try a "
+                              "lower --lr")
         self.shrink()
         # resumed from here, the epoch has no batches left and is evaluated again
         self.save(Position(start.epoch, self.steps, float(loss_sum)))
         if interrupted:
             raise KeyboardInterrupt
         seconds = time.perf_counter() - began
-        loss = float(loss_sum) / max(1, per_process)
         speed = {"seconds": seconds, "images_per_second": seen * self.shard[1] / seconds}
         self.context.log(self.evaluated(start.epoch, loss) | speed)
 
@@ -260,18 +261,22 @@ class TrainLoop:
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             found = {key: state["settings"][key] for key in self.settings}
-            if found == self.settings:
+            differ = [f"{key} was {found[key]}, is {value}" for key, value in self.settings.items() if found[key] != value]
+            start = Position(state["epoch"], state["step"], state["total"])
+            if not differ:
                 if self.resrep is not None:
                     self.resrep.load_state_dict(state["resrep"])
                 self.model.load_state_dict(state["model"])
                 if self.average is not None:
                     self.average.load_state_dict(state["average"])
                 optimizer.load_state_dict(state["optimizer"])
-                return Position(state["epoch"], state["step"], state["total"])
         except Exception as error:  # the unpickler raises anything on damaged bytes
             raise StorageError(f"cannot go on from {path}: {type(error).__name__}: {error}") from error
-        differ = [f"{key} was {found[key]}, is {value}" for key, value in self.settings.items() if found[key] != value]
-        raise ConfigError(f"cannot go on from {path} exactly: {', '.join(differ)}")
+        if differ:
+            raise ConfigError(f"cannot go on from {path} exactly: {', '.join(differ)}")
+        if start.epoch >= self.config.epochs:
+            raise ConfigError(f"{path} is of epoch {start.epoch + 1}: --epochs {self.config.epochs} has passed already")
+        return start
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None) -> torch.optim.Optimizer:

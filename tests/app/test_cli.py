@@ -104,9 +104,9 @@ def test_prune_trains_its_own_dense_network(capsys: pytest.CaptureFixture[str]) 
     assert (Path("one") / run_folder.LOG).read_text() == shown.out
 
     stages = {row["stage"]: row for row in rows("one") if "epoch" not in row}
-    before = "trace, settle, train dense, score, sensitivity, plan, narrow, verify"
+    before = "start, trace, settle, train dense, score, sensitivity, plan, narrow, verify"
     assert ", ".join(stages) == f"{before}, cut, reconstruct, save, fine-tune, measure"
-    assert all(row["seconds"] >= 0 for row in stages.values())
+    assert all(row["seconds"] >= 0 for row in stages.values() if row["stage"] != run_folder.START)
     assert [row["epoch"] for row in rows("one") if row["stage"] == "fine-tune" and "epoch" in row] == [1, 2]
     figures = stages["measure"]
     assert figures["narrow"]["macs"] <= 0.5 * figures["dense"]["macs"]
@@ -262,6 +262,43 @@ def test_a_run_is_not_overwritten_unless_asked(capsys: pytest.CaptureFixture[str
     after = snapshot("run")
     assert after["notes.txt"] == b"mine" and run_folder.NARROW not in after
     assert after[run_folder.MODEL] != before[run_folder.MODEL]
+
+
+def test_a_resumed_run_keeps_its_settings_or_says_what_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    """What would give another network is refused by name; a longer training goes on, and config.yaml has its length."""
+    quick = ["--method", "magnitude", "--remove", "0.25", "--images", "48", "--epochs", "1"]
+    for seed in ("1", "2"):
+        assert cli.main(["train", *SMALL, "--epochs", "0", "--seed", seed, "--output", f"dense{seed}"]) == 0
+    assert cli.main(["prune", *SMALL, *quick, "--checkpoint", "dense1/model.safetensors", "--output", "run"]) == 0
+    before = snapshot("run")
+    assert json.loads(before[run_folder.METRICS].splitlines()[0])["command"] == "prune"
+    capsys.readouterr()
+    for arguments, says in (
+        (["prune", "--remove", "0.5", "--method", "resrep"], "--method (magnitude, now resrep), --remove (0.25, now 0.5)"),
+        (["prune", "--lr", "0.5"], "has ended: --lr (0.02, now 0.5) would change nothing"),
+        (["prune", "--checkpoint", "dense2/model.safetensors"], "began with other weights of the dense network"),
+        (["train"], "run is a run of `narrower prune`: go on by narrower prune --resume run"),
+    ):
+        assert cli.main([*arguments, "--resume", "run"]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") <= 2
+        assert snapshot("run") == before
+    Path("dense1").rename("moved")
+    longer = ["--epochs", "2", "--checkpoint", "moved/model.safetensors"]
+    assert cli.main(["prune", "--resume", "run", *longer]) == 0
+    assert "changed from here on: --checkpoint (" in capsys.readouterr().err
+    assert "\nepochs: 2\n" in (Path("run") / run_folder.CONFIG).read_text()
+    assert next(row for row in rows("run") if row["stage"] == "resume")["changed"]["epochs"] == [1, 2]
+    assert [row["epoch"] for row in rows("run") if row["stage"] == "fine-tune" and "epoch" in row] == [1, 2]
+
+
+def test_a_run_that_diverges_brings_back_the_one_that_it_was_to_replace(capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", *SMALL, "--epochs", "1", "--output", "run"]
+    assert cli.main(train) == 0
+    before = snapshot("run")
+    assert cli.main([*train, "--overwrite", "--lr", "1e8"]) == 2
+    assert "train has diverged: the loss is" in capsys.readouterr().err
+    assert snapshot("run") == before
 
 
 def make_images(root: Path, size: int = 8) -> None:

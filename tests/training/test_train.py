@@ -127,7 +127,7 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Pa
 
 
 def test_a_loss_that_explodes_is_an_error_and_nothing_is_saved(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no longer finite.*lower --lr"):
+    with pytest.raises(ConfigError, match=r"train has diverged: the loss is .* in epoch 1; try a lower --lr"):
         run(network(), tmp_path / "checkpoint.pt", replace(CONFIG, lr=1e30))
     assert not (tmp_path / "checkpoint.pt").exists()
 

@@ -1,0 +1,124 @@
+"""The folder of a run: what `claim` writes, and what becomes of the run that was there before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("yaml")
+
+from narrower.app.run_folder import CONFIG, LOG, METRICS, MODEL, MOVING, PREVIOUS, RESUME, START, Run
+from narrower.errors import ConfigError
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished run, and a file of the user's."""
+    run = Run(tmp_path / "run", command="train")
+    run.print("first\n")
+    run.claim({"lr": 1}, {})
+    with run.replacing():
+        (run.folder / MODEL).write_text("weights of the first")
+    (run.folder / "notes.txt").write_text("mine")
+    return run.folder
+
+
+def replace_it(folder: Path, ending: BaseException | None = None) -> Run:
+    """A second run in the folder, which ends with an error or well."""
+    run = Run(folder, command="train", overwrite=True)
+    run.claim({"lr": 2}, {})
+    with run.replacing():
+        (folder / MODEL).write_text("weights of the second")
+        if ending is not None:
+            raise ending
+    return run
+
+
+def test_the_first_row_and_the_lines_before_claim_are_written(folder: Path) -> None:
+    run = Run(folder, command="train", resume=True)
+    assert run.last(START)["command"] == "train"
+    assert (folder / LOG).read_text() == "first\n"
+
+
+def test_an_error_brings_the_replaced_run_back(folder: Path) -> None:
+    before = snapshot(folder)
+    run = Run(folder, command="train", overwrite=True)
+    run.claim({"lr": 2}, {})
+    with pytest.raises(OSError, match="disk full"), run.replacing():
+        (folder / MODEL).write_text("half")
+        raise OSError("disk full")
+    run.print("more of the failed run\n")
+    assert snapshot(folder) == before
+
+
+def test_a_run_that_ends_well_takes_the_place_of_the_other(folder: Path) -> None:
+    replace_it(folder)
+    assert (folder / MODEL).read_text() == "weights of the second" and (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / PREVIOUS).exists()
+
+
+def test_an_interrupted_run_leaves_both(folder: Path) -> None:
+    before = snapshot(folder)
+    with pytest.raises(KeyboardInterrupt):
+        replace_it(folder, KeyboardInterrupt())
+    assert (folder / MODEL).read_text() == "weights of the second"
+    assert snapshot(folder / PREVIOUS) == {name: text for name, text in before.items() if name != "notes.txt"}
+    with pytest.raises(ValueError):  # a second that also fails brings the first back, not the interrupted one
+        replace_it(folder, ValueError())
+    assert snapshot(folder) == before
+
+
+def test_going_on_to_the_end_removes_the_replaced_run(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        replace_it(folder, KeyboardInterrupt())
+    run = Run(folder, command="train", resume=True)
+    run.claim({"lr": 2}, {})
+    with run.replacing():
+        pass
+    assert (folder / MODEL).read_text() == "weights of the second" and not (folder / PREVIOUS).exists()
+
+
+def test_a_folder_that_cannot_be_moved_aside_stays_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, plain = snapshot(folder), Path.replace
+
+    def failing(self: Path, target: Any) -> Path:
+        if self.name == CONFIG and Path(target).parent.name == MOVING:
+            raise OSError("no permission")
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(ConfigError, match="cannot write the run.*no permission"):
+        replace_it(folder)
+    assert snapshot(folder) == before
+
+
+def test_a_move_that_was_cut_off_goes_on(folder: Path) -> None:
+    before = snapshot(folder)
+    (folder / MOVING).mkdir()
+    (folder / MODEL).replace(folder / MOVING / MODEL)  # killed here
+    with pytest.raises(ConfigError, match="already holds a run"):
+        Run(folder, command="train")
+    with pytest.raises(ValueError):
+        replace_it(folder, ValueError())
+    assert snapshot(folder) == before
+
+
+def test_a_run_of_another_command_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="is a run of `narrower train`: go on by narrower train --resume"):
+        Run(folder, command="prune", resume=True)
+
+
+def test_what_changed_is_recorded_when_a_run_goes_on(folder: Path) -> None:
+    before = snapshot(folder)
+    Run(folder, command="train", resume=True).claim({"lr": 1}, {})
+    assert snapshot(folder) == before
+    run = Run(folder, command="train", resume=True)
+    run.claim({"lr": 3}, {}, {"lr": (1, 3)})
+    assert (folder / CONFIG).read_text() == "lr: 3\n"
+    assert run.last(RESUME)["changed"] == {"lr": [1, 3]} and METRICS in snapshot(folder)
