@@ -161,6 +161,7 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
         DataError: there are no images that can be read.
     """
     data = open_images(settings, report)
+    check_classes(settings.model.num_classes, data, report)
     channels, height, width = data.input_size
     reading = reading_of(settings)
     sensitivity = absolute(settings.prune.sensitivity)
@@ -185,6 +186,20 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     if run.resume and (changed := changes(run, settings.flat())):
         report.note(f"changed from here on: {named(changed, list(changed))}")
     return Job(settings, data, run, accelerator, report)
+
+
+def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:
+    """Compare `--num-classes` with the images.
+
+    Raises:
+        ConfigError: there would be labels without an output.
+    """
+    if given is None or not data.labelled or given == data.num_classes:
+        return
+    if given < data.num_classes:
+        raise ConfigError(f"--num-classes {given}: the images of {data.name} have {data.num_classes} classes")
+    report.note(f"warning: --num-classes {given}: the images of {data.name} have {data.num_classes} classes, the other outputs "
+                "have no images")
 
 
 def absolute(path: str | None) -> str | None:

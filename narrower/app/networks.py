@@ -30,6 +30,12 @@ def dense_network(config: ModelConfig, *, pretrained: bool = False) -> nn.Module
     )  # fmt: skip
 
 
+def with_weights(config: ModelConfig) -> nn.Module:
+    """The dense network with the weights that the settings name (checkpoint or published). The default is initial weights."""
+    model = dense_network(config, pretrained=config.pretrained)
+    return load_checkpoint(model, config.checkpoint) if config.checkpoint else model
+
+
 def check_outputs(model: nn.Module, example: Tensor, num_classes: int | None) -> None:
     """Run the network once. Any number of classes is right where `num_classes` is None.
 
@@ -52,12 +58,10 @@ def check_outputs(model: nn.Module, example: Tensor, num_classes: int | None) ->
 
 
 def load_dense(job: Job) -> nn.Module:
-    """The dense network with the weights that the settings name (checkpoint or published). The default is initial weights."""
+    """The dense network, with the weights that the settings name, on the device. Raises as `check_outputs`."""
     given = job.settings.model
     torch.manual_seed(job.settings.run.seed)
-    model = dense_network(given, pretrained=given.pretrained)
-    if given.checkpoint:
-        load_checkpoint(model, given.checkpoint)
+    model = with_weights(given)
     check_outputs(model, job.example, given.num_classes or job.data.num_classes or None)
     return model.to(job.accelerator.device)
 
@@ -141,7 +145,7 @@ def inspect_network(
     size = settings.data.img_size or expected
     accelerator = make_accelerator(settings.run.device)
     example = torch.zeros(1, given.in_chans, size, size, device=accelerator.device)
-    model = dense_network(given) if folder is None else read_run(folder, given)
+    model = with_weights(given) if folder is None else read_run(folder, given)
     graph = narrower.trace(model.to(accelerator.device), example, progress=(report or Reporter()).note)
     return graph, figures(example, (model, float("nan")))[0]
 

@@ -99,15 +99,18 @@ def open_data(
         root: the folder with the images. For a name of timm, where the data are stored or downloaded to.
         reading: size, channels and normalisation of the images.
         download: let timm download the data.
-        num_classes: needed if the data set does not provide it.
+        num_classes: needed if the data set does not tell it.
         watch: shows the progress of decoding.
 
     Raises:
         DataError: there are no images, classes differ between the splits, or an image cannot be read.
-        ConfigError: a package or setting is missing.
+        ConfigError: a package or setting is missing, or there is a folder for the digits.
     """
     reading = reading or Reading()
     if dataset == "digits":
+        if root is not None:
+            raise ConfigError(f"the digits are embedded, they do not come from --data-dir {root}: give --dataset folder for "
+                              "the images there")
         return digits(reading.size or 16, reading.channels, reading.mean, reading.std)
     if dataset in ("", "folder"):
         if root is None:
@@ -213,7 +216,7 @@ def from_timm(
             f"timm cannot open dataset {name!r} in {place}: {type(error).__name__}: {error} "
             "(--dataset-download gets those that can be; names: digits, folder, torch/..., hfds/..., wds/..., tfds/...)"
         ) from error
-    known = num_classes or _count_classes(parts["train"])
+    known = _count_classes(parts["train"]) or num_classes
     if known is None:
         raise ConfigError(f"dataset {name!r} does not tell its number of classes: say --num-classes")
     return _image_data(name, known, parts, reading, watch)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import StorageError
 
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "net")
+BEGINNINGS = (b"PK", b"\x80")  # of a zip archive, and of a pickle, which torch.save wrote before 1.6
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 
 
@@ -62,9 +63,16 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        with path.open("rb") as file:
+            begins = file.read(4)
+        if begins and not begins.startswith(BEGINNINGS):
+            raise StorageError(f"checkpoint {path} is no checkpoint, nor what is left of one: it begins with {begins!r}, which "
+                               "torch.save never writes; files of safetensors are told by their name, .safetensors")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of unusual pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
+    except StorageError:
+        raise
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
             raise _damaged(path, error) from error
@@ -118,9 +126,27 @@ def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | P
         _some("not in the network", unexpected),
         _some("of another shape", shapes, "; "),
     ]
+    if is_narrow(own, found):
+        raise StorageError(
+            f"checkpoint {path} is of a narrow network, and here the dense one is needed. The folder that it was saved in "
+            "(with narrower.json) is read by `narrower eval FOLDER`, and in Python by narrower.load"
+        )
     if any(parts):
         lines = "\n".join(f"  {part}" for part in parts if part)
         raise StorageError(f"checkpoint {path} is of another network (nothing was loaded):\n{lines}")
+
+
+def is_narrow(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:
+    """Whether `found` has the tensors of `own` with fewer channels, and biases at most besides.
+
+    A layer reads fewer channels then: a head for fewer classes has fewer rows alone.
+    """
+    if any(key not in found for key in own) or any(key not in own and not key.endswith(".bias") for key in found):
+        return False
+    shapes = [(found[key].shape, t.shape) for key, t in own.items()]
+    if any(len(a) != len(b) or any(x > y for x, y in zip(a, b, strict=True)) for a, b in shapes):
+        return False
+    return any(len(a) > 1 and a[1] < b[1] for a, b in shapes)
 
 
 def _some(label: str, names: list[str], separator: str = ", ", limit: int = 5) -> str:

@@ -362,6 +362,8 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--mean", "0.5"], "--mean has 1 values", nothing),
     (["--device", "nonsense"], "--device nonsense", nothing),
     (["--data-dir", "nowhere"], "does not exist", nothing),
+    (["--dataset", "digits", "--data-dir", "."], "the digits are embedded, they do not come from --data-dir", nothing),
+    (["--num-classes", "7"], "--num-classes 7: the images of digits have 10 classes", nothing),
     (["--data-dir", "empty"], "no folder train", lambda root: (root / "empty").mkdir()),
     (["--data-dir", "images"], "no images under", lambda root: (root / "images/train").mkdir(parents=True)),
     (["--data-dir", "images"], "cannot read image images/train/a/1.png", unreadable),
@@ -391,6 +393,20 @@ def test_wrong_flags_exit_with_2(arguments: list[str], capsys: pytest.CaptureFix
         cli.main(arguments)
     assert caught.value.code == 2
     assert "--help" in capsys.readouterr().err
+
+
+def test_outputs_without_images_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *SMALL, "--epochs", "0", "--num-classes", "12", "--output", "run"]) == 0
+    assert "warning: --num-classes 12: the images of digits have 10 classes" in capsys.readouterr().err
+
+
+def test_inspect_opens_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    from narrower.models import make_model
+
+    torch.save(make_model("net.py:Net").state_dict(), "dense.pt")
+    for file, says in (("nowhere.pt", "does not exist"), ("net.py", "no checkpoint"), ("dense.pt", "")):
+        assert cli.main(["inspect", *SMALL[:4], "--device", "cpu", "--checkpoint", file]) == (2 if says else 0)
+        assert says in capsys.readouterr().err
 
 
 def test_an_unreadable_image_met_while_training_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,17 @@ def test_missing_data_are_an_error_with_advice(tmp_path: Path) -> None:
         open_data("no_such_set", tmp_path)
 
 
+def test_a_folder_is_not_ignored_for_the_digits(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="do not come from --data-dir .*: give --dataset folder"):
+        open_data("digits", images(tmp_path))
+    assert open_data("folder", tmp_path).num_classes == 2
+
+
+def test_the_number_of_classes_is_that_of_the_images(tmp_path: Path) -> None:
+    """The one that is asked for only counts where a data set does not tell its own."""
+    assert open_data("torch/image_folder", images(tmp_path), num_classes=5).num_classes == 2
+
+
 def test_names_of_timm_open_its_data_sets(tmp_path: Path) -> None:
     data = open_data("torch/image_folder", images(tmp_path))
     assert (data.num_classes, data.input_size, len(data.val)) == (2, (3, 8, 8), 6)

@@ -92,6 +92,22 @@ class Bomb:
         return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
 
 
+def test_a_narrow_network_is_called_narrow(tmp_path: Path) -> None:
+    """With a bias that narrowing has added, too. A head for fewer classes is no narrow network."""
+    def net(width: int, classes: int = 5, *, bias: bool = False) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, width, 3, bias=bias), nn.Flatten(), nn.Linear(width, classes))
+
+    file = tmp_path / "weights.pt"
+    for narrow in (net(2), net(2, bias=True)):
+        torch.save(narrow.state_dict(), file)
+        with pytest.raises(StorageError, match="is of a narrow network.*the dense one is needed.*narrower eval"):
+            load_checkpoint(net(4), file)
+    for other in (net(4, 3), net(6), nn.Sequential(nn.Conv2d(3, 2, 3))):
+        torch.save(other.state_dict(), file)
+        with pytest.raises(StorageError, match="of another network"):
+            load_checkpoint(net(4), file)
+
+
 def test_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb()))
@@ -144,6 +160,14 @@ def test_damaged_bytes_are_an_error_or_load_with_the_right_shapes(
         assert str(path) in str(error)
         assert equal(model.state_dict(), before)  # all or nothing
     assert {k: (t.shape, t.dtype) for k, t in model.state_dict().items()} == {k: (t.shape, t.dtype) for k, t in before.items()}
+
+
+def test_files_of_another_kind_are_called_so(tmp_path: Path) -> None:
+    """Unpickling a picture or a text fails as code does, and its advice would be wrong."""
+    for content in (b"\xff\xd8\xff\xe0\x00\x10JFIF", b"import torch\n", b"\x89PNG\r\n"):
+        (tmp_path / "weights.pt").write_bytes(content)
+        with pytest.raises(StorageError, match="is no checkpoint, nor what is left of one"):
+            load_checkpoint(network(), tmp_path / "weights.pt")
 
 
 def test_missing_files_folders_and_empty_files_are_errors(tmp_path: Path) -> None:
