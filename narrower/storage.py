@@ -62,6 +62,9 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
 
     Raises StorageError if a file is missing or damaged, of a later version, or of another network than `make_model` gives.
     """
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise StorageError(f"load takes a function that makes the dense network, not {type(make_model).__name__}: "
+                           "load(folder, lambda: Net())")
     folder = Path(folder)
     record, tied = read_meta(folder)
     try:

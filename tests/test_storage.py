@@ -289,3 +289,8 @@ def test_edited_ties_are_refused(copy_of: Path, edit: str) -> None:
 def test_a_factory_that_gives_no_module(copy_of: Path) -> None:
     with pytest.raises(narrower.StorageError):
         narrower.load(copy_of, lambda: None)  # type: ignore[arg-type, return-value]
+
+
+def test_load_takes_a_factory_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(narrower.StorageError, match=r"takes a function that makes the dense network, not Plain: load"):
+        narrower.load(tmp_path, Plain())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, NarrowerError
 
 try:
-    from jsonargparse import Namespace
     from rich.table import Table
 except ImportError as error:
     print(f"narrower: error: {error}; the command line needs: pip install 'narrower[cli]'", file=sys.stderr)
@@ -37,7 +37,9 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     accelerator = make_accelerator(given.device)
     terminal.quiet = not accelerator.is_main_process
     name = settings.prune.method if command == "prune" else command
-    folder = Path(given.resume or given.output or default_folder(name, settings.model.model))
+    file, _, factory = settings.model.model.rpartition(":")
+    network = f"{Path(file).name}_{factory}" if file.endswith(".py") else settings.model.model
+    folder = Path(given.resume or given.output or default_folder(name, network))
     run = Run(folder, command=command, resume=bool(given.resume), overwrite=given.overwrite,
               writes=accelerator.is_main_process)
     terminal.run = run

@@ -170,6 +170,7 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
         settings,
         model=replace(
             settings.model,
+            model=absolute_factory(settings.model.model),
             num_classes=settings.model.num_classes or data.num_classes or None,
             in_chans=channels,
             checkpoint=absolute(settings.model.checkpoint),
@@ -200,6 +201,12 @@ def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:
         raise ConfigError(f"--num-classes {given}: the images of {data.name} have {data.num_classes} classes")
     report.note(f"warning: --num-classes {given}: the images of {data.name} have {data.num_classes} classes, the other outputs "
                 "have no images")
+
+
+def absolute_factory(name: str) -> str:
+    """The name of a network, `file.py:factory` with the whole path of the file."""
+    file, _, factory = name.rpartition(":")
+    return f"{absolute(file)}:{factory}" if file.endswith(".py") else name
 
 
 def absolute(path: str | None) -> str | None:

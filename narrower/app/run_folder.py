@@ -219,15 +219,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no run, or its settings cannot be read.
     """
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} is no run folder (no {CONFIG})")
+    return read_yaml(folder / CONFIG)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a file. Raises ConfigError if they cannot be read."""
     import yaml
 
-    file = folder / CONFIG
-    if not file.is_file():
-        raise ConfigError(f"{folder} is no run folder (no {CONFIG})")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{file} holds no settings")
     return settings

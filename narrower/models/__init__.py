@@ -30,6 +30,7 @@ from .vgg import cifar_vgg16_bn
 
 __all__ = ["CIFAR_MODELS", "expected_images", "make_model"]
 
+HUB_SECONDS = 10
 CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
     factory.__name__: factory
     for factory in (
@@ -120,11 +121,29 @@ def _timm(name: str, num_classes: int | None, pretrained: bool, in_channels: int
     if not timm.is_model(name):  # is_model takes `name.tag` too
         hint = "names are ours (cifar_...), timm's, torchvision/NAME or package.module:factory"
         raise _unknown(name, [*CIFAR_MODELS, *timm.list_models()], hint)
+    if pretrained:
+        _reach_hub(name)
     return _call(
         f"timm {name}",
         timm.create_model,
         _given(model_name=name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **kwargs),
     )
+
+
+def _reach_hub(name: str) -> None:
+    """Raise ConfigError at once where the hub with timm's weights cannot be reached. Its client would try for a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of requests or of httpx
+        raise ConfigError(
+            f"the published weights of {name} cannot be fetched: {constants.ENDPOINT} cannot be reached "
+            f"({type(error).__name__}); give a file with --checkpoint, or set HF_HUB_OFFLINE=1 if they were fetched before"
+        ) from error
 
 
 def _torchvision(
@@ -178,7 +197,11 @@ def _import(name: str) -> Callable[..., Any]:
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules.setdefault(spec.name, module)  # so that its classes can be copied and pickled
-            spec.loader.exec_module(module)
+            sys.path.insert(0, folder := str(Path(where).absolute().parent))  # for the files beside it
+            try:
+                spec.loader.exec_module(module)
+            finally:
+                sys.path.remove(folder)
         else:
             if "" not in sys.path:
                 sys.path.insert(0, "")  # a console script does not import from the current folder

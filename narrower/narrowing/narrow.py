@@ -15,7 +15,7 @@ from ..surgery.attributes import Place, attribute_values, set_attributes
 from ..surgery.copying import duplicate, parameter_like, same_tensors
 from ..surgery.resize import fit, format_of, slice_tensor
 from ..surgery.walk import named_tensors, pause_collector, tensor_shapes
-from .optimizer import Swap, carry_optimizer
+from .optimizer import Swap, carry_optimizer, check_optimizer
 
 RECORD = "narrower_record"  # the attribute of a narrow network that holds its NarrowRecord
 
@@ -38,10 +38,12 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     Kept as they are: dtype, device, memory format, `requires_grad`, train or eval mode, tied parameters, hooks. With
     `optimizer`, its parameters are replaced by those of the new module and its state is sliced along.
 
-    Raises PlanError if the model's tensors are not those that were traced.
+    Raises PlanError if the model's tensors are not those that were traced, ConfigError for an optimizer of another model.
     """
     graph = plan.graph
     dense = same_tensors(model, graph)
+    if optimizer is not None:
+        check_optimizer(optimizer, dense.values())
     shapes = graph.shapes
     kept = Kept(graph, plan.keep)
     memo: dict[int, Tensor] = {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..errors import ConfigError
 
 
 class Swap(NamedTuple):
@@ -15,6 +17,14 @@ class Swap(NamedTuple):
     old: Tensor
     new: Tensor
     part: Callable[[Tensor], Tensor]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Raise ConfigError if an optimizer has none of the tensors of a model."""
+    own = {id(t) for t in tensors}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(f"the {type(optimizer).__name__} given as optimizer= has no parameter of this model: give the one "
+                          "that trains it, or none")
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, swaps: Sequence[Swap]) -> None:

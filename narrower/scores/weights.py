@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
-from ..inputs import call_model, device_of, map_tensors, model_inputs
+from ..inputs import call_model, device_of, map_tensors, model_inputs, shapes_of
 from ..surgery.walk import in_eval_mode, named_tensors
 
 
@@ -88,7 +88,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     over batches and layers (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8).
 
     `batches`: pairs (inputs, targets). `loss(output, targets)`: a scalar. Gradients of the model are not touched. Raises
-    DataError if there are no batches.
+    DataError if there are no batches, or one is no pair.
     """
     tensors = named_tensors(model)
     params = {s.tensor: tensors[s.tensor] for g in graph.free for s in g.slices if s.role == "out"}
@@ -99,7 +99,11 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
         try:
             for t in params.values():
                 t.requires_grad_(True)
-            for inputs, targets in batches:
+            for batch in batches:
+                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                    raise DataError("taylor needs labels: each batch must be a pair (inputs, targets), and this one is "
+                                    f"{type(batch).__name__} ({shapes_of(batch)}); obs, hrank and magnitude need none")
+                inputs, targets = batch
                 output = call_model(model, model_inputs(inputs, model))
                 value = loss(output, map_tensors(targets, lambda t: t.to(device)))
                 grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +90,18 @@ def test_own_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_model("own_networks:small", 5, pretrained=True)
 
 
+def test_a_file_imports_those_beside_it(tmp_path: Path) -> None:
+    """Its folder is on the path meanwhile, and not afterwards, even if the file fails."""
+    (tmp_path / "beside_it.py").write_text("from torch import nn\nLayer = nn.Linear\n")
+    (tmp_path / "own.py").write_text("from beside_it import Layer\ndef small(num_classes): return Layer(2, num_classes)\n")
+    (tmp_path / "fails.py").write_text("import beside_it\nraise ValueError('no')\n")
+    before = list(sys.path)
+    assert make_model(f"{tmp_path}/own.py:small", 5).get_parameter("weight").shape == (5, 2)
+    with pytest.raises(ConfigError, match="ValueError: no"):
+        make_model(f"{tmp_path}/fails.py:small", 5)
+    assert sys.path == before
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -106,3 +120,24 @@ def test_unknown_names_suggest_known_ones(name: str, says: str) -> None:
 def test_an_unknown_argument_is_named() -> None:
     with pytest.raises(ConfigError, match="colour"):
         make_model("cifar_resnet20", colour="red")
+
+
+def test_published_weights_without_a_network_are_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after a minute of retries; and where the hub is said to be away, its cache is looked at, as before."""
+    pytest.importorskip("timm")
+    constants: Any = pytest.importorskip("huggingface_hub").constants
+    asked: list[str] = []
+
+    def create(model_name: str, **_: Any) -> torch.nn.Module:
+        asked.append(model_name)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr("timm.create_model", create)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigError, match=r"weights of resnet18 cannot be fetched: http://127.0.0.1:9 cannot be reached"):
+        make_model("resnet18", pretrained=True)
+    assert not asked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    make_model("resnet18", pretrained=True)
+    assert asked == ["resnet18"]

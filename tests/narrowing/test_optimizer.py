@@ -64,3 +64,15 @@ def test_an_optimizer_with_groups_keeps_their_settings() -> None:
     assert optimizer.param_groups[0]["params"][0] is small.conv1.weight
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.1]
     assert optimizer.param_groups[1]["params"][0] is small.fc.weight
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    """One that has other parameters besides the model's is not."""
+    model, other = Plain(), Plain()
+    plan = reference.halved(model, IMAGES)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    before = [*optimizer.param_groups[0]["params"]]
+    with pytest.raises(narrower.ConfigError, match="the SGD given as optimizer= has no parameter of this model"):
+        narrower.narrow(model, plan, optimizer=optimizer)
+    assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
+    narrower.narrow(model, plan, optimizer=torch.optim.SGD([*other.parameters(), *model.parameters()], lr=0.1))

@@ -179,3 +179,12 @@ def test_bad_calls() -> None:
         narrower.magnitude(model, graph, p=0)
     with pytest.raises(narrower.DataError, match="no batches"):
         narrower.taylor(model, graph, [], F.cross_entropy)
+
+
+@pytest.mark.parametrize("batch", [IMAGES[:2], {"images": IMAGES, "labels": None}, (IMAGES,)])
+def test_taylor_without_labels_says_so(batch: Any) -> None:
+    """Two images in a tensor are no pair of inputs and targets."""
+    model = Plain()
+    graph = narrower.trace(model, IMAGES)
+    with pytest.raises(narrower.DataError, match=r"taylor needs labels: each batch must be a pair \(inputs, targets\)"):
+        narrower.taylor(model, graph, [batch], F.cross_entropy)

@@ -1,0 +1,105 @@
+"""From arguments to settings: types, files, and what is said of those that are not known."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("yaml")
+pytest.importorskip("rich")
+pytest.importorskip("accelerate")
+
+from narrower.app.arguments import GROUPS, WANTED, hint_of, kinds, parse
+from narrower.app.cli import COMMANDS
+from narrower.app.job import Settings
+from narrower.app.run_folder import CONFIG, to_yaml
+from narrower.errors import ConfigError
+
+
+def settings(*arguments: str) -> Settings:
+    return parse(COMMANDS, arguments)[1]
+
+
+def test_without_arguments_there_are_the_defaults() -> None:
+    assert settings("train") == Settings()
+    assert settings("prune").train == replace(Settings().train, epochs=15, lr=0.02, warmup_epochs=0.2)
+
+
+@pytest.mark.parametrize(("arguments", "group", "field", "value"), [
+    ("--macs 0.25", "prune", "macs", 0.25),
+    ("--macs 50%", "prune", "macs", 0.5),
+    ("--macs=12.5%", "prune", "macs", 0.125),
+    ("--macs null", "prune", "macs", None),
+    ("--remove 0.5", "prune", "remove", 0.5),
+    ("--remove {\"layer*\":0.5,\"fc\":\"25%\"}", "prune", "remove", {"layer*": 0.5, "fc": 0.25}),
+    ("--exclude layer1.* fc", "prune", "exclude", ["layer1.*", "fc"]),
+    ("--mean 0.5 1 0", "data", "mean", [0.5, 1.0, 0.0]),
+    ("--model-kwargs {\"a\":[1,null]}", "model", "model_kwargs", {"a": [1, None]}),
+    ("-b 7 --amp", "train", "batch_size", 7),
+    ("--no-distill", "prune", "distill", False),
+    ("--checkpoint null", "model", "checkpoint", None),
+])
+def test_flags_have_the_types_of_their_settings(arguments: str, group: str, field: str, value: Any) -> None:
+    found = getattr(getattr(settings("prune", *arguments.split()), group), field)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ("--macs abc", "--macs abc: give a number, or a percentage such as 50%"),
+    ("--macs %", "--macs %: give a number"),
+    ("--epochs 2.5", "--epochs 2.5: give a whole number"),
+    ("--model-kwargs {broken", "--model-kwargs {broken: give JSON such as"),
+    ("--model-kwargs 3", "--model-kwargs 3: give JSON such as"),
+    ("--remove {broken", "--remove {broken: give a number, or a percentage such as 50% or JSON such as"),
+    ("--mcs 0.5", "there is no option --mcs; did you mean --macs? (all options: narrower prune --help)"),
+    ("--batchsize=3", "there is no option --batchsize=3; did you mean --batch-size?"),
+    ("--nonsense", "there is no option --nonsense (all"),
+    ("surplus", "there is no option surplus (all"),
+    ("--macs", "argument --macs: expected one argument"),
+    ("--config nowhere.yaml", "cannot read nowhere.yaml"),
+])
+def test_what_is_wrong_is_said_in_one_line(arguments: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings("prune", *arguments.split())
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("{", "cannot read"),
+    ("- 1", "holds no settings"),
+    ("macs: half", "macs half: give a number"),
+    ("mcs: 0.5", "there is no setting mcs; did you mean macs?"),
+    ("epochs: 2.5", "epochs 2.5: give a whole number"),
+    ("amp: 3", "amp 3: give true or false"),
+])
+def test_a_file_with_something_else_is_named(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        settings("prune", "--config", str(tmp_path / "s.yaml"))
+    assert says in str(caught.value) and "s.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_flags_go_before_a_file_and_a_file_before_defaults(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("epochs: 3\nlr: 1e-4\nmacs: 30%\n")
+    found = settings("prune", "--epochs", "4", "--config", str(tmp_path / "s.yaml"))
+    assert (found.train.epochs, found.train.lr, found.prune.macs) == (4, 1e-4, 0.3)
+
+
+def test_all_settings_of_a_run_are_read_back(tmp_path: Path) -> None:
+    given = settings("prune", "--remove", '{"conv*": 0.5}', "--mean", "0.1", "0.2", "0.3", "--lr", "1e-5", "--clip-grad", "1")
+    (tmp_path / CONFIG).write_text(to_yaml(given.flat()))
+    assert settings("prune", "--config", str(tmp_path / CONFIG)) == given
+    resumed = settings("prune", "--resume", str(tmp_path))
+    assert replace(resumed, run=given.run) == given
+    assert parse(COMMANDS, ["eval", str(tmp_path)])[2].run == str(tmp_path)
+
+
+def test_every_type_of_a_setting_can_be_read() -> None:
+    for group in GROUPS:
+        for item in fields(group):
+            for kind in kinds(hint_of(group, item.name)[0]):
+                assert getattr(kind, "__origin__", kind) in {*WANTED, types.NoneType}
