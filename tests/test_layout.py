@@ -46,7 +46,6 @@ PUBLIC_OPTIONS = {"planning/plan.py plan", "resrep/trainer.py __init__", "distil
 # Modules without a test file of their own, and where they are tested. All others have `tests/<package>/test_<module>.py`.
 TESTED_ELSEWHERE = {
     "__main__.py": "app/test_cli.py",
-    "app/arguments.py": "app/test_cli.py",
     "app/config.py": "app/test_cli.py: a setting is a flag of the command line",
     "app/job.py": "app/test_cli.py: a job is one command at work",
     "app/networks.py": "app/test_cli.py",
