@@ -52,7 +52,6 @@ TESTED_ELSEWHERE = {
     "app/oneshot.py": "app/test_cli.py",
     "app/prune.py": "app/test_cli.py",
     "app/resrep_run.py": "app/test_cli.py",
-    "app/terminal.py": "app/test_cli.py",
     "errors.py": "no logic; test_exports.py",
     "models/densenet.py": "models/test_models.py",
     "models/googlenet.py": "models/test_models.py",

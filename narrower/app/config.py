@@ -120,6 +120,8 @@ class PruneConfig:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
         if self.prior not in ("none", *METHODS) or self.prior == "resrep":
             raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m != 'resrep')}")
+        if self.forgetting and self.method != "resrep":
+            raise ConfigError(f"--forgetting is for --method resrep, and the method is {self.method}")
         if self.allocate == "norms" and self.method != "resrep":
             raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
         if self.allocate == "norms" and (self.remove is not None or self.round_to > 1 or self.min_channels > 1):

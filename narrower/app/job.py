@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -166,8 +167,13 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     reading = reading_of(settings)
     sensitivity = absolute(settings.prune.sensitivity)
     unlimited = settings.prune.macs is None and settings.prune.params is None and settings.prune.remove is None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (workers := settings.train.workers) > max(cores, TrainConfig.workers):
+        report.note(f"warning: --workers {workers}: this machine has {cores} cores, {cores} workers read as fast")
+        workers = cores
     settings = replace(
         settings,
+        train=replace(settings.train, workers=workers),
         model=replace(
             settings.model,
             model=absolute_factory(settings.model.model),

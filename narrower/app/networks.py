@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 import narrower
@@ -106,6 +106,10 @@ def from_run(job: Job, folder: Path) -> nn.Module:
 
 
 def read_run(folder: Path, config: ModelConfig) -> nn.Module:
+    """As `from_run`, on the CPU. Raises ConfigError for a run that was interrupted before it had a network."""
+    if not (folder / run_folder.MODEL).exists():
+        command = run_folder.Run(folder, resume=True, writes=False).last(run_folder.START).get("command", "prune")
+        raise ConfigError(f"the run in {folder} has no network yet: go on with it by narrower {command} --resume {folder}")
     if (folder / run_folder.NARROW).exists():
         return narrower.load(folder, lambda: dense_network(config))
     return load_checkpoint(dense_network(config), folder / run_folder.MODEL)
@@ -153,5 +157,6 @@ def inspect_network(
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the state dict to a temporary file, then replace `path` by it."""
     part = path.with_name(path.name + ".part")
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, part)
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    part.write_bytes(serialize(tensors))  # save_file would make a file that only its owner can read
     part.replace(path)

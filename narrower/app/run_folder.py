@@ -66,7 +66,7 @@ class Run:
             if not (folder / CONFIG).is_file():
                 raise ConfigError(f"there is no run to go on with in {folder} (no {CONFIG})")
             began = self.last(START).get("command", command)
-            if began != command:
+            if command not in ("", began):
                 raise ConfigError(f"{folder} is a run of `narrower {began}`: go on by narrower {began} --resume {folder}")
         elif writes and not overwrite and (found := self._found()):
             raise ConfigError(

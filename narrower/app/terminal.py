@@ -9,12 +9,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .job import Reporter
 from .networks import Figures
 from .prune import Result
 from .run_folder import Run
+
+NUMBERS = 39  # columns of a terminal that the numbers of a progress bar take
 
 
 class Terminal(Reporter):
@@ -39,8 +41,10 @@ class Terminal(Reporter):
         if self.quiet or not self.err.is_terminal:
             yield from iterable
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), Count(), Rate(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self.err, transient=True)
+        width = max(10, self.err.width - NUMBERS)
+        text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=width))
+        columns = (text, BarColumn(None, table_column=Column(ratio=1)), Count(), Rate(), TimeRemainingColumn())
+        bar = Progress(*columns, console=self.err, transient=True, expand=True)
         task = bar.add_task(description, total=total or None)
         self._bars.append(bar)
         with bar:
@@ -73,7 +77,7 @@ class Count(ProgressColumn):
 
 class Rate(ProgressColumn):
     def render(self, task: Task) -> str:
-        return f"{task.speed or 0:,.0f} images/s"
+        return f"{task.speed or 0:,.0f}/s"
 
 
 def epoch_line(row: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ class Slice(ChannelMap):
     blocks: int = 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChannelGroup:
     """Channels with shared indices: removing channel k removes it from every slice.
 
@@ -87,6 +88,14 @@ class ChannelGroup:
     def free(self) -> bool:
         """Whether its channels can be removed."""
         return self.pinned is None
+
+    @property
+    def kind(self) -> str:
+        """Why it is pinned, or how it is free, in words."""
+        return f"pinned: {self.pinned}" if self.pinned else "free" if self.exact else "free, inexact"
+
+    def __repr__(self) -> str:
+        return f"<ChannelGroup {self.name}: {self.size} channels, {self.kind}>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +178,7 @@ class Step(NamedTuple):
     training: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Graph:
     """All channel groups of a network, and the sizes that costs need.
 
@@ -218,15 +227,30 @@ class Graph:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def __repr__(self) -> str:
+        return f"<Graph: {self.summary}>"
+
     def __str__(self) -> str:
-        rows = [("group", "channels", "layers", "kind")]
-        for g in self.groups:
-            kind = f"pinned: {g.pinned}" if g.pinned else "free" if g.exact else "free, inexact"
-            rows.append((g.name, str(g.size), str(len(g.layers)), kind))
-        free = sum(g.size for g in self.free)
-        total = sum(g.size for g in self.groups)
-        lines = [table(rows), f"{free} of {total} channels free in {len(self.free)} of {len(self.groups)} groups"]
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+        return "\n".join([table(self.rows), *self.footer])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(self.rows, self.footer)
+
+    @property
+    def summary(self) -> str:
+        free, total = sum(g.size for g in self.free), sum(g.size for g in self.groups)
+        return f"{free} of {total} channels free in {len(self.free)} of {len(self.groups)} groups"
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """A header, and a row for each group."""
+        return [("group", "channels", "layers", "kind"),
+                *((g.name, str(g.size), str(len(g.layers)), g.kind) for g in self.groups)]
+
+    @property
+    def footer(self) -> list[str]:
+        return [self.summary, *(f"note: {n}" for n in self.notes)]
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
@@ -239,6 +263,15 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(rows[0]), "  ".join("-" * min(w, 60) for w in widths), *map(line, rows[1:])])
+
+
+def html_table(rows: Sequence[tuple[str, ...]], footer: Sequence[str]) -> str:
+    """The same rows as HTML, with lines of text below."""
+    def line(row: tuple[str, ...], cell: str) -> str:
+        return "<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in row) + "</tr>"
+
+    body = "".join([line(rows[0], "th"), *(line(row, "td") for row in rows[1:])])
+    return f"<table>{body}</table><p>{'<br>'.join(map(escape, footer))}</p>"
 
 
 class Scores(dict[str, Tensor]):

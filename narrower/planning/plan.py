@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..graph.cost import CostModel
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
-from ..graph.types import Graph, table
+from ..graph.types import Graph, Slice, html_table, table
 from .damage import Sensitivity
 from .greedy import by_budget
 from .rates import by_rate
@@ -37,18 +37,33 @@ class Plan:
     request: Mapping[str, Any]
 
     def __str__(self) -> str:
-        model = CostModel(self.graph)
-        costs = [model.by_tensor("macs", w) for w in (model.dense, widths(model, self.keep))]
-        rows = [("group", "dense", "kept", "MACs dense", "MACs narrow", "")]
+        return f"{table(self.rows)}\n{self.summary}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(self.rows, [self.summary])
+
+    @property
+    def summary(self) -> str:
+        (m0, m1), (p0, p1) = self.macs, self.params
+        return (f"MACs {m0:,.0f} -> {m1:,.0f} ({m1 / m0:.1%}), "
+                f"parameters {p0:,.0f} -> {p1:,.0f} ({p1 / p0:.1%})")
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """A header, and a row for each group, with the multiply-adds of the layers that make its channels.
+
+        A layer that makes channels of several groups counts for each by its number of channels there.
+        """
+        rows: list[tuple[str, ...]] = [("group", "dense", "kept", "MACs dense", "MACs narrow", "")]
+        made = macs_by_group(self.graph, self.keep)
         for g in self.graph.groups:
             kept = len(self.keep[g.name]) if g.free else g.size
-            made = {s.tensor for s in g.slices if s.role == "out"}
-            sums = [sum(c[t] for t in made if t in c) for c in costs]
             note = f"pinned: {g.pinned}" if g.pinned else "" if g.exact else "inexact"
-            rows.append((g.name, str(g.size), str(kept), f"{sums[0]:,.0f}", f"{sums[1]:,.0f}", note))
-        (m0, m1), (p0, p1) = self.macs, self.params
-        return (f"{table(rows)}\nMACs {m0:,.0f} -> {m1:,.0f} ({m1 / m0:.1%}), "
-                f"parameters {p0:,.0f} -> {p1:,.0f} ({p1 / p0:.1%})")
+            rows.append((g.name, str(g.size), str(kept), *(f"{n:,.0f}" for n in made.pop(g.name)), note))
+        if made:
+            rows.append(("(others)", "", "", *(f"{sum(n):,.0f}" for n in zip(*made.values(), strict=True)), ""))
+        return rows
 
     def to_json(self) -> str:
         """All but the graph, which `from_json` takes again."""
@@ -83,6 +98,24 @@ def parse_kept(name: str, kept: Any, sizes: Mapping[str, int]) -> np.ndarray:
     if not ok or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= sizes[name]:
         raise PlanError(f"the kept channels of group {name!r} are not ascending numbers below its size")
     return np.array(kept, dtype=np.int64)
+
+
+def macs_by_group(graph: Graph, keep: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{group, or tensor that makes channels of none: its multiply-adds (dense, narrow)}. They add up to those of the plan."""
+    model, kept = CostModel(graph), Kept(graph, keep)
+    costs = [model.by_tensor("macs", w) for w in (model.dense, widths(model, keep))]
+    made = {g.name: np.zeros(2) for g in graph.groups}
+    outs: dict[str, list[Slice]] = {}
+    for s in (s for g in graph.groups for s in g.slices if s.role == "out"):
+        outs.setdefault(s.tensor, []).append(s)
+    for tensor in costs[0]:
+        both = np.array([c[tensor] for c in costs])
+        counts = np.array([[len(s.positions), kept.mask(s.group)[s.channels].sum()] for s in outs.get(tensor, [])])
+        if not len(counts):
+            made[tensor] = both
+        for s, count in zip(outs.get(tensor, []), counts, strict=True):
+            made[s.group] += both * count / counts.sum(0)
+    return made
 
 
 def widths(model: CostModel, keep: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -233,11 +233,11 @@ class TrainLoop:
 
     def title(self, epoch: int) -> str:
         """For a progress bar."""
-        title = f"{self.context.stage}: epoch {epoch + 1} of {self.config.epochs}"
+        title = f"{self.context.stage}: epoch {epoch + 1}/{self.config.epochs}"
         if self.resrep is None:
             return title
         at = self.resrep.progress()
-        return f"{title}, masked to {at['masked']:.0%}, reached {at['reached']:.0%}, {at['zero']:.0f} channels at zero"
+        return f"{title}, masked {at['masked']:.0%}, at {at['reached']:.0%}"
 
     def save(self, position: Position) -> None:
         """Replace the checkpoint: write beside the old file, then take its place. A crash leaves one or the other whole."""

@@ -253,6 +253,28 @@ def test_the_own_network_of_a_run_is_found_from_anywhere(folder: Path, monkeypat
     assert cli.main(["eval", "../run", "--device", "cpu"]) == 0
 
 
+def test_weights_can_be_read_by_those_who_may_read_other_files(folder: Path) -> None:
+    (folder / "plain").touch()
+    assert cli.main(["train", *SMALL, "--epochs", "0", "--output", "run"]) == 0
+    assert {path.stat().st_mode for path in Path("run").iterdir()} == {(folder / "plain").stat().st_mode}
+
+
+def test_eval_of_an_interrupted_run_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *SMALL, "--epochs", "0", "--output", "run"]) == 0
+    (Path("run") / run_folder.MODEL).unlink()
+    for command in ("eval", "inspect"):
+        assert cli.main([command, "run", "--device", "cpu"]) == 2
+        assert "has no network yet: go on with it by narrower train --resume run" in capsys.readouterr().err
+
+
+def test_more_workers_than_cores_are_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    for workers, used in ((3, 3), (500, 3)):
+        assert cli.main(["train", *SMALL, "--epochs", "0", "--workers", str(workers), "--output", f"run{workers}"]) == 0
+        assert ("this machine has 3 cores" in capsys.readouterr().err) == (workers > 3)
+        assert f"\nworkers: {used}\n" in (Path(f"run{workers}") / run_folder.CONFIG).read_text()
+
+
 def test_a_run_is_not_overwritten_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", *SMALL, "--epochs", "1", "--output", "run"]
     assert cli.main(train) == 0
@@ -356,6 +378,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--method", "best"], "take one of obs, hrank, resrep, magnitude", nothing),
     (["--method", "resrep", "--allocate", "norms", "--remove", "0.5"], "works towards a budget", nothing),
     (["--allocate", "norms"], "is for --method resrep", nothing),
+    (["--forgetting", '{"strength": 1}'], "--forgetting is for --method resrep, and the method is obs", nothing),
     (["--images", "8"], "measuring and repairing need 16 at least", nothing),
     (["--method", "resrep", "--prior", "none"], "give --allocate norms too", nothing),
     (["--method", "resrep", "--epochs", "0"], "needs --epochs", nothing),

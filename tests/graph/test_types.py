@@ -68,6 +68,19 @@ def test_a_graph_prints_every_group_its_kind_and_the_channels_that_are_free() ->
     assert lines[6:] == ["note: train mode uses other layers"]
 
 
+def test_a_graph_and_a_group_are_short_in_a_debugger() -> None:
+    found = graph()
+    assert repr(found) == "<Graph: 10 of 13 channels free in 2 of 3 groups>"
+    assert repr(found["b"]) == "<ChannelGroup b: 6 channels, free, inexact>"
+
+
+def test_notebooks_show_a_graph_as_a_table() -> None:
+    odd = ChannelGroup("<a & b>", 4, (), (), PINNED)
+    html = Graph((odd,), {}, frozenset(), {}, notes=("1 < 2",))._repr_html_()
+    assert html.startswith("<table><tr><th>group</th>") and html.count("<tr>") == 2
+    assert "<td>&lt;a &amp; b&gt;</td><td>4</td>" in html and "0 of 4 channels free in 0 of 1 groups<br>note: 1 &lt; 2" in html
+
+
 CELLS = st.text("ab1.", min_size=1, max_size=6)
 
 

@@ -84,6 +84,16 @@ def test_a_plan_prints_its_table() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_rows_of_a_plan_add_up_to_its_costs(name: str) -> None:
+    """Also where a layer makes channels of several groups."""
+    graph = graph_of(name)
+    plan = narrower.plan(graph, narrower.random(graph), remove={"*": 0.4})
+    macs = [[float(text.replace(",", "")) for text in row[3:5]] for row in plan.rows[1:]]
+    assert np.sum(macs, axis=0) == pytest.approx(plan.macs, abs=0.5 * len(macs))
+    assert plan._repr_html_().count("<tr>") == len(plan.rows) and plan.summary in str(plan)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_json_gives_the_plan_back(name: str) -> None:
     graph = graph_of(name)
     plan = narrower.plan(graph, narrower.random(graph), remove={"*": 0.4})
