@@ -239,6 +239,7 @@ class Graph:
 
     @property
     def summary(self) -> str:
+        """How many channels are free, in words."""
         free, total = sum(g.size for g in self.free), sum(g.size for g in self.groups)
         return f"{free} of {total} channels free in {len(self.free)} of {len(self.groups)} groups"
 
@@ -250,6 +251,7 @@ class Graph:
 
     @property
     def footer(self) -> list[str]:
+        """The lines below the rows."""
         return [self.summary, *(f"note: {n}" for n in self.notes)]
 
 

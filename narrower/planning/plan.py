@@ -45,6 +45,7 @@ class Plan:
 
     @property
     def summary(self) -> str:
+        """The costs, in words."""
         (m0, m1), (p0, p1) = self.macs, self.params
         return (f"MACs {m0:,.0f} -> {m1:,.0f} ({m1 / m0:.1%}), "
                 f"parameters {p0:,.0f} -> {p1:,.0f} ({p1 / p0:.1%})")
