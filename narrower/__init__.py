@@ -2,11 +2,14 @@
 
 from .allocation import sensitivity
 from .batchnorm import recalibrate
+from .deployment import Exported, export
 from .distillation import Distillation, Tuned, tune
 from .errors import (
     BudgetError,
     ConfigError,
     DataError,
+    ExportError,
+    MissingExtraError,
     NarrowerError,
     PlanError,
     StorageError,
@@ -26,9 +29,9 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "Folded", "Forgetting", "Graph",
-    "NarrowerError", "Plan", "PlanError", "Reconstruction", "ResRep", "Scores", "Sensitivity", "Slice", "StorageError",
-    "TraceError", "Tuned", "Verification", "VerifyError", "bn_scale", "compose", "fold", "fpgm", "hrank", "load",
-    "magnitude", "measure", "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity",
-    "taylor", "trace", "tune", "verify",
+    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError", "Exported", "Folded",
+    "Forgetting", "Graph", "MissingExtraError", "NarrowerError", "Plan", "PlanError", "Reconstruction", "ResRep",
+    "Scores", "Sensitivity", "Slice", "StorageError", "TraceError", "Tuned", "Verification", "VerifyError", "bn_scale",
+    "compose", "export", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "obs", "plan", "random",
+    "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "tune", "verify",
 ]

@@ -7,6 +7,8 @@ NarrowerError
 ├── VerifyError     the narrowed network is not the dense one with those channels removed
 ├── StorageError    a checkpoint or narrower.json that is missing, damaged or of another model
 ├── DataError       a data set that is empty or unreadable
+├── ExportError     an exporter does not take the network, or a runtime computes something else
+├── MissingExtraError  an optional package is not installed
 └── ConfigError     settings that contradict each other, an output folder in use
 """
 
@@ -39,6 +41,14 @@ class StorageError(NarrowerError):
 
 class DataError(NarrowerError):
     """A data set is empty, missing or unreadable."""
+
+
+class ExportError(NarrowerError):
+    """An exporter does not take the network, or the file that it wrote computes something else than PyTorch."""
+
+
+class MissingExtraError(NarrowerError):
+    """An optional package is not installed; the message has the command that does."""
 
 
 class ConfigError(NarrowerError):

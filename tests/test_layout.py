@@ -21,7 +21,7 @@ LEVELS: dict[str, int] = {
     "planning": 2, "surgery": 2,
     "batchnorm": 3, "tracing": 3,
     "measuring": 4, "narrowing": 4,
-    "repair": 5, "resrep": 5, "storage": 5,
+    "deployment": 5, "repair": 5, "resrep": 5, "storage": 5,
     "allocation": 6, "distillation": 6, "scores": 6,
     # Outside the core: networks, data, training, the command line.
     "data": 7, "models": 7,
@@ -35,7 +35,7 @@ OUTSIDE_THE_CORE = {name for name, level in LEVELS.items() if level >= 7}
 CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
 FAST = {"numba"}
 OPTIONAL_PACKAGES = {"numba", "timm", "torchvision", "accelerate", "rich", "sklearn", "yaml", "PIL",
-                     "huggingface_hub"}
+                     "huggingface_hub", "onnx", "onnxscript", "onnxruntime", "openvino"}
 # Limits that keep the code readable.
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -20,7 +20,8 @@ import narrower
 from ..training.accelerator import make_accelerator
 from ..training.config import TrainConfig
 from .arguments import Command, parse
-from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from .config import DataConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
+from .deploying import export_network
 from .job import Job, Settings, open_job
 from .networks import Figures, figures, from_run, inspect_network, load_dense
 from .oneshot import measure_sensitivity
@@ -94,6 +95,11 @@ def run_inspect(settings: Settings, terminal: Terminal, given: Namespace) -> Non
     terminal.print("  ".join(f"{name} {text}" for name, text in costs(found)))
 
 
+def run_export(settings: Settings, terminal: Terminal, given: Namespace) -> None:
+    chosen = ExportConfig(given.format, given.int8, given.calibration_images, given.output)
+    terminal.print(str(export_network(settings, None if given.run is None else Path(given.run), chosen, terminal)))
+
+
 EVALUATING = ("batch_size", "amp", "channels_last", "workers")
 MEASURING = ("method", "images", "allow_inexact")
 READING = ("batch_size", "workers", "held_out")
@@ -130,6 +136,13 @@ COMMANDS = {
         "accuracy and costs of a run's network, or of a network and its checkpoint",
         "narrower eval runs/20250101-120000-hrank-cifar_resnet56",
         [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, EVALUATING), (RunConfig, ("device",))],
+        takes_run=True,
+    ),
+    "export": Command(
+        run_export,
+        "write a network for another runtime, and compare what it computes there with PyTorch",
+        "narrower export runs/20250101-120000-obs-cifar_resnet56 --format onnx",
+        [(ModelConfig, ()), (DataConfig, ()), (ExportConfig, ())],
         takes_run=True,
     ),
 }

@@ -140,3 +140,23 @@ class RunConfig:
     resume: Annotated[str | None, "run folder to go on with, exactly where it stopped, with its own settings"] = None
     seed: Annotated[int, "of initial weights, order and augmentation"] = 42
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
+
+
+EXPORT_FORMATS = ("onnx", "openvino", "pt2", "torchscript")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """export"""
+
+    format: Annotated[str, "onnx, openvino (.xml and .bin), pt2 (torch.export) or torchscript"] = "onnx"
+    int8: Annotated[bool, "8-bit weights and activations (onnx), quantised after training on some images"] = False
+    calibration_images: Annotated[int, "how many, for --int8"] = 128
+    output: Annotated[str | None, "the file; default: model.onnx (model.int8.onnx, .xml, .pt2, .ts) in the run folder"] = None
+
+    def __post_init__(self) -> None:
+        check(self, calibration_images=(1, inf))
+        if self.format not in EXPORT_FORMATS:
+            raise ConfigError(f"--format {self.format}: take one of {', '.join(EXPORT_FORMATS)}")
+        if self.int8 and self.format != "onnx":
+            raise ConfigError("--int8 is for --format onnx")

@@ -140,13 +140,17 @@ def figures(example: Tensor, *networks: tuple[nn.Module, float], rounds: int = 3
     return found
 
 
+def expected_size(config: ModelConfig) -> int:
+    """Pixels of the square images that a network takes, where settings do not say."""
+    return int(expected_images(config.model).get("large", 32 if config.model in CIFAR_MODELS else 224))
+
+
 def inspect_network(
     settings: Settings, folder: Path | None = None, report: Reporter | None = None
 ) -> tuple[narrower.Graph, Figures]:
     """`narrower inspect`: the groups and costs of a network, or of the network that a run saved. Needs no images."""
     given = settings.model
-    expected = expected_images(given.model).get("large", 32 if given.model in CIFAR_MODELS else 224)
-    size = settings.data.img_size or expected
+    size = settings.data.img_size or expected_size(given)
     accelerator = make_accelerator(settings.run.device)
     example = torch.zeros(1, given.in_chans, size, size, device=accelerator.device)
     model = with_weights(given) if folder is None else read_run(folder, given)

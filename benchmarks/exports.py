@@ -1,0 +1,76 @@
+"""Which networks each exporter takes, and how near its runtime is to PyTorch: the table of results/README.md.
+
+    pip install -e '.[cli,export,openvino]' && python benchmarks/exports.py [NAME...] [--formats onnx pt2 ...] [--size 96]
+
+Random weights that matter: BatchNorm statistics are those of the images, scales and shifts are random, so that signals keep
+their size through the whole network. A row is one network and format: the largest difference from PyTorch as a fraction of the
+largest output, or why there is no file. Images are smooth random ones (detectors: a list of two).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import narrower
+from narrower.models import CIFAR_MODELS, make_model
+
+DETECTORS = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
+NAMES = (*CIFAR_MODELS, "resnet50", "mobilenet_v3_large", "densenet121", "lraspp_mobilenet_v3_large", *DETECTORS)
+FILES = {"onnx": "net.onnx", "pt2": "net.pt2", "torchscript": "net.ts", "openvino": "net.xml"}
+
+
+def network(name: str, images: torch.Tensor) -> nn.Module:
+    """The network in eval mode with random weights and BatchNorm statistics that fit them."""
+    torch.manual_seed(0)
+    if name in CIFAR_MODELS:
+        model = make_model(name, 10)
+    else:
+        import torchvision
+
+        given = {"weights_backbone": None} if name in DETECTORS or name.startswith("lraspp") else {}
+        model = torchvision.models.get_model(name, weights=None, **given)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.3)
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.eval()
+    for norm in norms:
+        norm.train()
+    with torch.no_grad():
+        model(list(images) if name in DETECTORS else images)
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--formats", nargs="*", default=list(FILES))
+    parser.add_argument("--size", type=int, default=96, help="pixels; the CIFAR networks take 32, the detectors 320")
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}, batch traced 2, compared on 2 and 3 (detectors: 2 and 2)")
+    for name in given.names:
+        size = 32 if name in CIFAR_MODELS else 320 if name in DETECTORS else given.size
+        images = nn.functional.interpolate(torch.rand(2, 3, 9, 9), size=(size, size), mode="bicubic").clamp(0, 1)
+        model = network(name, images)
+        inputs = (list(images),) if name in DETECTORS else images
+        for kind in given.formats:
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    found = narrower.export(model, inputs, Path(folder) / FILES[kind])
+                    text = f"{found.difference:.1e}  batch {found.batch}  {found.size / 1e6:.2f} MB"
+                except narrower.ExportError as error:
+                    text = str(error)
+            print(f"{name:<40} {kind:<12} {text}  ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""`narrower export`: a network for another runtime, compared with PyTorch on images of its data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import narrower
+
+from ..data.images import batches
+from ..errors import ConfigError, DataError
+from ..models.checkpoints import load_checkpoint
+from ..training.accelerator import make_accelerator
+from .config import ExportConfig
+from .job import Job, Reporter, Settings, open_job
+from .networks import dense_network, expected_size, load_dense, read_run
+from .oneshot import sample
+from .run_folder import Run
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".ts"}
+CHECKED = 2  # images for the comparison
+
+
+def export_network(
+    settings: Settings, folder: Path | None, given: ExportConfig, report: Reporter | None = None
+) -> narrower.Exported:
+    """Export the network of a run folder, or that of the settings with its checkpoint or published weights.
+
+    Raises:
+        ConfigError: nothing says which weights; int8 without images.
+        ExportError, MissingExtraError: as `narrower.export`.
+    """
+    report = report or Reporter()
+    if folder is None and not (settings.model.checkpoint or settings.model.pretrained):
+        raise ConfigError("say what to export: a run folder, or --model with --checkpoint or --pretrained")
+    job = job_with_images(settings, folder, given, report)
+    if job is None:
+        model, images, calibration = without_images(settings, folder), noise(settings), None
+        report.note("no images: the file is compared with PyTorch on noise")
+    else:
+        model = load_dense(job) if folder is None else read_run(folder, job.settings.model)
+        images = validation_images(job)
+        calibration = [x for x, _ in sample(job, given.calibration_images)] if given.int8 else None
+    name = ("model.int8" if given.int8 else "model") + SUFFIXES[given.format]
+    path = Path(given.output) if given.output else (folder or Path()) / name
+    if not path.name.endswith(SUFFIXES[given.format]):
+        raise ConfigError(f"--output {path} must end in {SUFFIXES[given.format]} for --format {given.format}")
+    with report.busy(f"exporting to {path}"):
+        return narrower.export(model.cpu(), images, path, calibration=calibration)
+
+
+def job_with_images(settings: Settings, folder: Path | None, given: ExportConfig, report: Reporter) -> Job | None:
+    """The job of the images that settings or run name. None where there are none, unless int8 needs them."""
+    if folder is None and not (settings.data.data_dir or settings.data.dataset):
+        if given.int8:
+            raise ConfigError("--int8 needs images for calibration: give --data-dir or --dataset")
+        return None
+    try:
+        return open_job(settings, Run(Path(), overwrite=True, writes=False), make_accelerator("cpu"), report)
+    except DataError as error:
+        if given.int8:
+            raise
+        report.note(f"the images cannot be read ({error})")
+        return None
+
+
+def without_images(settings: Settings, folder: Path | None) -> nn.Module:
+    if folder is not None:
+        return read_run(folder, settings.model)
+    model = dense_network(settings.model, pretrained=settings.model.pretrained)
+    return load_checkpoint(model, settings.model.checkpoint) if settings.model.checkpoint else model
+
+
+def noise(settings: Settings) -> Tensor:
+    size = settings.data.img_size or expected_size(settings.model)
+    return torch.randn(CHECKED, settings.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def validation_images(job: Job) -> Tensor:
+    images, _ = next(iter(batches(job.data.val, CHECKED)))
+    return images

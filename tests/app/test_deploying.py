@@ -1,0 +1,81 @@
+"""narrower export: files of runs and of networks with weights, on images of the run or without any."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("timm")
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from narrower.app import cli
+from narrower.app.run_folder import to_yaml
+
+NETWORK = """
+from torch import nn
+
+def net(num_classes=5):
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder of a dense network, its factory, and images without classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    Path("net.py").write_text(NETWORK)
+    sys.modules.pop("net", None)
+    Path("photos").mkdir()
+    for number in range(20):
+        Image.new("RGB", (8, 8), (12 * number, 90, 200 - number)).save(f"photos/{number}.png")
+    Path("run").mkdir()
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    save_file(model.state_dict(), "run/model.safetensors")
+    settings = {"model": "net.py:net", "num_classes": 5, "data_dir": "photos", "img_size": 8, "cache_dir": "none", "images": 9}
+    Path("run/config.yaml").write_text(to_yaml({**settings, "output": None}))
+
+
+def test_a_run_is_exported_into_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "run", "--format", "pt2"]) == 0
+    shown = capsys.readouterr()
+    assert "run/model.pt2 (0." in shown.out and "torch.export = PyTorch to" in shown.out and not shown.err
+    assert Path("run/model.pt2").is_file()
+
+
+def test_int8_is_calibrated_on_images_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    assert cli.main(["export", "run", "--int8", "--calibration-images", "8"]) == 0
+    assert "run/model.int8.onnx (int8" in capsys.readouterr().out
+    assert [path.name for path in Path("run").glob("*.onnx")] == ["model.int8.onnx"]
+    Path("photos").rename("elsewhere")
+    assert cli.main(["export", "run", "--int8"]) == 2
+    assert "photos" in capsys.readouterr().err
+
+
+def test_without_images_noise_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos").rename("elsewhere")
+    assert cli.main(["export", "run", "--format", "torchscript", "--output", "deep/net.ts"]) == 0
+    shown = capsys.readouterr()
+    assert "compared with PyTorch on noise" in shown.err and Path("deep/net.ts").is_file() and "deep/net.ts" in shown.out
+    weights = ["--model", "net.py:net", "--checkpoint", "run/model.safetensors", "--img-size", "8"]
+    assert cli.main(["export", *weights, "--format", "torchscript", "--output", "own.ts"]) == 0
+    assert Path("own.ts").is_file()
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["--model", "net.py:net"], "say what to export: a run folder, or --model with"),
+    (["run", "--format", "tflite"], "take one of onnx, openvino, pt2, torchscript"),
+    (["run", "--format", "pt2", "--output", "net.onnx"], "--output net.onnx must end in .pt2"),
+    (["run", "--format", "pt2", "--int8"], "--int8 is for --format onnx"),
+    (["--model", "net.py:net", "--checkpoint", "run/model.safetensors", "--int8"], "--int8 needs images for calibration"),
+    (["nowhere"], "no run folder"),
+])
+def test_what_cannot_be_done_is_said_in_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
