@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Each test runs on one thread; pytest runs one process for each core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .PHONY: demo test slow nightly lint clean
 
@@ -10,15 +12,15 @@ demo: $(VENV)/cli.installed
 	$(BIN)/narrower prune
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The tests that the default run leaves out.
 slow: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # All tests, with two thousand random networks and damaged files for each property, others each time.
 nightly: $(VENV)/dev.installed
-	NARROWER_EXAMPLES=2000 $(BIN)/python -m pytest -m ""
+	NARROWER_EXAMPLES=2000 $(PYTEST) -m ""
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
