@@ -12,7 +12,7 @@ from support.resrep_training import randomised
 from torch import Tensor, nn
 
 import narrower
-from narrower.allocation.measure import MEASURED, without_inputs
+from narrower.allocation.measure import MEASURED, Cut, measured_damages, without_inputs
 from narrower.surgery.walk import named_tensors
 
 
@@ -176,3 +176,34 @@ def test_inputs_of_a_grouped_weight_are_zeroed_in_each_group(groups: int) -> Non
     found = without_inputs(weight, 1, removed)
     assert not nn.functional.conv2d(x, found, groups=groups).any()
     assert found.count_nonzero() == weight.numel() // 2
+
+
+def test_readers_at_several_depths_are_all_cut() -> None:
+    """The damage is that of the network whose readers, early and late, have lost the channels."""
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.early, self.late = unit(3, 8), unit(8, 6), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.late(x).mean((2, 3)) + self.early(x).mean((2, 3))[:, :5]
+
+    model = randomised(Skip()).eval()
+    x = torch.randn(4, 3, 8, 8)
+    named = named_tensors(model)
+    weights = {n: named[n] * (torch.arange(8) < 4).view(1, -1, 1, 1) for n in ("early.0.weight", "late.weight")}
+    found, _ = measured_damages(model, [Cut(0, 0.5, weights, {})], [(x, 4)], None)
+    other = copy.deepcopy(model)
+    for name, weight in weights.items():
+        named_tensors(other)[name].data.copy_(weight)
+    with torch.no_grad():
+        p, q = model(x).double().log_softmax(1), other(x).double().log_softmax(1)
+    assert found[0] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-5)
+
+
+def test_shares_that_remove_as_many_channels_are_measured_once() -> None:
+    model = randomised(nn.Sequential(unit(3, 4), Head(4))).eval()
+    graph = narrower.trace(model, batches()[0][:1])
+    found = narrower.sensitivity(model, graph, narrower.random(graph), batches(), shares=(0.05, 0.2, 0.3, 0.5, 0.55, 0.99))
+    assert found.curves[0].shares == (0.25, 0.5, 0.75)

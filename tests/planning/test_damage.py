@@ -21,6 +21,7 @@ CURVE = Curve(("a", "b"), (0.125, 0.25, 0.5, 0.75), (0.03, 0.02, 0.2, 1.0))
 def test_the_hull_is_convex_monotone_and_below_the_points() -> None:
     shares, damages = convex_hull(CURVE)
     assert shares[0] == damages[0] == 0 and shares[-1] == 0.75
+    assert damages[1] == 0.03  # that less damage was measured at twice the share is chance
     slopes = np.diff(damages) / np.diff(shares)
     assert (slopes >= 0).all() and (np.diff(slopes) >= 0).all()
     points = np.maximum.accumulate([0, *CURVE.damages])

@@ -220,3 +220,23 @@ def test_modes_are_put_back_and_the_repaired_network_has_those_of_the_cut_one() 
     assert model.training and model[1].training and small.training and not small[1].training
     assert [m.training for m in found.modules()] == [m.training for m in small.modules()]
     assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), want.state_dict().values(), strict=True))
+
+
+def test_a_norm_that_hides_a_channel_does_not_ask_for_infinite_targets() -> None:
+    """Behind a BatchNorm weight of zero, no output of the layer reaches the sum."""
+    model = randomised(Block()).eval()
+    hidden = named_tensors(model)["b.1.weight"]
+    hidden.data[::2] = 0
+    plan, small = cut(model, 0.5)
+    found = narrower.reconstruct(model, small, plan, batches(), stream_targets=True)
+    x = torch.randn(64, 3, 8, 8)
+    assert found.kept == "stream targets" and difference(model, found.model, x) < difference(model, small, x)
+
+
+def test_an_overflow_inside_the_network_is_an_error() -> None:
+    model = network()
+    named_tensors(model)["0.1.bias"].data.fill_(3e38)
+    named_tensors(model)["1.1.running_var"].data.fill_(float("inf"))  # hides it from the outputs
+    plan, small = cut(model)
+    with pytest.raises(narrower.DataError, match=r"what 1\.0\.weight reads or makes is not finite"):
+        narrower.reconstruct(model, small, plan, batches())

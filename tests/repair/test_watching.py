@@ -146,3 +146,20 @@ def test_calls_overwrite_only_what_nothing_else_reads(name: str) -> None:
         torch.testing.assert_close(found, want)
         torch.testing.assert_close(found, flatten_tensors(model(x)))
     assert second.memory < first.memory
+
+
+def test_a_product_with_a_scaled_or_summed_bias_is_no_plain_layer() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, **factors: float) -> None:
+            super().__init__()
+            self.fc, self.factors = nn.Linear(4, 3), factors
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.fc.bias, x, self.fc.weight.T, **self.factors)
+
+    x = torch.randn(5, 4)
+    for factors, layers in (({}, 1), ({"beta": 0.5}, 0), ({"alpha": 2.0}, 0)):
+        model = Scaled(**factors)
+        watch = Seen(model, ["fc.weight"])
+        torch.testing.assert_close(watch.run(x, 5), model(x))
+        assert len(watch.layers) == layers
