@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from ..graph.equal_counts import Component, components
 from ..graph.types import Graph
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
-from ..repair.held_out import Comparison, checked_inputs, images_wanted, split
+from ..repair.held_out import Comparison, checked_inputs, images_wanted, input_counts, split
 from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
@@ -58,15 +57,14 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     """
     same_tensors(model, graph)
     values = checked_scores(graph, scores, set())
-    weights = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
-    wanted = images_wanted(graph, {w: prod(graph.shapes[w][1:]) for w in weights})
-    inputs = checked_inputs("sensitivity", batches, model, images, 2 * MEASURED, wanted)
+    counts = input_counts(graph)
+    inputs = checked_inputs("sensitivity", batches, model, images, 2 * MEASURED, images_wanted(graph, counts))
     fit, measured = split(inputs, MEASURED, MEASURED_IMAGES)
     parts = components(graph)
     copy = duplicate(model, {id(t): fresh_copy(t) for t in named_tensors(model).values()})
     with in_eval_mode(copy):
-        moments = second_moments(copy, weights, fit)
-        hidden = sorted(weights - moments.keys())
+        moments = second_moments(copy, counts, fit)
+        hidden = sorted(counts.keys() - moments.keys())
         if hidden and progress is not None:
             progress(f"sensitivity: cut without repair, as what they read cannot be seen: {', '.join(hidden)}")
         cuts = [cut for k, part in enumerate(parts) for cut in cuts_of(graph, k, part, values, copy, moments, shares)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,12 @@ def kl_divergence(dense: Tensor, other: Tensor) -> float:
     """KL(dense || other) over dimension 1, in nats, summed over images and positions."""
     p, q = dense.double().log_softmax(1), other.double().log_softmax(1)
     return float((p.exp() * (p - q)).sum())
+
+
+def input_counts(graph: Graph) -> dict[str, int]:
+    """The weights of the layers that read free groups, and how many inputs each reads at a position."""
+    names = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
+    return {name: prod(graph.shapes[name][1:]) for name in sorted(names)}
 
 
 def images_wanted(graph: Graph, reads: Mapping[str, int]) -> str:

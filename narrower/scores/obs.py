@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.types import ChannelGroup, Graph, Scores
-from ..repair.held_out import checked_inputs, images_wanted
+from ..repair import held_out
 from ..repair.patches import as_matrix
 from ..repair.second_moments import SecondMoments, ridge_factor, second_moments
 from ..surgery.copying import same_tensors
@@ -44,11 +44,10 @@ def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int |
     is not finite, PlanError if the model is not the one that was traced.
     """
     same_tensors(model, graph)
-    weights = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
-    wanted = images_wanted(graph, {w: prod(graph.shapes[w][1:]) for w in weights})
-    inputs = checked_inputs("obs", batches, model, images, 1, wanted)
+    counts = held_out.input_counts(graph)
+    inputs = held_out.checked_inputs("obs", batches, model, images, 1, held_out.images_wanted(graph, counts))
     with in_eval_mode(model):
-        moments = second_moments(model, weights, inputs, SAMPLES_PER_INPUT)
+        moments = second_moments(model, counts, inputs, SAMPLES_PER_INPUT)
     named = named_tensors(model)
     layers = {name: layer_of(named[name].detach(), moments.pop(name)) for name in list(moments)}
     found = {g.name: removal_errors(reads, g.size) for g in graph.free if (reads := reads_of(g, layers))}
