@@ -30,7 +30,7 @@ JUDGES, MOST_JUDGES = 8, 64  # one image in so many, at most so many of them, ju
 HELD_OUT = 4  # of the others one in so many chooses a layer's ridge
 LEAST_IMAGES = 2 * JUDGES
 SAMPLES_PER_INPUT = 4  # sampled positions for each input of a layer
-LEAST_SAMPLES = 8192
+LEAST_SAMPLES = 32768
 LEAST_SCALE = 1e-6  # a BatchNorm that multiplies by less hides its layer
 CUT, LAYERS, STREAMS = "cut", "layer targets", "stream targets"
 
