@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,23 @@ def test_a_loss_that_explodes_is_an_error_and_nothing_is_saved(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"train has diverged: the loss is .* in epoch 1; try a lower --lr"):
         run(network(), tmp_path / "checkpoint.pt", replace(CONFIG, lr=1e30))
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_loss_that_is_finite_but_absurd_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[TrainContext.__module__], "DIVERGED", 1e-3)  # the package has a function of that name
+    with pytest.raises(ConfigError, match=r"train has diverged: the loss is 0\.\d+ in epoch 1"):
+        run(network(), tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_training_goes_on_with_more_epochs_not_with_fewer(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.pt"
+    rows: list[dict[str, Any]] = []
+    run(network(), file, replace(CONFIG, epochs=2))
+    with pytest.raises(ConfigError, match="is of epoch 2: --epochs 1 has passed already"):
+        run(network(), file, replace(CONFIG, epochs=1))
+    run(network(), file, replace(CONFIG, epochs=3), log=rows.append)
+    assert [row["epoch"] for row in rows if "epoch" in row][-1] == 3
 
 
 def test_distillation_draws_the_network_to_its_teacher(tmp_path: Path) -> None:
