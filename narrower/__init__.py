@@ -2,7 +2,7 @@
 
 from .allocation import sensitivity
 from .batchnorm import recalibrate
-from .deployment import Exported, export
+from .deployment import Benchmark, Exported, Runtime, Timing, benchmark, export
 from .distillation import Distillation, Tuned, tune
 from .errors import (
     BudgetError,
@@ -29,9 +29,10 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError", "Exported", "Folded",
-    "Forgetting", "Graph", "MissingExtraError", "NarrowerError", "Plan", "PlanError", "Reconstruction", "ResRep",
-    "Scores", "Sensitivity", "Slice", "StorageError", "TraceError", "Tuned", "Verification", "VerifyError", "bn_scale",
-    "compose", "export", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "narrow", "obs", "plan", "random",
-    "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "tune", "verify",
+    "Benchmark", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError", "Exported",
+    "Folded", "Forgetting", "Graph", "MissingExtraError", "NarrowerError", "Plan", "PlanError", "Reconstruction",
+    "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "StorageError", "Timing", "TraceError", "Tuned",
+    "Verification", "VerifyError", "benchmark", "bn_scale", "compose", "export", "fold", "fpgm", "hrank", "load",
+    "magnitude", "measure", "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity",
+    "taylor", "trace", "tune", "verify",
 ]

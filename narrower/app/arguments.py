@@ -38,6 +38,7 @@ class Command:
         titles: of groups in the help, where it is not their docstring.
         defaults: {field: value} where it is not that of the dataclass.
         takes_run: its first argument may be a run folder. Others take `--config`.
+        takes_networks: its arguments are run folders and names of networks.
     """
 
     run: Callable[..., None]
@@ -47,6 +48,7 @@ class Command:
     titles: Mapping[type, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     takes_run: bool = False
+    takes_networks: bool = False
 
     def settings(self) -> dict[str, tuple[Any, Any]]:
         """{field: (its type, its default)} of all flags."""
@@ -70,7 +72,7 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
     parser = make_parser(commands)
     found, unknown = parser.parse_known_args(list(arguments))
     given = vars(found)
-    name = given.pop("command")
+    name, networks = given.pop("command"), given.pop("networks", [])
     known = commands[name].settings()
     if unknown:
         near = similar(unknown[0].split("=")[0].removeprefix("--"), [key.replace("_", "-") for key in known], "--")
@@ -86,7 +88,7 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
         return group(**{item.name: values[item.name] for item in fields(group) if item.name in values})  # type: ignore[arg-type]
 
     settings = Settings(part(ModelConfig), part(DataConfig), part(TrainConfig), part(RunConfig), part(PruneConfig))
-    return name, settings, Namespace(**{"run": given.get("run"), **values})
+    return name, settings, Namespace(**{"run": given.get("run"), "networks": networks, **values})
 
 
 def make_parser(commands: Mapping[str, Command]) -> Parser:
@@ -95,13 +97,16 @@ def make_parser(commands: Mapping[str, Command]) -> Parser:
     parser.add_argument("--version", action="version", version=f"narrower {narrower.__version__}")
     subcommands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in commands.items():
-        usage = f"narrower {name} {'[run] ' if command.takes_run else ''}[options]"
+        first = "[run] " if command.takes_run else "network [network ...] " if command.takes_networks else ""
+        usage = f"narrower {name} {first}[options]"
         sub = subcommands.add_parser(
             name, usage=usage, help=command.summary, description=f"{command.summary}. Example: {command.example}",
             allow_abbrev=False, argument_default=argparse.SUPPRESS,
         )  # fmt: skip
         if command.takes_run:
             sub.add_argument("run", nargs="?", help="run folder of `narrower prune` or `narrower train`")
+        elif command.takes_networks:
+            sub.add_argument("networks", nargs="+", help="run folders, and names of networks as for --model of other commands")
         else:
             sub.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml")
         for group, only in command.groups:

@@ -20,8 +20,8 @@ import narrower
 from ..training.accelerator import make_accelerator
 from ..training.config import TrainConfig
 from .arguments import Command, parse
-from .config import DataConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
-from .deploying import export_network
+from .config import BenchConfig, DataConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
+from .deploying import bench_networks, export_network
 from .job import Job, Settings, open_job
 from .networks import Figures, figures, from_run, inspect_network, load_dense
 from .oneshot import measure_sensitivity
@@ -100,6 +100,11 @@ def run_export(settings: Settings, terminal: Terminal, given: Namespace) -> None
     terminal.print(str(export_network(settings, None if given.run is None else Path(given.run), chosen, terminal)))
 
 
+def run_bench(settings: Settings, terminal: Terminal, given: Namespace) -> None:
+    chosen = BenchConfig(given.runtimes, given.batch_sizes, given.threads, given.seconds)
+    terminal.print(str(bench_networks(given.networks, settings, chosen, terminal)))
+
+
 EVALUATING = ("batch_size", "amp", "channels_last", "workers")
 MEASURING = ("method", "images", "allow_inexact")
 READING = ("batch_size", "workers", "held_out")
@@ -137,6 +142,13 @@ COMMANDS = {
         "narrower eval runs/20250101-120000-hrank-cifar_resnet56",
         [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, EVALUATING), (RunConfig, ("device",))],
         takes_run=True,
+    ),
+    "bench": Command(
+        run_bench,
+        "time networks side by side; of a narrow run alone, against the dense network",
+        "narrower bench runs/20250101-120000-obs-cifar_resnet56 --runtimes eager onnxruntime",
+        [(BenchConfig, ()), (ModelConfig, ("num_classes", "in_chans")), (DataConfig, ("img_size",)), (RunConfig, ("device",))],
+        takes_networks=True,
     ),
     "export": Command(
         run_export,

@@ -160,3 +160,21 @@ class ExportConfig:
             raise ConfigError(f"--format {self.format}: take one of {', '.join(EXPORT_FORMATS)}")
         if self.int8 and self.format != "onnx":
             raise ConfigError("--int8 is for --format onnx")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """benchmark"""
+
+    runtimes: Annotated[list[str], "eager, compile, onnxruntime, openvino, cudagraph (with --device cuda)"] = field(
+        default_factory=lambda: ["eager"]
+    )
+    batch_sizes: Annotated[list[int], "images in a forward"] = field(default_factory=lambda: [1])
+    threads: Annotated[list[int], "numbers of threads"] = field(default_factory=lambda: [1])
+    seconds: Annotated[float, "for each network in each combination"] = 2.0
+
+    def __post_init__(self) -> None:
+        check(self, seconds=(0, inf))
+        for name, values in (("--batch-sizes", self.batch_sizes), ("--threads", self.threads)):
+            if min(values, default=0) < 1:
+                raise ConfigError(f"{name} must be numbers from 1")

@@ -1,7 +1,9 @@
-"""`narrower export`: a network for another runtime, compared with PyTorch on images of its data set."""
+"""`narrower export` and `narrower bench`: networks in other runtimes, compared with PyTorch and with each other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +15,11 @@ from ..data.images import batches
 from ..errors import ConfigError, DataError
 from ..models.checkpoints import load_checkpoint
 from ..training.accelerator import make_accelerator
-from .config import ExportConfig
+from .config import BenchConfig, ExportConfig, ModelConfig
 from .job import Job, Reporter, Settings, open_job
 from .networks import dense_network, expected_size, load_dense, read_run
 from .oneshot import sample
-from .run_folder import Run
+from .run_folder import NARROW, Run, read_settings
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".ts"}
 CHECKED = 2  # images for the comparison
@@ -81,3 +83,38 @@ def noise(settings: Settings) -> Tensor:
 def validation_images(job: Job) -> Tensor:
     images, _ = next(iter(batches(job.data.val, CHECKED)))
     return images
+
+
+def bench_networks(
+    names: Sequence[str], settings: Settings, given: BenchConfig, report: Reporter | None = None
+) -> narrower.Benchmark:
+    """Time the networks of run folders and those with a name (initial weights). A single narrow one: against its dense one.
+
+    Raises:
+        ConfigError: a name is not known, or the networks take images of different kinds.
+        ExportError, MissingExtraError: as `narrower.benchmark`.
+    """
+    device = make_accelerator(settings.run.device).device
+    modules: dict[str, nn.Module] = {}
+    kinds: dict[str, tuple[int, int]] = {}
+    for name in dict.fromkeys(names):
+        config, size = settings.model, settings.data.img_size
+        if Path(name).is_dir():
+            found = read_settings(Path(name))
+            config = ModelConfig(**{item.name: found[item.name] for item in fields(ModelConfig) if item.name in found})
+            size = size or found.get("img_size")
+            if len(names) == 1 and (Path(name) / NARROW).exists():
+                modules["dense"] = dense_network(config)
+            modules[name] = read_run(Path(name), config)
+        else:
+            config = replace(config, model=name)
+            modules[name] = dense_network(config)
+        kinds[name] = (config.in_chans, size or expected_size(config))
+    if len(set(kinds.values())) > 1:
+        each = ", ".join(f"{name}: {channels}x{size}x{size}" for name, (channels, size) in kinds.items())
+        raise ConfigError(f"the networks take images of different sizes ({each}): give --img-size")
+    channels, size = next(iter(kinds.values()))
+    images = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    modules = {name: module.to(device) for name, module in modules.items()}
+    return narrower.benchmark(modules, images, runtime=given.runtimes, batch_sizes=given.batch_sizes, threads=given.threads,
+                              seconds=given.seconds, progress=report.note if report else None)

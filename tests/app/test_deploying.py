@@ -1,4 +1,4 @@
-"""narrower export: files of runs and of networks with weights, on images of the run or without any."""
+"""narrower export and bench: files of runs and of networks with weights, on images of the run or without any."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("timm")
 from PIL import Image
@@ -79,3 +80,35 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments: list[str], text: str
     assert cli.main(["export", *arguments]) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
+
+
+def test_networks_are_timed_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--seconds", "0", "--img-size", "8"]
+    assert cli.main(["bench", "run", "net.py:net", *few, "--batch-sizes", "1", "2", "--num-classes", "3"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "eager" in line and "noisy" not in line]
+    assert [(row[0], row[5]) for row in rows] == [("run", "1x3x8x8"), ("net.py:net", "1x3x8x8"), ("run", "2x3x8x8"),
+                                                  ("net.py:net", "2x3x8x8")]
+
+
+def test_a_narrow_run_is_timed_against_the_dense_network(capsys: pytest.CaptureFixture[str]) -> None:
+    import narrower
+    from narrower.models import make_model
+
+    model, x = make_model("net.py:net", 5), torch.zeros(1, 3, 8, 8)
+    graph = narrower.trace(model, x)
+    narrower.save(narrower.narrow(model, narrower.plan(graph, narrower.magnitude(model, graph), remove=0.5)), "run")
+    assert cli.main(["bench", "run", "--seconds", "0"]) == 0
+    dense, narrow = [line.split() for line in capsys.readouterr().out.splitlines() if "eager" in line and "noisy" not in line]
+    assert dense[0] == "dense" and narrow[0] == "run" and float(dense[-8]) > float(narrow[-8])
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    ([], "networks"),
+    (["run", "--runtimes", "tvm"], "there is no runtime 'tvm': take one of eager, compile"),
+    (["run", "--threads", "0"], "--threads must be numbers from 1"),
+    (["run", "cifar_resnet20"], "take images of different sizes (run: 3x8x8, cifar_resnet20: 3x32x32): give --img-size"),
+    (["nowhere_net"], "no network is called 'nowhere_net'"),
+])
+def test_what_cannot_be_timed_is_said(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert text in capsys.readouterr().err

@@ -88,12 +88,13 @@ def test_only_tensors_have_a_batch_dimension() -> None:
     assert batch_dimensions({"x": x, "n": 7}, "b") == {"x": {0: "b"}, "n": None}
 
 
-def test_a_branch_on_values_is_kept_where_source_can_be_compiled(tmp_path: Path) -> None:
+def test_a_branch_on_values_is_kept_where_source_can_be_compiled(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     x = torch.rand(2, 3, 4, 4)
     x[..., 0] = -x[..., 0]  # the mirror image takes the other branch
     assert narrower.export(Branching(), x, tmp_path / "net.ts").difference < 1e-6
     with pytest.raises(narrower.ExportError, match=r"pt2: .*at test_formats.py:\d+: if x\[0, 0, 0, 0\] > 0"):
         narrower.export(Branching(), x, tmp_path / "net.pt2")
+    assert capfd.readouterr() == ("", ""), "torch prints the graph up to the branch"
 
 
 def test_names_are_unique() -> None:

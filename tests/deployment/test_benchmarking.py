@@ -1,0 +1,104 @@
+"""benchmark: networks take turns, ratios are within a round, noise is reported, memory is that of live tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from support import reference
+from support.networks import Plain, images
+from torch import Tensor, nn
+
+import narrower
+from narrower.deployment.benchmarking import Benchmark, in_turn, live_bytes, middle_and_spread
+from narrower.deployment.runtimes import Runtime
+
+
+class Clock:
+    """Time that passes only when a function spends it, faster and faster: a machine that drifts."""
+
+    def __init__(self, drift: float = 1.0) -> None:
+        self.now, self.pace, self.drift = 0.0, 1.0, drift
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, name: str, seconds: float) -> None:
+        self.calls.append(name)
+        self.now += seconds * self.pace
+        self.pace *= self.drift
+
+
+def test_networks_take_turns_and_drift_cancels() -> None:
+    clock = Clock(drift=1.02)
+    slow, fast = in_turn([lambda: clock.spend("a", 0.1), lambda: clock.spend("b", 0.05)], 5.0, clock)
+    assert len(slow) == len(fast) >= 9 and max(slow) > 1.2 * min(slow)
+    order = clock.calls[2:]
+    assert all({a, b} == {"a", "b"} for a, b in zip(order[::2], order[1::2], strict=True)), "one of each in a round"
+    assert order[:4] == ["a", "b", "b", "a"], "and not always in the same order"
+    ratio, _ = middle_and_spread([b / a for a, b in zip(slow, fast, strict=True)])
+    assert ratio == pytest.approx(0.5, rel=0.03)
+
+
+def test_short_calls_are_timed_together() -> None:
+    clock = Clock()
+    (times,) = in_turn([lambda: clock.spend("a", 1e-4)], 0.0, clock)
+    assert len(times) == 9 and len(clock.calls) == 1 + 9 * 20 and times[0] == pytest.approx(1e-4)
+
+
+def test_rows_say_what_was_measured_where() -> None:
+    model = Plain().train()
+    x = images(batch=1)
+    small = narrower.narrow(model, reference.halved(model, x))
+    found = narrower.benchmark({"dense": model, "narrow": small}, x, batch_sizes=(1, 3), seconds=0.0)
+    assert [(row.network, row.shape) for row in found.rows] == [
+        ("dense", (1, 3, 8, 8)), ("narrow", (1, 3, 8, 8)), ("dense", (3, 3, 8, 8)), ("narrow", (3, 3, 8, 8))]
+    dense, narrow = found.rows[:2]
+    assert (dense.runtime, dense.device, dense.dtype, dense.threads) == ("eager", "cpu", "float32", 1)
+    assert dense.ratio == 1.0 and dense.ratio_error == 0.0 and 0 < dense.least_ms <= dense.median_ms
+    assert dense.samples_per_second == pytest.approx(1e3 / dense.median_ms)
+    assert narrow.macs == narrower.measure(small, x, seconds=0)["macs"] < dense.macs and found.rows[2].macs == dense.macs
+    assert narrow.params == reference.params(small) and 4 * narrow.params < narrow.size < narrow.memory < dense.memory
+    assert model.training and all(text in str(found) for text in ("runtime", "1x3x8x8", "MACs", "samples/s"))
+
+
+def test_a_runtime_of_ones_own_is_called_with_threads_in_eval_mode() -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def prepare(module: nn.Module, inputs: Tensor, threads: int) -> Callable[[], Any]:
+        seen.append((module.training, threads, torch.get_num_threads(), torch.is_grad_enabled()))
+        return lambda: seen.append((module.training, torch.get_num_threads()))
+
+    found = narrower.benchmark({"a": Plain().train()}, images(), runtime=Runtime("mine", prepare), threads=(2,), seconds=0.0)
+    assert found.rows[0].runtime == "mine" and found.rows[0].threads == 2 and torch.get_num_threads() == 1
+    assert seen[0] == (False, 2, 2, False) and set(seen[1:]) == {(False, 2)}
+
+
+def test_noise_is_reported_with_its_spread() -> None:
+    found = narrower.benchmark({"a": Plain()}, images(), seconds=0.0).rows[0]
+    calm = found.__class__(**{**vars(found), "spread": 0.02, "ratio_error": 0.01})
+    wild = found.__class__(**{**vars(found), "network": "b", "spread": 0.6})
+    unsure = found.__class__(**{**vars(calm), "ratio_error": 0.06})
+    assert not Benchmark((calm,)).noisy and "noisy" not in str(Benchmark((calm,)))
+    assert Benchmark((calm, wild, unsure)).noisy == (wild, unsure)
+    assert "too noisy: 2 of 3 rows (!), worst b in eager with a spread of 60%" in str(Benchmark((calm, wild, unsure)))
+
+
+def test_memory_is_that_of_tensors_alive_at_once() -> None:
+    convs = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 4, 1)]
+    x = torch.zeros(1, 3, 10, 10)
+    held = [c * 400 for c in (8, 2, 4)]
+    assert live_bytes(nn.Sequential(*convs), x) == max(a + b for a, b in pairwise(held))
+    assert live_bytes(nn.Sequential(convs[0], nn.ReLU(inplace=True)), x) == held[0]
+    assert live_bytes(nn.Identity(), x) == 0
+
+
+def test_bad_requests() -> None:
+    with pytest.raises(narrower.ConfigError, match="at least one network"):
+        narrower.benchmark({}, images())
+    with pytest.raises(narrower.ConfigError, match="there is no runtime 'tensorrt': take one of eager"):
+        narrower.benchmark({"a": Plain()}, images(), runtime="tensorrt")
