@@ -22,12 +22,13 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="*", default=["eager", "onnxruntime", "compile"])
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=[1, 32])
+    parser.add_argument("--round-to", type=int, default=1, help="kept widths are multiples of this")
     given = parser.parse_args()
     torch.manual_seed(0)
     model = make_model("cifar_resnet20", 10).eval()
     images = torch.randn(1, 3, 32, 32)
     graph = narrower.trace(model, images)
-    small = narrower.narrow(model, narrower.plan(graph, narrower.magnitude(model, graph), macs=0.5))
+    small = narrower.narrow(model, narrower.plan(graph, narrower.magnitude(model, graph), macs=0.5, round_to=given.round_to))
     pair = {"dense": model, "narrow": small}
     print("overhead", narrower.benchmark(pair, images[..., :4, :4], seconds=given.seconds), sep="\n", flush=True)
     for runtime in given.runtimes:

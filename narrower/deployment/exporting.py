@@ -216,7 +216,7 @@ def reason(error: BaseException) -> str:
         return f"the operator {named[1].rstrip('.')} is not supported"
     text = next((text for text in reversed(texts) if text.strip()), type(error).__name__)
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    first = first if len(first) <= 300 else first[:300] + " ..."
+    first = first if len(first) <= 160 else first[:160] + " ..."
     places = PLACE.findall(text)
     where = f" (at {Path(places[-1][0]).name}:{places[-1][1]}: {places[-1][2]})" if places else ""
     return (first if isinstance(error, ExportError) else f"{type(error).__name__}: {first}") + where
