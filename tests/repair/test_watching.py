@@ -158,7 +158,8 @@ def test_a_product_with_a_scaled_or_summed_bias_is_no_plain_layer() -> None:
             return torch.addmm(self.fc.bias, x, self.fc.weight.T, **self.factors)
 
     x = torch.randn(5, 4)
-    for factors, layers in (({}, 1), ({"beta": 0.5}, 0), ({"alpha": 2.0}, 0)):
+    cases: list[tuple[dict[str, float], int]] = [({}, 1), ({"beta": 0.5}, 0), ({"alpha": 2.0}, 0)]
+    for factors, layers in cases:
         model = Scaled(**factors)
         watch = Seen(model, ["fc.weight"])
         torch.testing.assert_close(watch.run(x, 5), model(x))
