@@ -150,17 +150,16 @@ def test_calls_overwrite_only_what_nothing_else_reads(name: str) -> None:
 
 def test_a_product_with_a_scaled_or_summed_bias_is_no_plain_layer() -> None:
     class Scaled(nn.Module):
-        def __init__(self, **factors: float) -> None:
+        def __init__(self, beta: float, alpha: float) -> None:
             super().__init__()
-            self.fc, self.factors = nn.Linear(4, 3), factors
+            self.fc, self.beta, self.alpha = nn.Linear(4, 3), beta, alpha
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.fc.bias, x, self.fc.weight.T, **self.factors)
+            return torch.addmm(self.fc.bias, x, self.fc.weight.T, beta=self.beta, alpha=self.alpha)
 
     x = torch.randn(5, 4)
-    cases: list[tuple[dict[str, float], int]] = [({}, 1), ({"beta": 0.5}, 0), ({"alpha": 2.0}, 0)]
-    for factors, layers in cases:
-        model = Scaled(**factors)
+    for beta, alpha, layers in ((1, 1, 1), (0.5, 1, 0), (1, 2, 0)):
+        model = Scaled(beta, alpha)
         watch = Seen(model, ["fc.weight"])
         torch.testing.assert_close(watch.run(x, 5), model(x))
         assert len(watch.layers) == layers
