@@ -359,7 +359,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--model", "net.py:Single"], "nothing is free in this network (only: network output", nothing),
     (["--model", "net.py:seven"], "(1, 7) instead of (1, 10)", nothing),
     (["--model", "net.py:nine"], "no function 'nine'", nothing),
-    (["--model", "other.py:Net"], "cannot import 'other.py'", nothing),
+    (["--model", "other.py:Net"], "other.py' for --model", nothing),
     (["--model", "cifar_resnet20", "--pretrained"], "no published weights", nothing),
     (["--model-kwargs", '{"depth": 3}'], "unexpected keyword argument 'depth'", nothing),
     (["--checkpoint", "nowhere.pt"], "does not exist", nothing),
