@@ -13,11 +13,10 @@ import narrower
 
 from ..data.images import batches
 from ..errors import ConfigError, DataError
-from ..models.checkpoints import load_checkpoint
 from ..training.accelerator import make_accelerator
 from .config import BenchConfig, ExportConfig, ModelConfig
 from .job import Job, Reporter, Settings, open_job
-from .networks import dense_network, expected_size, load_dense, read_run
+from .networks import dense_network, expected_size, load_dense, read_run, with_weights
 from .oneshot import sample
 from .run_folder import NARROW, Run, read_settings
 
@@ -39,7 +38,8 @@ def export_network(
         raise ConfigError("say what to export: a run folder, or --model with --checkpoint or --pretrained")
     job = job_with_images(settings, folder, given, report)
     if job is None:
-        model, images, calibration = without_images(settings, folder), noise(settings), None
+        model = with_weights(settings.model) if folder is None else read_run(folder, settings.model)
+        images, calibration = noise(settings), None
         report.note("no images: the file is compared with PyTorch on noise")
     else:
         model = load_dense(job) if folder is None else read_run(folder, job.settings.model)
@@ -66,13 +66,6 @@ def job_with_images(settings: Settings, folder: Path | None, given: ExportConfig
             raise
         report.note(f"the images cannot be read ({error})")
         return None
-
-
-def without_images(settings: Settings, folder: Path | None) -> nn.Module:
-    if folder is not None:
-        return read_run(folder, settings.model)
-    model = dense_network(settings.model, pretrained=settings.model.pretrained)
-    return load_checkpoint(model, settings.model.checkpoint) if settings.model.checkpoint else model
 
 
 def noise(settings: Settings) -> Tensor:
