@@ -1,17 +1,19 @@
-"""From the arguments of a command to its settings: a flag for each field of the dataclasses of `config`."""
+"""From the arguments of a command to its settings: jsonargparse has a flag for each field of the dataclasses of `config`."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
+import re
 import types
-from argparse import Namespace
+from argparse import ArgumentError, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionYesNo, ArgumentParser
 
 import narrower
 
@@ -24,7 +26,7 @@ from .run_folder import read_settings, read_yaml
 Group = TypeVar("Group")
 GROUPS = (ModelConfig, DataConfig, TrainConfig, RunConfig, PruneConfig)
 WANTED = {int: "a whole number", float: "a number, or a percentage such as 50%", str: "text", bool: "true or false",
-          dict: "JSON such as '{\"name\": 0.5}'", list: "a list"}
+          dict: "JSON such as '{\"name\": 0.5}'"}
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,33 @@ class Command:
     takes_run: bool = False
     takes_networks: bool = False
 
-    def settings(self) -> dict[str, tuple[Any, Any]]:
-        """{field: (its type, its default)} of all flags."""
-        return {item.name: (hint_of(group, item.name)[0], self.defaults.get(item.name, default_of(item)))
-                for group, only in self.groups for item in fields(group) if not only or item.name in only}
+    def flags(self) -> dict[str, tuple[type, Field[Any]]]:
+        """{name: (its dataclass, its field)} of all flags."""
+        return {item.name: (group, item) for group, only in self.groups for item in fields(group)
+                if not only or item.name in only}
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are narrower's."""
+class Parser(ArgumentParser):
+    """The parser of one command. Its errors are narrower's, of one line.
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (all options: {self.prog} --help)")
+    Attributes:
+        hints: {field: its type}.
+    """
+
+    hints: Mapping[str, Any] = {}
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ConfigError in place of an error of jsonargparse, whose texts name its own parts."""
+        key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"(?:[Vv]alue|boolean): (.*)$", message)
+        name = key[1].rpartition(".")[2] if key else ""
+        if value and name in self.hints:
+            raise ConfigError(f"--{name.replace('_', '-')} {value[1]}: give {wanted(self.hints[name])}") from None
+        if message.startswith("unrecognized arguments: "):
+            option = message.split()[2]
+            near = similar(option.split("=")[0].removeprefix("--"), [key.replace("_", "-") for key in self.hints], "--")
+            message = f"there is no option {option}{near}"
+        message = re.sub(r"required: \w+\.", "required: ", message)
+        raise ConfigError(f"{' '.join(message.split())} (all options: {self.prog.replace(' [options]', '')} --help)") from None
 
 
 def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[str, Settings, Namespace]:
@@ -69,68 +87,86 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
     Raises:
         ConfigError: a flag, a setting or a value is not known, or a file cannot be read.
     """
-    parser = make_parser(commands)
-    found, unknown = parser.parse_known_args(list(arguments))
-    given = vars(found)
-    name, networks = given.pop("command"), given.pop("networks", [])
-    known = commands[name].settings()
-    if unknown:
-        near = similar(unknown[0].split("=")[0].removeprefix("--"), [key.replace("_", "-") for key in known], "--")
-        raise ConfigError(f"there is no option {unknown[0]}{near} (all options: narrower {name} --help)")
-    values = {key: default for key, (_, default) in known.items()}
+    parsers = {name: make_parser(name, command) for name, command in commands.items()}
+    parser = Parser(prog="narrower", description="Take a trained CNN, give back a narrower one.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"narrower {narrower.__version__}")
+    subcommands = parser.add_subcommands(required=True, metavar="command")
+    for name, sub in parsers.items():
+        subcommands.add_subcommand(name, sub, help=commands[name].summary)
+    name = next((text for text in arguments if text in commands), "")
+    parser.hints = parsers[name].hints if name else {}
+    texts = with_fractions(arguments, parser.hints)
+    given = parser.parse_args(texts)[name]
     if folder := given.get("resume") or given.get("run"):
-        values |= read(read_settings(Path(folder)), known, lambda key: f"{folder}: {key}")
-    if file := given.pop("config", None):
-        values |= read(checked(read_yaml(Path(file)), known, file), known, lambda key: f"{file}: {key}")
-    values |= read(given, known, lambda key: "--" + key.replace("_", "-"))
+        set_defaults(parsers[name], read_settings(Path(folder)), folder)
+    if file := given.get("config"):
+        set_defaults(parsers[name], checked(read_yaml(Path(file)), parser.hints, file), file)
+    values = vars(parser.parse_args(texts)[name])
 
     def part(group: type[Group]) -> Group:
         return group(**{item.name: values[item.name] for item in fields(group) if item.name in values})  # type: ignore[arg-type]
 
     settings = Settings(part(ModelConfig), part(DataConfig), part(TrainConfig), part(RunConfig), part(PruneConfig))
-    return name, settings, Namespace(**{"run": given.get("run"), "networks": networks, **values})
+    return name, settings, Namespace(**{"run": None, "networks": [], **values})
 
 
-def make_parser(commands: Mapping[str, Command]) -> Parser:
-    """The parser of all commands. It gives the texts of the flags that are given; `read` makes values of them."""
-    parser = Parser(prog="narrower", description="Take a trained CNN, give back a narrower one.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"narrower {narrower.__version__}")
-    subcommands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, command in commands.items():
-        first = "[run] " if command.takes_run else "network [network ...] " if command.takes_networks else ""
-        usage = f"narrower {name} {first}[options]"
-        sub = subcommands.add_parser(
-            name, usage=usage, help=command.summary, description=f"{command.summary}. Example: {command.example}",
-            allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        )  # fmt: skip
-        if command.takes_run:
-            sub.add_argument("run", nargs="?", help="run folder of `narrower prune` or `narrower train`")
-        elif command.takes_networks:
-            sub.add_argument("networks", nargs="+", help="run folders, and names of networks as for --model of other commands")
-        else:
-            sub.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml")
-        for group, only in command.groups:
-            add_options(sub, command, group, only)
+def make_parser(name: str, command: Command) -> Parser:
+    """The parser of one command."""
+    first = "[run] " if command.takes_run else "network [network ...] " if command.takes_networks else ""
+    parser = Parser(
+        prog=f"narrower {name}", usage=f"narrower {name} {first}[options]", allow_abbrev=False,
+        description=f"{command.summary}. Example: {command.example}",
+    )  # fmt: skip
+    parser.hints = {key: hint_of(group, key)[0] for key, (group, _) in command.flags().items()}
+    if command.takes_run:
+        parser.add_argument("run", nargs="?", help="run folder of `narrower prune` or `narrower train`")
+    elif command.takes_networks:
+        parser.add_argument("networks", nargs="+", help="run folders, and names of networks as for --model of other commands")
+    else:
+        parser.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml")
+    sections = {group: parser.add_argument_group(command.titles.get(group, group.__doc__ or "")) for group, _ in command.groups}
+    for key, (group, item) in command.flags().items():
+        hint, text, *short = hint_of(group, key)
+        default = command.defaults.get(key, default_of(item))
+        options: dict[str, Any] = {"type": hint, "metavar": key.upper()}
+        if hint is bool:
+            options = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
+        elif lists := [kind for kind in kinds(hint) if get_origin(kind) is list]:
+            options |= {"type": get_args(lists[0])[0], "nargs": "+"}
+        sections[group].add_argument(*short, "--" + key.replace("_", "-"), default=default, help=text, **options)
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, command: Command, group: type, only: Sequence[str]) -> None:
-    """Add a flag for each field of a dataclass. `only`: these fields; empty for all."""
-    section = parser.add_argument_group(command.titles.get(group, group.__doc__ or ""))
-    known = command.settings()
-    for item in fields(group):
-        if only and item.name not in only:
+def set_defaults(parser: Parser, settings: Mapping[str, Any], place: str) -> None:
+    """Make the settings of a file, those that are flags of this command, the defaults.
+
+    Raises:
+        ConfigError: a value is not of the type of its setting. The message names the file and the setting.
+    """
+    for key, value in settings.items():
+        if key not in parser.hints:
             continue
-        hint, text, *short = hint_of(group, item.name)
-        default = known[item.name][1]
-        shown = "" if default in (None, "", [], {}, False) else f" (default: {default})"
-        options: dict[str, Any] = {"help": (text + shown).replace("%", "%%")}
-        if hint is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["metavar"] = item.name.upper()
-            options["nargs"] = "+" if any(get_origin(kind) is list for kind in kinds(hint)) else None
-        section.add_argument(*short, "--" + item.name.replace("_", "-"), **options)
+        hint = parser.hints[key]
+        try:
+            parsed = parser.parse_object({key: fraction(value) if float in parts(hint) else value}, defaults=False)
+        except (ConfigError, ArgumentError):
+            raise ConfigError(f"{place}: {key} {value}: give {wanted(hint)}") from None
+        parser.set_defaults({key: parsed[key]})
+
+
+def with_fractions(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """The arguments, with fractions for the percentages that are given to flags of numbers."""
+    flags = {"--" + key.replace("_", "-") for key, hint in hints.items() if float in parts(hint)}
+    before = ["", *arguments]
+    return [fraction(text) if last in flags or text.split("=")[0] in flags else text
+            for last, text in zip(before, arguments, strict=False)]
+
+
+def fraction(value: Any) -> Any:
+    """`value` with fractions for percentages: 50%, --macs=50%, {"fc": "50%"}."""
+    if not isinstance(value, str):
+        return json.loads(fraction(json.dumps(value))) if isinstance(value, (list, dict)) else value
+    return re.sub(r'(^|[=:] *)"?(\d+\.?\d*)%"?(?=$|[,}\]])', lambda found: f"{found[1]}{float(found[2]) / 100}", value)
 
 
 def hint_of(group: type, name: str) -> tuple[Any, ...]:
@@ -147,7 +183,23 @@ def default_of(item: Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
-def checked(settings: Mapping[str, Any], known: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of another type, itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def parts(hint: Any) -> set[Any]:
+    """The members of a union, and what its lists and dicts hold."""
+    return {part for kind in kinds(hint) for part in (kind, *get_args(kind))}
+
+
+def wanted(hint: Any) -> str:
+    """What may be given for a setting of this type."""
+    members = [kind for kind in kinds(hint) if kind is not types.NoneType]
+    return " or ".join(WANTED[get_args(kind)[0] if get_origin(kind) is list else get_origin(kind) or kind] for kind in members)
+
+
+def checked(settings: Mapping[str, Any], known: Iterable[str], file: str) -> Mapping[str, Any]:
     """The settings of a file, if there are such. Those of another command are allowed: a run's config.yaml has all."""
     names = {*known, *(item.name for group in GROUPS for item in fields(group))}
     for key in settings:
@@ -159,59 +211,3 @@ def checked(settings: Mapping[str, Any], known: Mapping[str, Any], file: str) ->
 def similar(name: str, names: Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, sorted(names), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def read(texts: Mapping[str, Any], known: Mapping[str, tuple[Any, Any]], place: Callable[[str], str]) -> dict[str, Any]:
-    """Values of the known settings among `texts`, which come from flags or from YAML.
-
-    Raises:
-        ConfigError: a text is not of the type of its setting. The message names the `place` of the setting.
-    """
-    values = {}
-    for key, text in texts.items():
-        if key in known:
-            hint = known[key][0]
-            try:
-                values[key] = value_of(hint, text)
-            except ValueError:
-                wanted = " or ".join(WANTED[get_origin(kind) or kind] for kind in kinds(hint) if kind is not types.NoneType)
-                raise ConfigError(f"{place(key)} {text}: give {wanted}") from None
-    return values
-
-
-def kinds(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; of another type, itself."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def value_of(hint: Any, text: Any) -> Any:
-    """`text` as the type `hint`. The text null is None where that is allowed. Raises ValueError."""
-    if types.NoneType in kinds(hint) and text in (None, "null"):
-        return None
-    for kind in kinds(hint):
-        try:
-            return as_kind(kind, text)
-        except (ValueError, TypeError):
-            continue
-    raise ValueError(text)
-
-
-def as_kind(kind: Any, text: Any) -> Any:
-    """`text` as one type. Raises ValueError or TypeError."""
-    base, parts = get_origin(kind) or kind, get_args(kind)
-    if kind is Any:
-        return text
-    if base is dict:
-        values = json.loads(text) if isinstance(text, str) else text
-        return {key: as_kind(parts[1], value) for key, value in dict(values).items()}
-    if base is list:
-        return [as_kind(parts[0], part) for part in ([text] if isinstance(text, str) else text)]
-    if base is float and not isinstance(text, bool):
-        return float(text[:-1]) / 100 if isinstance(text, str) and text.endswith("%") else float(text)
-    if base is int and isinstance(text, str):
-        return int(text)
-    if base is str and isinstance(text, (int, float)) and not isinstance(text, bool):
-        return str(text)
-    if type(text) is base:
-        return text
-    raise TypeError(text)

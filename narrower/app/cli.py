@@ -11,6 +11,8 @@ from ..errors import ConfigError, NarrowerError
 
 try:
     from rich.table import Table
+
+    from .arguments import Command, parse
 except ImportError as error:
     print(f"narrower: error: {error}; the command line needs: pip install 'narrower[cli]'", file=sys.stderr)
     raise SystemExit(2) from error
@@ -19,7 +21,6 @@ import narrower
 
 from ..training.accelerator import make_accelerator
 from ..training.config import TrainConfig
-from .arguments import Command, parse
 from .config import BenchConfig, DataConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
 from .deploying import bench_networks, export_network
 from .job import Job, Settings, open_job
