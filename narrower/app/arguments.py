@@ -25,6 +25,9 @@ from .run_folder import read_settings, read_yaml
 
 Group = TypeVar("Group")
 GROUPS = (ModelConfig, DataConfig, TrainConfig, RunConfig, PruneConfig)
+INHERITED = {*(item.name for group in (ModelConfig, DataConfig) for item in fields(group)),
+             "batch_size", "amp", "channels_last", "workers", "device"}
+"""Settings of a run that go with its network: how to make it, its images, and where and how to compute."""
 WANTED = {int: "a whole number", float: "a number, or a percentage such as 50%", str: "text", bool: "true or false",
           dict: "JSON such as '{\"name\": 0.5}'"}
 
@@ -39,7 +42,8 @@ class Command:
         groups: dataclasses like those of `config`, each with the fields that are flags of this command; none: all.
         titles: of groups in the help, where it is not their docstring.
         defaults: {field: value} where it is not that of the dataclass.
-        takes_run: its first argument may be a run folder. Others take `--config`.
+        takes_run: its first argument may be a run folder: its network, and the `INHERITED` settings.
+        takes_config: it has `--config`.
         takes_networks: its arguments are run folders and names of networks.
     """
 
@@ -50,6 +54,7 @@ class Command:
     titles: Mapping[type, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     takes_run: bool = False
+    takes_config: bool = False
     takes_networks: bool = False
 
     def flags(self) -> dict[str, tuple[type, Field[Any]]]:
@@ -97,8 +102,13 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
     parser.hints = parsers[name].hints if name else {}
     texts = with_fractions(arguments, parser.hints)
     given = parser.parse_args(texts)[name]
-    if folder := given.get("resume") or given.get("run"):
+    if (run := given.get("run")) and given.get("resume"):
+        raise ConfigError(f"{run} --resume {given.resume}: a run goes on with its own network, give one or the other")
+    if folder := given.get("resume"):
         set_defaults(parsers[name], read_settings(Path(folder)), folder)
+    elif run:
+        inherited = {key: value for key, value in read_settings(Path(run)).items() if key in INHERITED}
+        set_defaults(parsers[name], inherited | {"checkpoint": run, "pretrained": False}, run)
     if file := given.get("config"):
         set_defaults(parsers[name], checked(read_yaml(Path(file)), parser.hints, file), file)
     values = vars(parser.parse_args(texts)[name])
@@ -112,17 +122,17 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
 
 def make_parser(name: str, command: Command) -> Parser:
     """The parser of one command."""
-    first = "[run] " if command.takes_run else "network [network ...] " if command.takes_networks else ""
+    first = "[RUN] " if command.takes_run else "network [network ...] " if command.takes_networks else ""
     parser = Parser(
         prog=f"narrower {name}", usage=f"narrower {name} {first}[options]", allow_abbrev=False,
         description=f"{command.summary}. Example: {command.example}",
     )  # fmt: skip
     parser.hints = {key: hint_of(group, key)[0] for key, (group, _) in command.flags().items()}
     if command.takes_run:
-        parser.add_argument("run", nargs="?", help="run folder of `narrower prune` or `narrower train`")
-    elif command.takes_networks:
+        parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run: its network and images are taken")
+    if command.takes_networks:
         parser.add_argument("networks", nargs="+", help="run folders, and names of networks as for --model of other commands")
-    else:
+    if command.takes_config:
         parser.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml")
     sections = {group: parser.add_argument_group(command.titles.get(group, group.__doc__ or "")) for group, _ in command.groups}
     for key, (group, item) in command.flags().items():

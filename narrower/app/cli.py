@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import ConfigError, NarrowerError
@@ -21,12 +23,12 @@ import narrower
 
 from ..training.accelerator import make_accelerator
 from ..training.config import TrainConfig
-from .config import BenchConfig, DataConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
+from .config import BenchConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
 from .deploying import bench_networks, export_network
 from .job import Job, Settings, open_job
-from .networks import Figures, figures, from_run, inspect_network, load_dense
+from .networks import figures, inspect_network, load_dense
 from .oneshot import measure_sensitivity
-from .prune import prune, train_dense
+from .prune import plan_only, prune, train_dense
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
 from .terminal import Terminal, comparison, costs
 
@@ -42,8 +44,8 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     file, _, factory = settings.model.model.rpartition(":")
     network = f"{Path(file).name}_{factory}" if file.endswith(".py") else settings.model.model
     folder = Path(given.resume or given.output or default_folder(name, network))
-    run = Run(folder, command=command, resume=bool(given.resume), overwrite=given.overwrite,
-              writes=accelerator.is_main_process)
+    run = Run(folder, command=command, resume=bool(given.resume), overwrite=given.overwrite or settings.prune.dry_run,
+              writes=accelerator.is_main_process and not settings.prune.dry_run)
     terminal.run = run
     job = open_job(settings, run, accelerator, terminal)
     size = "x".join(map(str, job.data.input_size))
@@ -55,7 +57,11 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
 
 
 def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
-    result = prune(begin(settings, terminal, "prune"))
+    job = begin(settings, terminal, "prune")
+    if settings.prune.dry_run:
+        plan_only(job)
+        return
+    result = prune(job)
     terminal.print(comparison(result))
     terminal.print(f"saved in {result.folder}; evaluate it again with: narrower eval {result.folder}")
 
@@ -79,19 +85,26 @@ def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     job = open_job(settings, Run(Path(), overwrite=True, writes=False), accelerator, terminal)
     if not job.data.labelled:
         raise ConfigError(f"the images of {job.data.name} have no classes: there is no accuracy to evaluate")
-    if given.run is None and not (settings.model.checkpoint or settings.model.pretrained):
+    if not (settings.model.checkpoint or settings.model.pretrained):
         raise ConfigError("say what to evaluate: a run folder, or --model with --checkpoint or --pretrained")
-    model = load_dense(job) if given.run is None else from_run(job, Path(given.run))
-    top1 = job.evaluate(model)
-    table = Table(title=f"{given.run or settings.model.model} on {job.data.name}, {len(job.data.val):,} images")
-    for name in ("top-1", *(name for name, _ in costs(Figures(0, 0, 0, 0, 0)))):
-        table.add_column(name, justify="right")
-    table.add_row(f"{top1:.2f} %", *(text for _, text in costs(figures(job.example, (model, top1))[0])))
+    model = load_dense(job)
+    found = job.evaluate_all(model)
+    measured = figures(job.example, (model, found["top1"]))[0]
+    name = given.run or settings.model.model
+    if given.json:
+        facts = {"network": name, "data": job.data.name, "images": len(job.data.val), **found, **asdict(measured)}
+        terminal.print(json.dumps(facts))
+        return
+    table = Table(title=f"{name} on {job.data.name}, {len(job.data.val):,} images")
+    cells = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
+    for title in (*cells, *(title for title, _ in costs(measured))):
+        table.add_column(title, justify="right")
+    table.add_row(*cells.values(), *(text for _, text in costs(measured)))
     terminal.print(table)
 
 
-def run_inspect(settings: Settings, terminal: Terminal, given: Namespace) -> None:
-    graph, found = inspect_network(settings, None if given.run is None else Path(given.run), terminal)
+def run_inspect(settings: Settings, terminal: Terminal, _: Namespace) -> None:
+    graph, found = inspect_network(settings, terminal)
     terminal.print(str(graph))
     terminal.print("  ".join(f"{name} {text}" for name, text in costs(found)))
 
@@ -119,29 +132,35 @@ COMMANDS = {
     ),
     "train": Command(
         run_train,
-        "train a dense network",
+        "train a network, or that of a run further",
         "narrower train --model cifar_resnet56 --data-dir cifar10 --epochs 100 -b 128 --amp --channels-last",
         [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, ()), (RunConfig, ())],
+        takes_run=True,
+        takes_config=True,
     ),
     "prune": Command(
         run_prune,
-        "narrow a trained network and fine-tune it; without arguments a demo on digits",
+        "narrow a trained network, or that of a run again, and fine-tune it; without arguments a demo on digits",
         "narrower prune --model cifar_resnet56 --checkpoint resnet56.pt --data-dir cifar10 --macs 0.5 --epochs 20",
         [(ModelConfig, ()), (DataConfig, ()), (PruneConfig, ()), (TrainConfig, ()), (RunConfig, ())],
         titles={TrainConfig: "fine-tuning"},
         defaults={"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2},
+        takes_run=True,
+        takes_config=True,
     ),
     "sensitivity": Command(
         run_sensitivity,
         "measure what removing channels of each group does to the outputs of a trained network; no labels are needed",
         "narrower sensitivity --model resnet50 --pretrained --data-dir photos --output runs/damage",
         [(ModelConfig, ()), (DataConfig, ()), (PruneConfig, MEASURING), (TrainConfig, READING), (RunConfig, ())],
+        takes_run=True,
+        takes_config=True,
     ),
     "eval": Command(
         run_eval,
         "accuracy and costs of a run's network, or of a network and its checkpoint",
         "narrower eval runs/20250101-120000-hrank-cifar_resnet56",
-        [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, EVALUATING), (RunConfig, ("device",))],
+        [(ModelConfig, ()), (DataConfig, ()), (TrainConfig, EVALUATING), (RunConfig, ("device",)), (EvalConfig, ())],
         takes_run=True,
     ),
     "bench": Command(

@@ -28,7 +28,9 @@ class ModelConfig:
         "cifar_mobilenet_v1 (the networks of the papers); torchvision/NAME; "
         "package.module:factory or file.py:factory; any other name is timm's",
     ] = "cifar_resnet20"
-    checkpoint: Annotated[str | None, "weights of the dense network (.pt, .pth, .th, .safetensors; no code is run)"] = None
+    checkpoint: Annotated[
+        str | None, "weights of the network (.pt, .pth, .th, .safetensors; no code is run), or the folder of a run"
+    ] = None
     pretrained: Annotated[bool, "published weights of timm or torchvision"] = False
     num_classes: Annotated[int | None, "outputs of the network; the data set's number of classes if not given"] = None
     in_chans: Annotated[int, "channels of the images: 3 (RGB) or 1 (grey)"] = 3
@@ -77,6 +79,7 @@ class PruneConfig:
         "instead of a budget: fraction of channels to take from each group, or JSON {pattern: fraction}",
     ] = None
     round_to: Annotated[int, "kept widths are multiples of this (8 suits most hardware)"] = 1
+    dry_run: Annotated[bool, "plan only: nothing is cut, trained or written"] = False
     exclude: Annotated[list[str], "patterns of groups or layers to leave alone, such as layer1.* fc"] = field(
         default_factory=list
     )
@@ -90,6 +93,7 @@ class PruneConfig:
     ] = "measured"
     sensitivity: Annotated[str | None, "measured before: the sensitivity.json of `narrower sensitivity`"] = None
     reconstruct: Annotated[bool, "after the cut, repair the weights that stay by least squares"] = True
+    steps: Annotated[int, "cut towards the budget in so many steps: repair, score and measure again after each"] = 1
     images: Annotated[int, "training images for scoring, measuring and repairing; their labels are not used"] = 512
     tune_steps: Annotated[int, "steps of label-free tuning on these images, after the repair"] = 0
     tune_lr: Annotated[float, "its learning rate"] = 2e-5
@@ -108,10 +112,14 @@ class PruneConfig:
     dense_lr: Annotated[float, "its learning rate"] = 0.1
 
     def __post_init__(self) -> None:
-        check(self, images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf), dense_epochs=(0, inf), dense_lr=(0, inf))
+        check(self, steps=(1, inf), images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf))
+        check(self, dense_epochs=(0, inf), dense_lr=(0, inf))
         check(self, distill_temperature=(1e-3, 1e3), distill_weight=(0, 1), distill_features=(0, 1e6))
         if self.sensitivity and (self.remove is not None or self.allocate != "measured"):
             raise ConfigError("--sensitivity spreads a budget (--macs, --params) with --allocate measured")
+        if self.steps > 1 and (self.method == "resrep" or self.remove is not None or self.sensitivity):
+            raise ConfigError("--steps goes towards a budget (--macs, --params) and measures on the way: it takes no --remove, "
+                              "no --sensitivity and no --method resrep")
         if self.images < LEAST_IMAGES and (self.reconstruct or self.allocate == "measured"):
             raise ConfigError(f"--images {self.images}: measuring and repairing need {LEAST_IMAGES} at least, better hundreds")
         if self.allocate not in ALLOCATIONS:
@@ -143,6 +151,13 @@ class RunConfig:
 
 
 EXPORT_FORMATS = ("onnx", "openvino", "pt2", "torchscript")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """evaluation"""
+
+    json: Annotated[bool, "print the figures as one line of JSON"] = False
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,10 @@ def export_network(
         raise ConfigError("say what to export: a run folder, or --model with --checkpoint or --pretrained")
     job = job_with_images(settings, folder, given, report)
     if job is None:
-        model = with_weights(settings.model) if folder is None else read_run(folder, settings.model)
-        images, calibration = noise(settings), None
+        model, images, calibration = with_weights(settings.model), noise(settings), None
         report.note("no images: the file is compared with PyTorch on noise")
     else:
-        model = load_dense(job) if folder is None else read_run(folder, job.settings.model)
-        images = validation_images(job)
+        model, images = load_dense(job), validation_images(job)
         calibration = [x for x, _ in sample(job, given.calibration_images)] if given.int8 else None
     name = ("model.int8" if given.int8 else "model") + SUFFIXES[given.format]
     path = Path(given.output) if given.output else (folder or Path()) / name

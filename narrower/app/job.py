@@ -46,7 +46,7 @@ class Settings:
         """All settings in one dict, as in `config.yaml`. Options that concern a single start are reset."""
         groups = (self.model, self.data, self.train, self.run, self.prune)
         values = {key: value for group in groups for key, value in asdict(group).items()}
-        return values | {"output": None, "overwrite": False, "resume": None}
+        return values | {"output": None, "overwrite": False, "resume": None, "dry_run": False}
 
 
 class Reporter:
@@ -132,7 +132,12 @@ class Job:
         self.tell({"stage": name, **facts, "seconds": time.perf_counter() - begin})
 
     def evaluate(self, model: nn.Module) -> float:
-        return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)["top1"]
+        """The top-1 (percent)."""
+        return self.evaluate_all(model)["top1"]
+
+    def evaluate_all(self, model: nn.Module) -> dict[str, float]:
+        """As `evaluate` of the training."""
+        return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)
 
     @cached_property
     def fit_and_held(self) -> tuple[Images, Images | None]:
@@ -158,9 +163,11 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     """Open the images, and complete the settings from them and from the network. Paths become absolute.
 
     Raises:
-        ConfigError: settings contradict each other, or those of a run that goes on.
+        ConfigError: settings contradict each other, or those of a run that goes on, or the run would replace its own start.
         DataError: there are no images that can be read.
     """
+    if (start := absolute(settings.model.checkpoint)) and run.writes and Path(start) == run.folder.absolute():
+        raise ConfigError(f"--output {run.folder} is the run whose network is taken: give it another folder")
     data = open_images(settings, report)
     check_classes(settings.model.num_classes, data, report)
     channels, height, width = data.input_size
@@ -179,7 +186,7 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
             model=absolute_factory(settings.model.model),
             num_classes=settings.model.num_classes or data.num_classes or None,
             in_chans=channels,
-            checkpoint=absolute(settings.model.checkpoint),
+            checkpoint=start,
         ),
         data=replace(
             settings.data,

@@ -16,6 +16,7 @@ from ..data.unlabelled import relabelled
 from ..errors import ConfigError, TraceError
 from ..models import CIFAR_MODELS, expected_images, make_model
 from ..models.checkpoints import load_checkpoint
+from ..narrowing.narrow import RECORD
 from ..surgery.walk import in_eval_mode
 from ..training.accelerator import make_accelerator
 from . import run_folder
@@ -31,7 +32,12 @@ def dense_network(config: ModelConfig, *, pretrained: bool = False) -> nn.Module
 
 
 def with_weights(config: ModelConfig) -> nn.Module:
-    """The dense network with the weights that the settings name (checkpoint or published). The default is initial weights."""
+    """The network with the weights that the settings name: a checkpoint, a run, or published. The default is initial weights.
+
+    The network of a run that narrowed is narrow.
+    """
+    if config.checkpoint and Path(config.checkpoint).is_dir():
+        return read_run(Path(config.checkpoint), config)
     model = dense_network(config, pretrained=config.pretrained)
     return load_checkpoint(model, config.checkpoint) if config.checkpoint else model
 
@@ -106,7 +112,12 @@ def from_run(job: Job, folder: Path) -> nn.Module:
 
 
 def read_run(folder: Path, config: ModelConfig) -> nn.Module:
-    """As `from_run`, on the CPU. Raises ConfigError for a run that was interrupted before it had a network."""
+    """As `from_run`, on the CPU.
+
+    Raises:
+        ConfigError: the folder has no run, or one that was interrupted before it had a network.
+    """
+    run_folder.read_settings(folder)
     if not (folder / run_folder.MODEL).exists():
         command = run_folder.Run(folder, resume=True, writes=False).last(run_folder.START).get("command", "prune")
         raise ConfigError(f"the run in {folder} has no network yet: go on with it by narrower {command} --resume {folder}")
@@ -146,16 +157,28 @@ def expected_size(config: ModelConfig) -> int:
 
 
 def inspect_network(
-    settings: Settings, folder: Path | None = None, report: Reporter | None = None
+    settings: Settings, report: Reporter | None = None
 ) -> tuple[narrower.Graph, Figures]:
-    """`narrower inspect`: the groups and costs of a network, or of the network that a run saved. Needs no images."""
+    """`narrower inspect`: the groups and costs of a network. Needs no images."""
     given = settings.model
     size = settings.data.img_size or expected_size(given)
     accelerator = make_accelerator(settings.run.device)
     example = torch.zeros(1, given.in_chans, size, size, device=accelerator.device)
-    model = with_weights(given) if folder is None else read_run(folder, given)
+    model = with_weights(given)
     graph = narrower.trace(model.to(accelerator.device), example, progress=(report or Reporter()).note)
     return graph, figures(example, (model, float("nan")))[0]
+
+
+def is_narrow(model: nn.Module) -> bool:
+    return hasattr(model, RECORD)
+
+
+def save_network(model: nn.Module, folder: Path) -> None:
+    """Save what `read_run` reads: a dense network, or a narrow one that was loaded and trained further."""
+    if is_narrow(model):
+        narrower.save(model, folder)
+    else:
+        save_weights(model, folder / run_folder.MODEL)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +14,7 @@ import narrower
 
 from ..data.images import Batch, batches, mix
 from ..errors import ConfigError
+from ..graph.cost import CostKind, CostModel
 from ..training.settle import settle, train_batches
 from . import run_folder
 from .config import PruneConfig
@@ -101,17 +104,20 @@ def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[B
 
 
 def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower.Scores,
-             images: Sequence[Batch]) -> narrower.Sensitivity:
-    """The damage of each group: measured, or read from the file of the settings or from the folder of a run that goes on."""
+             images: Sequence[Batch], *, again: bool = False) -> narrower.Sensitivity:
+    """The damage of each group: measured, or read from the file of the settings or from the folder of a run that goes on.
+
+    `again`: of a network on its way, which is not the one of the files.
+    """
     file = job.run.folder / run_folder.SENSITIVITY
     if job.settings.prune.sensitivity:
         return read_sensitivity(Path(job.settings.prune.sensitivity))
-    if job.run.resume and file.exists():
+    if job.run.resume and file.exists() and not again:
         return read_sensitivity(file)
     with job.stage("sensitivity") as facts:
         found = narrower.sensitivity(model, graph, scores, images, progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
-    if job.run.writes:
+    if job.run.writes and not again:
         run_folder.write_whole(file, found.to_json())
     return found
 
@@ -142,14 +148,52 @@ def planned(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[
     given = job.settings.prune
     if job.run.resume and (found := saved_plan(job, graph)) is not None:
         return found
-    scores = scored(job, model, graph, images)
-    damage = measured(job, model, graph, scores, images) if given.allocate == "measured" and given.remove is None else None
-    with job.stage("plan") as facts:
-        plan = agreed(job, make_plan(given, graph, scores, damage))
-        facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
+    plan = planned_in_steps(job, model, graph, images) if given.steps > 1 else planned_once(job, model, graph, images)
     if job.run.writes:
         run_folder.write_whole(job.run.folder / run_folder.PLAN, plan.to_json())
     return plan
+
+
+def planned_once(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch], *,
+                 again: bool = False) -> narrower.Plan:
+    """Score, measure (`again`: another network than the dense one) and plan."""
+    given = job.settings.prune
+    scores, damage = scored(job, model, graph, images), None
+    if given.allocate == "measured" and given.remove is None:
+        damage = measured(job, model, graph, scores, images, again=again)
+    with job.stage("plan") as facts:
+        plan = agreed(job, make_plan(given, graph, scores, damage))
+        facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
+    return plan
+
+
+def planned_in_steps(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Plan:
+    """A plan in several steps, each by the same factor: the network is cut, repaired, and scored and measured again in between.
+
+    The plan that comes out is for the dense network.
+    """
+    given, small = job.settings.prune, model
+    plan: narrower.Plan | None = None
+    for number in range(1, given.steps + 1):
+        at = narrower.trace(small, job.example, allow_inexact=given.allow_inexact) if plan else graph
+        step: PruneConfig = replace(given, **budget_of_step(given, graph, number / given.steps))
+        job.report.note(f"step {number} of {given.steps}")
+        found = planned_once(replace(job, settings=replace(job.settings, prune=step)), small, at, images, again=number > 1)
+        plan = narrower.compose(plan, found) if plan else found
+        if number < given.steps:
+            small = narrower.narrow(model, plan)
+            if given.reconstruct:
+                small = narrower.reconstruct(model, small, plan, images).model
+    assert plan is not None
+    return plan
+
+
+def budget_of_step(given: PruneConfig, graph: narrower.Graph, way: float) -> dict[str, Any]:
+    """The budget after a part `way` (0 to 1) of the steps, as numbers of MACs and parameters."""
+    kinds: tuple[CostKind, ...] = ("macs", "params")
+    costs = {kind: sum(CostModel(graph).dense_costs(kind).values()) for kind in kinds}
+    goals = {key: wish if wish > 1 else wish * costs[key] for key in costs if (wish := getattr(given, key)) is not None}
+    return {key: costs[key] * (goal / costs[key]) ** way for key, goal in goals.items()}
 
 
 def saved_plan(job: Job, graph: narrower.Graph) -> narrower.Plan | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -15,9 +16,9 @@ from ..errors import ConfigError
 from ..models.checkpoints import load_checkpoint
 from . import run_folder
 from .job import Job
-from .networks import Figures, figures, from_run, labelled_by, load_dense, save_weights
-from .oneshot import check_plan, distilling, narrow_oneshot, saved_plan
-from .resrep_run import check, train_resrep
+from .networks import Figures, figures, from_run, is_narrow, labelled_by, load_dense, save_network, save_weights
+from .oneshot import check_plan, distilling, narrow_oneshot, planned, sample, saved_plan
+from .resrep_run import check, choose, train_resrep
 
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune")
 """Stages before the fine-tuning that a top-1 is taken after."""
@@ -25,21 +26,25 @@ STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune")
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of the dense and the narrow network. `stages`: top-1 of the narrow network after each stage, in their order."""
+    """Figures of the network before and after, and `stages`: top-1 of the narrow network after each stage, in their order.
+
+    `start` says what the first one is: "dense", or "given" where it was narrow already.
+    """
 
     dense: Figures
     narrow: Figures
     stages: dict[str, float]
     folder: Path
+    start: str = "dense"
 
 
 def train_dense(job: Job) -> float:
-    """`narrower train`: train the dense network and save it. Returns its top-1."""
+    """`narrower train`: train a dense network, or further that of a run, and save it. Returns its top-1."""
     if not job.data.labelled:
         raise ConfigError(f"the images of {job.data.name} have no classes, so no network can be trained on them")
     model = load_dense(job)
     _ = job.data.train, job.data.val
-    with job.claimed(model), save_at_end(job, lambda: save_weights(model, job.run.folder / run_folder.MODEL)):
+    with job.claimed(model), save_at_end(job, lambda: save_network(model, job.run.folder)):
         return job.train(model, "train", run_folder.CHECKPOINT, job.settings.train)
 
 
@@ -63,6 +68,13 @@ def prune(job: Job) -> Result:
         NarrowerError: something cannot be done. If possible, this is found before training starts.
         KeyboardInterrupt: Ctrl-C. What was trained is in the run folder.
     """
+    job, model, graph = prepared(job)
+    with job.claimed(model):
+        return run_stages(job, model, graph)
+
+
+def prepared(job: Job) -> tuple[Job, nn.Module, narrower.Graph]:
+    """The network and its graph. What cannot be done fails here, before anything is trained."""
     model = load_dense(job)
     job = labelled_by(job, model)
     with job.stage("trace", busy="tracing") as facts:
@@ -70,13 +82,29 @@ def prune(job: Job) -> Result:
             model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note
         )  # fmt: skip
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
-    if job.settings.prune.method == "resrep":  # fail before training if it cannot be done
+    if job.settings.prune.method == "resrep":
         check(job, model, graph)
     else:
         check_plan(job.settings.prune, model, graph)
-    _ = job.data.train, job.data.val  # and if images cannot be read
-    with job.claimed(model):
-        return run_stages(job, model, graph)
+    _ = job.data.train, job.data.val
+    return job, model, graph
+
+
+def plan_only(job: Job) -> narrower.Plan:
+    """`narrower prune --dry-run`: the plan, reported as a stage.
+
+    Raises:
+        ConfigError: the weights are not there yet, or the plan is made by the training.
+    """
+    given = job.settings
+    if not (given.model.checkpoint or given.model.pretrained):
+        raise ConfigError("--dry-run plans for trained weights: give --checkpoint, --pretrained or the folder of a run")
+    if given.prune.allocate == "norms":
+        raise ConfigError("--dry-run has nothing to show for --allocate norms: the training decides")
+    job, model, graph = prepared(job)
+    if given.prune.method == "resrep":
+        return cast(narrower.Plan, choose(job, model, graph).plan)
+    return planned(job, model, graph, list(sample(job, given.prune.images)))
 
 
 def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
@@ -102,7 +130,7 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
     with job.stage("measure", busy="measuring") as facts:
         dense, narrow = figures(job.example, (model, dense_top1), (small, final))
         facts |= {"dense": asdict(dense), "narrow": asdict(narrow), "stages": top1}
-    return Result(dense, narrow, top1, job.run.folder)
+    return Result(dense, narrow, top1, job.run.folder, "given" if is_narrow(model) else "dense")
 
 
 def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:

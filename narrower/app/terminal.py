@@ -109,10 +109,10 @@ NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "r
 
 
 def comparison(result: Result) -> Table:
-    """The final table: the dense network, the narrow one after each stage, and what changed in all."""
+    """The final table: the network before, the narrow one after each stage, and what changed in all."""
     dense, narrow = result.dense, result.narrow
-    table = Table(title="dense against narrow")
-    for name in ("", "dense", *(NAMES[stage] for stage in result.stages), "change"):
+    table = Table(title=f"{result.start} against narrow")
+    for name in ("", result.start, *(NAMES[stage] for stage in result.stages), "change"):
         table.add_column(name, justify="right" if name else "left")
     stages = [f"{top1:.2f} %" for top1 in result.stages.values()]
     table.add_row("top-1", f"{dense.top1:.2f} %", *stages, f"{narrow.top1 - dense.top1:+.2f}")

@@ -1,4 +1,4 @@
-"""Top-1 and loss of a network."""
+"""Top-1, top-5 and loss of a network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluate(
     model: nn.Module, images: Images, config: TrainConfig | None = None, accelerator: Accelerator | None = None,
     watch: Watch = silent,
 ) -> dict[str, float]:  # fmt: skip
-    """`{"top1": percent, "loss": mean cross-entropy}` of `model` on `images`, in eval mode (the mode is put back).
+    """`{"top1": percent, "top5": percent, "loss": mean cross-entropy}` of `model` on `images`, in eval mode (put back after).
 
     With several processes each takes a part, and all get the figures of the whole.
     """
@@ -31,12 +31,14 @@ def evaluate(
     shard = shard_of(accelerator)
     loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
     model.to(accelerator.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     with in_eval_mode(model), torch.inference_mode(), autocast(config, accelerator.device):
         for x, y in watch(loader, "evaluating", len(images) // shard[1]):
             x, y = to_device(x, y, config, accelerator.device)
             logits = model(x).float()
             loss = F.cross_entropy(logits, y, reduction="sum")
-            sums += torch.stack((loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=x.device)))
-    loss, right, count = accelerator.reduce(sums).tolist()
-    return {"top1": 100 * right / max(1, count), "loss": loss / max(1, count)}
+            first = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
+            sums += torch.stack((loss, first[:, 0].sum(), first.sum(), torch.tensor(len(y), device=x.device)))
+    loss, right, among, count = accelerator.reduce(sums).tolist()
+    count = max(1, count)
+    return {"top1": 100 * right / count, "top5": 100 * among / count, "loss": loss / count}

@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 
 from narrower.app.arguments import GROUPS, hint_of, parse, wanted
 from narrower.app.cli import COMMANDS
+from narrower.app.config import DataConfig, RunConfig
 from narrower.app.job import Settings
 from narrower.app.run_folder import CONFIG, to_yaml
 from narrower.errors import ConfigError
@@ -60,7 +61,9 @@ def test_flags_have_the_types_of_their_settings(arguments: str, group: str, fiel
     ("--mcs 0.5", "there is no option --mcs; did you mean --macs? (all options: narrower prune --help)"),
     ("--batchsize=3", "there is no option --batchsize=3; did you mean --batch-size?"),
     ("--nonsense", "there is no option --nonsense (all"),
-    ("surplus", "there is no option surplus (all"),
+    ("run surplus", "there is no option surplus (all"),
+    ("surplus", "surplus is no run folder"),
+    ("--steps 2 --remove 0.5", "--steps goes towards a budget"),
     ("--macs", "argument --macs: expected one argument"),
     ("--config nowhere.yaml", "cannot read nowhere.yaml"),
     ("--mean 0.5 x 0", "--mean x: give a number"),
@@ -111,7 +114,22 @@ def test_all_settings_of_a_run_are_read_back(tmp_path: Path) -> None:
     assert settings("prune", "--config", str(tmp_path / CONFIG)) == given
     resumed = settings("prune", "--resume", str(tmp_path))
     assert replace(resumed, run=given.run) == given
-    assert parse(COMMANDS, ["eval", str(tmp_path)])[2].run == str(tmp_path)
+
+
+def test_a_run_gives_its_network_and_images_but_not_how_it_was_trained(tmp_path: Path) -> None:
+    given = settings("train", "--model", "cifar_resnet56", "--epochs", "7", "-b", "9", "--mean", "0.1", "0.2", "0.3",
+                     "--checkpoint", "start.pt", "--seed", "3")
+    (tmp_path / CONFIG).write_text(to_yaml(given.flat()))
+    for command in ("prune", "train", "eval", "inspect", "sensitivity", "export"):
+        _, found, flags = parse(COMMANDS, [command, str(tmp_path)])
+        assert found.model == replace(given.model, checkpoint=str(tmp_path))
+        assert found.data == (DataConfig() if command == "inspect" else given.data)  # it looks at no images
+        assert flags.run == str(tmp_path) and found.run.seed == RunConfig.seed
+    pruned = settings("prune", str(tmp_path), "--macs", "0.3")
+    assert (pruned.train.batch_size, pruned.train.epochs, pruned.prune.macs) == (9, 15, 0.3)
+    assert settings("eval", str(tmp_path), "--checkpoint", "other.pt").model.checkpoint == "other.pt"
+    with pytest.raises(ConfigError, match="give one or the other"):
+        settings("prune", str(tmp_path), "--resume", str(tmp_path))
 
 
 def test_for_every_type_of_a_setting_there_is_a_text() -> None:

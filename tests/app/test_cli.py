@@ -146,6 +146,62 @@ def test_eval_and_inspect_find_what_train_and_prune_left(capsys: pytest.CaptureF
         assert "conv1" in out and "pinned: network output" in out and "MACs" in out
 
 
+def test_the_network_of_a_run_is_narrowed_again_trained_further_and_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    """A narrow run serves like a dense one, and no run is written over its own start."""
+    quick = ["--method", "magnitude", "--epochs", "0", "--images", "48", "--macs"]
+    assert cli.main(["train", *SMALL, "--epochs", "2", "--output", "dense"]) == 0
+    assert cli.main(["prune", "dense", *quick, "0.6", "--output", "once"]) == 0
+    assert cli.main(["prune", "once", *quick, "0.6", "--output", "twice"]) == 0
+    assert "given against narrow" in capsys.readouterr().out
+    last = {run: rows(run)[-1] for run in ("once", "twice")}
+    assert last["twice"]["dense"]["macs"] == last["once"]["narrow"]["macs"]
+    assert last["twice"]["narrow"]["macs"] <= 0.6 * last["once"]["narrow"]["macs"]
+    assert cli.main(["train", "twice", "--epochs", "1", "--lr", "0.01", "--output", "further"]) == 0
+    one, two = weights("twice"), weights("further")
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()} and not same(one, two)
+    capsys.readouterr()
+    assert cli.main(["eval", "further", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    top1 = [row["top1"] for row in rows("further") if "top1" in row][-1]
+    assert found["top1"] == pytest.approx(top1) and found["top1"] <= found["top5"] and found["images"] == 599
+    assert found["macs"] == last["twice"]["narrow"]["macs"] and found["loss"] > 0
+    assert cli.main(["prune", "once", *quick, "0.6", "--output", "once", "--overwrite"]) == 2
+    assert "is the run whose network is taken" in capsys.readouterr().err
+
+
+def test_a_budget_is_reached_in_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each step measures again, and the plan that comes out is for the dense network. Resumed, the run goes on with it."""
+    assert cli.main(["train", *SMALL, "--epochs", "2", "--output", "dense"]) == 0
+    common = ["prune", "dense", "--method", "magnitude", "--images", "48", "--epochs", "0", "--macs", "0.4", "--steps", "2"]
+    assert cli.main([*common, "--output", "run"]) == 0
+    found = [row for row in rows("run") if row["stage"] == "plan"]
+    dense, first = found[0]["macs"]
+    assert 0.5 * dense <= first <= 0.4**0.5 * dense and found[1]["macs"] == [first, pytest.approx(0.4 * dense, rel=0.2)]
+    assert found[1]["macs"][1] <= 0.4 * dense == 0.4 * json.loads((Path("run") / run_folder.PLAN).read_text())["macs"][0]
+    assert [row["stage"] for row in rows("run")].count("sensitivity") == 2
+    assert next(row for row in rows("run") if row["stage"] == "verify")["error"] < 1e-6
+    before, lines = weights("run"), (Path("run") / run_folder.METRICS).read_text().splitlines(keepends=True)
+    (Path("run") / run_folder.METRICS).write_text("".join(line for line in lines if '"save"' not in line))
+    assert cli.main(["prune", "--resume", "run"]) == 0
+    assert same(before, weights("run"))
+
+
+def test_a_dry_run_plans_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *SMALL, "--epochs", "1", "--output", "dense"]) == 0
+    before = sorted(folder.rglob("*"))
+    for method in ("magnitude", "resrep"):
+        capsys.readouterr()
+        given = ["prune", "dense", "--method", method, "--images", "48", "--macs", "0.7", "--dry-run"]
+        assert cli.main([*given, "--output", "run"]) == 0
+        out = capsys.readouterr().out
+        assert "conv1" in out and "MACs" in out and "saved" not in out
+    assert sorted(folder.rglob("*")) == before
+    for arguments, message in ((["prune", *SMALL, "--dry-run"], "--dry-run plans for trained weights"),
+                               (["prune", "dense", "--dry-run", "--method", "resrep", "--allocate", "norms"], "the training")):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["hrank", "obs", "fpgm", "bn_scale", "taylor", "random"])
 def test_every_method_meets_the_budget(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--method", method, "--remove", "0.25", "--dense-epochs", "1", "--epochs", "0"]
@@ -264,7 +320,7 @@ def test_eval_of_an_interrupted_run_says_how_to_go_on(capsys: pytest.CaptureFixt
     (Path("run") / run_folder.MODEL).unlink()
     for command in ("eval", "inspect"):
         assert cli.main([command, "run", "--device", "cpu"]) == 2
-        assert "has no network yet: go on with it by narrower train --resume run" in capsys.readouterr().err
+        assert "has no network yet: go on with it by narrower train --resume " in capsys.readouterr().err
 
 
 def test_more_workers_than_cores_are_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
