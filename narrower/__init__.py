@@ -23,6 +23,7 @@ from .planning import Plan, Sensitivity, compose, plan
 from .repair import Reconstruction, reconstruct
 from .resrep import Forgetting, ResRep
 from .scores import bn_scale, fpgm, hrank, magnitude, obs, random, taylor
+from .soft import SoftPruning
 from .storage import load, save
 from .tracing import trace
 
@@ -31,7 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Benchmark", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError", "Exported",
     "Folded", "Forgetting", "Graph", "MissingExtraError", "NarrowerError", "Plan", "PlanError", "Reconstruction",
-    "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "StorageError", "Timing", "TraceError", "Tuned",
+    "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning", "StorageError", "Timing", "TraceError", "Tuned",
     "Verification", "VerifyError", "benchmark", "bn_scale", "compose", "export", "fold", "fpgm", "hrank", "load",
     "magnitude", "measure", "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity",
     "taylor", "trace", "tune", "verify",

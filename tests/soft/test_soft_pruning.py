@@ -1,0 +1,279 @@
+"""SoftPruning: what is masked is what is cut, soft channels come back, hard ones do not, and a resumed run is the same run."""
+
+from __future__ import annotations
+
+import copy
+import io
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.networks import PATTERNS, Head, unit
+from support.plans import graph_of
+from support.resrep_training import called, difference, outputs, randomised
+from torch import nn
+
+import narrower
+from narrower.soft.soft_pruning import kept_without, multiply_readers, relative_norms, share_at, unmaskable, weight_left
+
+NAMES = ["residual", "dense", "depthwise", "grouped", "squeeze_excite", "shuffle", "unet", "shared", "transposed", "flattened"]
+SFP: dict[str, Any] = {"factor": 0.0, "grow": 0.0, "harden": None}
+READS = "1.0.weight"  # what reads the group 0.0
+HARD: dict[str, Any] = {"factor": 0.0, "grow": 0.0, "harden": 0.0}
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomised(nn.Sequential(unit(3, 12), unit(12, 10, stride=2), unit(10, 8), Head(8)), seed).double()
+
+
+@cache
+def graph() -> narrower.Graph:
+    return narrower.trace(network(), X[:1])
+
+
+def soft_pruning(model: nn.Module, **options: Any) -> narrower.SoftPruning:
+    if "plan" not in options:
+        options.setdefault("macs", 0.5)
+    options.setdefault("steps", 1)
+    return narrower.SoftPruning(model, graph(), **options)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    g = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(X) - torch.randn(8, 5, generator=g, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+
+
+def trained(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """The outputs in train mode."""
+    with torch.no_grad():
+        return called(model.train(), inputs)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_narrow_network_is_the_masked_one(name: str) -> None:
+    graph, inputs = graph_of(name), PATTERNS[name].inputs
+    model = randomised(PATTERNS[name].make()).double()
+    inputs = inputs.double()
+    soft = narrower.SoftPruning(model, graph, macs=0.6, steps=1, **SFP)
+    before = outputs(model, inputs)
+    assert soft.step() == 0.0
+    small = soft.narrow()
+    assert difference(outputs(model, inputs), outputs(small, inputs)) < 1e-10
+    assert difference(before, outputs(small, inputs)) > 1e-4
+    assert narrower.verify(model, small, soft.plan, inputs).error < 1e-10
+    assert soft.plan.macs[1] <= 0.6 * soft.plan.macs[0]
+    assert difference(trained(model, inputs), trained(small, inputs)) < 1e-10
+
+
+@pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)])
+def test_hard_pruning_trains_as_the_narrow_network_does(make: Any) -> None:
+    model = network()
+    soft = soft_pruning(model, **HARD)
+    optimizer = make(model)
+    soft.attach(optimizer)
+    soft.step()
+    small = soft.narrow()
+    train(model, optimizer, 4)
+    train(small, make(small), 4)
+    assert difference(outputs(small, X), outputs(soft.narrow(), X)) < 1e-10
+    assert difference(outputs(model, X), outputs(small, X)) < 1e-10
+
+
+def test_a_factor_of_one_prunes_nothing() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    soft = soft_pruning(model, **SFP)
+    masked = soft.choose(1.0, soft.values())
+    assert sum(m.sum() for m in masked.values()) > 5
+    multiply_readers(model, kept_without(soft.graph, masked), 1.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    multiply_readers(model, kept_without(soft.graph, masked), 0.5)
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["1.0.weight", "2.0.weight", "3.fc.weight"]
+    gone = masked["0.0"]
+    assert torch.equal(model.state_dict()["1.0.weight"][:, gone], 0.5 * before["1.0.weight"][:, gone])
+    assert torch.equal(model.state_dict()["1.0.weight"][:, ~gone], before["1.0.weight"][:, ~gone])
+
+
+def test_a_weight_with_two_names_is_multiplied_once() -> None:
+    shared, model = graph_of("shared"), PATTERNS["shared"].make()
+    tied = model.get_parameter("left.weight")
+    before = tied.detach().clone()
+    multiply_readers(model, kept_without(shared, {"stem.0": np.arange(9) < 3}), 0.5)
+    assert tied is model.get_submodule("right").weight
+    assert torch.equal(tied[:, :3], 0.5 * before[:, :3]) and torch.equal(tied[:, 3:], before[:, 3:])
+
+
+def test_factor_number_and_hardness_follow_the_schedule() -> None:
+    soft = soft_pruning(network(), steps=8, factor=0.8, grow=0.5, harden=0.75)
+    total = sum(int(n.sum()) for n in soft.goal)
+    factors, channels, hard = [], [], []
+    for _ in range(8):
+        factors.append(soft.step())
+        assert soft.plan.macs[1] <= soft.plan.macs[0]
+        channels.append(soft.progress()["channels"])
+        hard.append(soft.progress()["hard"])
+    assert factors == pytest.approx([0.8 * (1 - t / 6) if t < 6 else 0.0 for t in range(1, 9)])
+    assert channels == sorted(channels) and hard == sorted(hard)
+    assert 0 < channels[0] < total and channels[3:] == [total] * 5
+    assert 0 < hard[2] < total and hard[5:] == [total] * 3
+    assert [share_at(t, 0.5) for t in (0.25, 0.5, 1.0)] == [0.875, 1.0, 1.0] and share_at(0.1, 0.0) == 1.0
+
+
+def test_a_soft_channel_comes_back_when_its_readers_grow_and_a_hard_one_does_not() -> None:
+    for settings, comes_back in ((SFP, True), (HARD, False)):
+        model = network()
+        soft = soft_pruning(model, steps=5, **settings)
+        soft.step()
+        masked = soft.masked["0.0"].copy()
+        with torch.no_grad():
+            model.get_parameter(READS).data[:, masked] = 10.0
+        soft.step()
+        assert bool((soft.masked["0.0"] & masked).any()) != comes_back
+        assert soft.masked["0.0"].sum() == masked.sum()
+
+
+def test_masked_channels_learn_again_between_soft_steps() -> None:
+    model = network()
+    soft = soft_pruning(model, **SFP)
+    optimizer = sgd(model)
+    soft.attach(optimizer)
+    soft.step()
+    train(model, optimizer, 1)
+    assert weight_left(model, kept_without(soft.graph, soft.masked))
+    assert bool((model.get_parameter(READS)[:, soft.masked["0.0"]].abs().amax((0, 2, 3)) > 0).all())
+
+
+def test_a_plan_says_which_channels_go() -> None:
+    model = network()
+    plan = narrower.plan(graph(), narrower.random(graph()), macs=0.5)
+    soft = soft_pruning(model, plan=plan, steps=4)
+    for _ in range(4):
+        soft.step()
+        assert all(set(plan.keep[n]) <= set(kept) for n, kept in soft.plan.keep.items())
+    assert all(np.array_equal(kept, plan.keep[n]) for n, kept in soft.plan.keep.items())
+    narrower.verify(model, soft.narrow(), plan, X)
+
+
+def test_scores_weigh_the_choice() -> None:
+    model = network()
+    scores = narrower.Scores({g.name: torch.where(torch.arange(g.size) < 2, 1e-9, 1.0) for g in graph().free})
+    soft = soft_pruning(model, scores=scores, **SFP)
+    soft.step()
+    assert all(bool(m[:2].all()) for m in soft.masked.values())
+
+
+@pytest.mark.parametrize("settings", [SFP, {}, {"grow": 1.0, "harden": 1.0}])
+def test_a_resumed_training_is_the_uninterrupted_one(settings: dict[str, Any]) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, narrower.SoftPruning]:
+        model = network()
+        soft, optimizer = soft_pruning(model, steps=4, **settings), sgd(model)
+        soft.attach(optimizer)
+        return model, optimizer, soft
+
+    def epochs(model: nn.Module, optimizer: torch.optim.Optimizer, soft: narrower.SoftPruning, numbers: range) -> None:
+        for n in numbers:
+            train(model, optimizer, 2, seed=n)
+            soft.step()
+
+    whole, first, second = start(), start(), start()
+    epochs(*whole, range(4))
+    epochs(*first, range(2))
+    saved = io.BytesIO()
+    torch.save([part.state_dict() for part in first], saved)
+    saved.seek(0)
+    states = torch.load(saved, weights_only=True)
+    for part, state in zip(second, states, strict=True):
+        part.load_state_dict(state)  # type: ignore[attr-defined]
+    epochs(*second, range(2, 4))
+    for a, b in zip(whole[0].state_dict().values(), second[0].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert whole[2].state_dict() == second[2].state_dict()
+
+
+def test_norms_are_those_of_what_makes_and_what_reads_a_channel() -> None:
+    model = randomised(PATTERNS["transposed"].make())
+    graph, tensors = graph_of("transposed"), dict(model.state_dict())
+    up, wide, last = (tensors[f"{n}.weight"] for n in ("up", "wide", "last"))  # (in, out / groups, ...): 2 groups, 12, 1
+    made = torch.cat([part.square().sum((0, 2, 3)) for part in up.chunk(2)]).sqrt()
+    again, read = (w.square().sum((1, 2, 3)).sqrt() for w in (wide, last))
+    both = (made / made.mean() + again / again.mean()) / 2
+    assert relative_norms(graph, tensors, "out")["up"] == pytest.approx(both.numpy(), rel=1e-5)
+    assert relative_norms(graph, tensors, "in")["up"] == pytest.approx((read / read.mean()).numpy(), rel=1e-5)
+
+
+class Computed(nn.Conv2d):
+    """Zeros of its parameter are no zeros of its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight + 0.1, self.bias, padding=1)
+
+
+def test_what_cannot_be_masked_by_weights_is_left_alone_and_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(unit(3, 12), unit(12, 8), nn.GroupNorm(2, 8), unit(8, 6), Computed(6, 6, 3), nn.ReLU(), Head(6))
+    model = model.double()
+    found = narrower.trace(model, X[:1])
+    reasons = unmaskable(found)
+    assert set(reasons) == {"1.0", "3.0"}
+    assert "across its channels" in reasons["1.0"] and "computed from parameters" in reasons["3.0"]
+    soft = narrower.SoftPruning(model, found, macs=0.7, steps=1, exclude=["4"])
+    soft.step()
+    assert not any(soft.masked[n].any() for n in ("1.0", "3.0", "4")) and soft.masked["0.0"].any()
+    assert "left alone: 4: excluded" in str(soft)
+    with pytest.raises(narrower.PlanError, match=r"removes channels of 1.0, which cannot be masked"):
+        narrower.SoftPruning(model, found, plan=narrower.plan(found, narrower.random(found), remove=0.5), steps=1)
+
+
+def test_narrowing_too_early_warns_and_cuts() -> None:
+    model = network()
+    soft = soft_pruning(model, steps=4, harden=None)
+    soft.step()
+    with pytest.warns(UserWarning, match="of the budget are not masked yet and channels that are cut are not at zero"):
+        small = soft.narrow()
+    narrower.verify(model, small, soft.plan, X)
+
+
+def test_an_average_is_narrowed_by_the_same_channels() -> None:
+    model, average = network(), network(1)
+    soft = soft_pruning(model, **SFP)
+    soft.step()
+    before = copy.deepcopy(average.state_dict())
+    narrower.verify(average, soft.narrow(average), soft.plan, X)
+    assert all(torch.equal(v, before[k]) for k, v in average.state_dict().items())
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"macs": None}, narrower.PlanError, "give a budget"),
+    ({"steps": 0}, narrower.ConfigError, "steps=0: say how often"),
+    ({"factor": 1.5}, narrower.ConfigError, "factor=1.5: give a number between 0 and 1"),
+    ({"grow": None}, narrower.ConfigError, "grow=None"),
+    ({"macs": 1e-6}, narrower.BudgetError, "cannot be reached"),
+])  # fmt: skip
+def test_bad_settings_are_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        soft_pruning(network(), **change)
+
+
+def test_other_networks_optimizers_and_states_are_refused() -> None:
+    model = network()
+    soft = soft_pruning(model)
+    soft.attach(sgd(model))
+    with pytest.raises(narrower.ConfigError, match="attach was called before"):
+        soft.attach(sgd(model))
+    with pytest.raises(narrower.StorageError, match="of another run: steps was 2, is 1"):
+        soft.load_state_dict(soft_pruning(network(), steps=2).state_dict())
+    with pytest.raises(narrower.PlanError, match="the plan is of another network"):
+        soft_pruning(model, plan=narrower.plan(graph_of("plain"), narrower.random(graph_of("plain")), remove=0.5))
