@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
     `model` comes from `narrow`, `load` or `ResRep.merge`; its parameters may have been trained since. `extra` (JSON values) is
     kept under "extra". The files are written under other names and then renamed, so an interrupted save loses nothing.
 
-    Raises StorageError for a model that narrower has not made, or one whose tensors have changed shape since.
+    Raises StorageError for a model that narrower has not made, for one whose tensors have changed shape since, and if the
+    files cannot be written.
     """
     record = getattr(model, RECORD, None)
     if not isinstance(record, NarrowRecord):
@@ -41,8 +43,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
     shapes = tensor_shapes(tensors)
     if shapes != record.shapes:
         raise StorageError(f"the network has changed since it was narrowed: {differences(record.shapes, shapes)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tied = tied_names(tensors)
     data = {n: t.detach().contiguous().cpu().clone() for n, t in tensors.items() if n not in tied}
     text = json.dumps({
@@ -50,11 +50,28 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
         "numbers": [[*place, value] for place, value in record.attributes.items()],
         "created": record.created, "extra": extra,
     })
-    (folder / (WEIGHTS + ".part")).write_bytes(serialize(data, metadata={"format": "pt"}))
-    (folder / (META + ".part")).write_text(text)
-    os.replace(folder / (WEIGHTS + ".part"), folder / WEIGHTS)
-    os.replace(folder / (META + ".part"), folder / META)
+    folder = Path(folder)
+    write_whole({folder / WEIGHTS: serialize(data, metadata={"format": "pt"}), folder / META: text.encode()})
     return folder
+
+
+def write_whole(contents: Mapping[Path, bytes]) -> None:
+    """Write files beside those that they replace, then rename them: what ends the process leaves no half of a file.
+
+    Folders are made where they are missing. Raises StorageError if something cannot be written; then nothing is replaced.
+    """
+    parts = {path: path.with_name(path.name + ".part") for path in contents}
+    try:
+        for path, part in parts.items():
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(contents[path])
+        for path, part in parts.items():
+            part.replace(path)
+    except OSError as e:
+        with suppress(OSError):  # on a full disk the room counts
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {e.filename or ', '.join(map(str, contents))}: {e.strerror or e}") from e
 
 
 def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) -> nn.Module:

@@ -22,6 +22,7 @@ except ImportError as error:
 import narrower
 
 from ..training.accelerator import make_accelerator
+from ..training.agreement import first
 from ..training.config import TrainConfig
 from .config import BenchConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
 from .deploying import bench_networks, export_network
@@ -30,7 +31,7 @@ from .networks import figures, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
-from .terminal import Terminal, comparison, costs
+from .terminal import Terminal, comparison, costs, ending_together
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -43,7 +44,7 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     name = settings.prune.method if command == "prune" else command
     file, _, factory = settings.model.model.rpartition(":")
     network = f"{Path(file).name}_{factory}" if file.endswith(".py") else settings.model.model
-    folder = Path(given.resume or given.output or default_folder(name, network))
+    folder = Path(given.resume or given.output or first(lambda: default_folder(name, network)))
     run = Run(folder, command=command, resume=bool(given.resume), overwrite=given.overwrite or settings.prune.dry_run,
               writes=accelerator.is_main_process and not settings.prune.dry_run)
     terminal.run = run
@@ -185,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal = Terminal()
     try:
         name, settings, chosen = parse(COMMANDS, sys.argv[1:] if arguments is None else arguments)
-        COMMANDS[name].run(settings, terminal, chosen)
+        with ending_together(terminal):
+            COMMANDS[name].run(settings, terminal, chosen)
     except NarrowerError as error:
         terminal.close()
         terminal.print(f"narrower: error: {message(error)}", error=True)

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import narrower
+
 from ..data.images import Images, StreamImages, hold_out
 from ..data.sources import ImageData, Reading, open_data
 from ..errors import ConfigError
 from ..models import expected_images
 from ..training.accelerator import shard_of
+from ..training.agreement import check_same
 from ..training.config import TrainConfig
 from ..training.evaluate import evaluate
 from ..training.train import TrainContext, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
-from .resuming import changes, check_start, fingerprint, named
+from .resuming import WHERE, changes, check_start, fingerprint, named
 from .run_folder import Run
 
 if TYPE_CHECKING:
@@ -92,16 +95,20 @@ class Job:
         """Within, the run folder is written. An error brings back the run that this one replaces.
 
         Raises:
-            ConfigError: a run that goes on began with other images, or with other weights than those of `model`.
+            ConfigError: a run that goes on began with other images, or with other weights than those of `model`; or processes
+            have not the same.
         """
-        given, images = self.settings.model, self.data.train
+        given, weights = self.settings.model, fingerprint(model)
+        train, val = (None if isinstance(part, StreamImages) else len(part) for part in (self.data.train, self.data.val))
         facts = {
-            "training images": None if isinstance(images, StreamImages) else len(images),
-            "weights of the dense network": fingerprint(model) if given.checkpoint or given.pretrained else None,
+            "training images": train,
+            "weights of the dense network": weights if given.checkpoint or given.pretrained else None,
         }
         changed = changes(self.run, self.settings.flat()) if self.run.resume else {}
         if self.run.resume:
             check_start(self.run, facts)
+        check_same({"narrower": narrower.__version__, "the number of training images": train,
+                    "the number of images to evaluate on": val, "the weights at the start": weights})
         self.run.claim(self.settings.flat(), facts, changed)
         with self.run.replacing():
             yield
@@ -199,6 +206,7 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     )
     if run.resume and (changed := changes(run, settings.flat())):
         report.note(f"changed from here on: {named(changed, list(changed))}")
+    check_same({f"--{key.replace('_', '-')}": value for key, value in settings.flat().items() if key not in WHERE})
     return Job(settings, data, run, accelerator, report)
 
 

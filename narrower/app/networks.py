@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save as serialize
@@ -17,8 +19,10 @@ from ..errors import ConfigError, TraceError
 from ..models import CIFAR_MODELS, expected_images, make_model
 from ..models.checkpoints import load_checkpoint
 from ..narrowing.narrow import RECORD
+from ..storage import META, WEIGHTS, write_whole
 from ..surgery.walk import in_eval_mode
 from ..training.accelerator import make_accelerator
+from ..training.agreement import check_same, first, several
 from . import run_folder
 from .config import ModelConfig
 from .job import Job, Reporter, Settings
@@ -101,9 +105,38 @@ def labelled_by(job: Job, model: nn.Module) -> Job:
 @torch.inference_mode()
 def classes_of(model: nn.Module, images: Images, job: Job) -> Tensor:
     """The class that a network gives to each image. Shape `(N,)`."""
-    loader = batches(images, job.settings.train.batch_size, workers=job.settings.train.workers)
+    check_same({"the number of images": len(images)})
+    loader = batches(images, job.settings.train.batch_size, shard=job.shard, workers=job.settings.train.workers)
     with in_eval_mode(model):
-        return torch.cat([model(x.to(job.accelerator.device)).argmax(1).cpu() for x, _ in loader])
+        mine = torch.cat([model(x.to(job.accelerator.device)).argmax(1) for x, _ in loader])
+    found = torch.zeros(len(images), dtype=mine.dtype, device=mine.device)
+    found[job.shard[0] :: job.shard[1]] = mine
+    return job.accelerator.reduce(found).cpu()
+
+
+def from_first(job: Job, make: Callable[[], nn.Module]) -> nn.Module:
+    """The narrow network that `make` gives in the first process. The others get it as the files that it would save."""
+    made: list[nn.Module] = []
+
+    def send() -> dict[str, bytes]:
+        made.append(make())
+        return packed(made[0]) if several() else {}
+
+    files = first(send)
+    return made[0] if made else unpacked(job, files)
+
+
+def packed(model: nn.Module) -> dict[str, bytes]:
+    """The contents of the files of a narrow network, by name."""
+    with TemporaryDirectory() as folder:
+        return {name: (narrower.save(model, folder) / name).read_bytes() for name in (WEIGHTS, META)}
+
+
+def unpacked(job: Job, files: Mapping[str, bytes]) -> nn.Module:
+    """The narrow network in these files, on the device."""
+    with TemporaryDirectory() as folder:
+        write_whole({Path(folder) / name: content for name, content in files.items()})
+        return narrower.load(folder, lambda: dense_network(job.settings.model)).to(job.accelerator.device)
 
 
 def from_run(job: Job, folder: Path) -> nn.Module:
@@ -182,8 +215,6 @@ def save_network(model: nn.Module, folder: Path) -> None:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state dict to a temporary file, then replace `path` by it."""
-    part = path.with_name(path.name + ".part")
+    """Replace the file `path` by the state dict. Raises StorageError if it cannot be written."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    part.write_bytes(serialize(tensors))  # save_file would make a file that only its owner can read
-    part.replace(path)
+    write_whole({path: serialize(tensors)})  # save_file would make a file that only its owner can read

@@ -15,14 +15,17 @@ import narrower
 from ..data.images import Batch, batches, mix
 from ..errors import ConfigError
 from ..graph.cost import CostKind, CostModel
-from ..training.settle import settle, train_batches
+from ..storage import write_whole
+from ..training.agreement import first
+from ..training.settle import renew, settle
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
-from .networks import load_dense
+from .networks import from_first, load_dense
 
 LOOKING = ("hrank", "obs", "taylor")
 """Methods whose scores need images."""
+SAMPLED = 128  # images in a batch to score, measure and repair with, at most
 
 
 def score(
@@ -72,21 +75,14 @@ def check_plan(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> N
     make_plan(given, graph, trial_scores(given, model, graph), damage)
 
 
-def agreed(job: Job, plan: narrower.Plan) -> narrower.Plan:
-    """The plan of the first process, in every process. Equal scores may be ordered differently in another process."""
-    if job.accelerator.num_processes == 1:
-        return plan
-    from accelerate.utils import broadcast_object_list
-
-    (text,) = broadcast_object_list([plan.to_json()])
-    return narrower.Plan.from_json(text, plan.graph)
-
-
 def sample(job: Job, count: int) -> Iterator[Batch]:
-    """`count` random training images (by the run's seed), not augmented, on the device. None of them is held out."""
+    """`count` random training images (by the run's seed), not augmented, on the device. None of them is held out.
+
+    They come in batches as large as those of all processes together: what is sampled from a batch depends on its size.
+    """
     config = job.settings.train
-    order = mix(job.settings.run.seed, "sample")
-    for x, y in batches(job.fit_and_held[0], min(config.batch_size, count), order=order, workers=config.workers):
+    order, size = mix(job.settings.run.seed, "sample"), min(config.batch_size * job.shard[1], SAMPLED, count)
+    for x, y in batches(job.fit_and_held[0], size, order=order, workers=config.workers):
         x, y = x[:count], y[:count]
         yield x.to(job.accelerator.device), y.to(job.accelerator.device)
         count -= len(y)
@@ -118,7 +114,7 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
         found = narrower.sensitivity(model, graph, scores, images, progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
     if job.run.writes and not again:
-        run_folder.write_whole(file, found.to_json())
+        write_whole({file: found.to_json().encode()})
     return found
 
 
@@ -139,18 +135,25 @@ def measure_sensitivity(job: Job) -> narrower.Sensitivity:
     graph = narrower.trace(model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note)
     _ = job.data.train
     with job.claimed(model):
-        images = list(sample(job, job.settings.prune.images))
-        return measured(job, model, graph, scored(job, model, graph, images), images)
+        def find() -> narrower.Sensitivity:
+            images = list(sample(job, job.settings.prune.images))
+            return measured(job, model, graph, scored(job, model, graph, images), images)
+
+        return first(find)
 
 
 def planned(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Plan:
-    """Score, measure and plan, or read the plan of a run that goes on."""
+    """Score, measure and plan, or read the plan of a run that goes on. By the first process, for all."""
+    text = first(lambda: (saved_plan(job, graph) or new_plan(job, model, graph, images)).to_json())
+    return narrower.Plan.from_json(text, graph)
+
+
+def new_plan(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Plan:
+    """Score, measure and plan."""
     given = job.settings.prune
-    if job.run.resume and (found := saved_plan(job, graph)) is not None:
-        return found
     plan = planned_in_steps(job, model, graph, images) if given.steps > 1 else planned_once(job, model, graph, images)
     if job.run.writes:
-        run_folder.write_whole(job.run.folder / run_folder.PLAN, plan.to_json())
+        write_whole({job.run.folder / run_folder.PLAN: plan.to_json().encode()})
     return plan
 
 
@@ -162,7 +165,7 @@ def planned_once(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequ
     if given.allocate == "measured" and given.remove is None:
         damage = measured(job, model, graph, scores, images, again=again)
     with job.stage("plan") as facts:
-        plan = agreed(job, make_plan(given, graph, scores, damage))
+        plan = make_plan(given, graph, scores, damage)
         facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
     return plan
 
@@ -197,15 +200,17 @@ def budget_of_step(given: PruneConfig, graph: narrower.Graph, way: float) -> dic
 
 
 def saved_plan(job: Job, graph: narrower.Graph) -> narrower.Plan | None:
-    """The plan in the run folder, if there is one."""
+    """The plan in the folder of a run that goes on, if there is one."""
     file = job.run.folder / run_folder.PLAN
-    return narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph) if file.exists() else None
+    if not job.run.resume or not file.exists():
+        return None
+    return narrower.Plan.from_json(file.read_text(encoding="utf-8"), graph)
 
 
 def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:
     """Plan, narrow, verify, and repair. The narrow network and its plan."""
     given = job.settings.prune
-    images = list(sample(job, given.images))
+    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
     plan = planned(job, model, graph, images)
     if given.reconstruct:
         small = reconstructed(job, model, narrowed(job, model, plan), plan, images)
@@ -222,7 +227,7 @@ def narrowed(job: Job, model: nn.Module, plan: narrower.Plan) -> nn.Module:
     with job.stage("narrow"):
         small = narrower.narrow(model, plan)
     with job.stage("verify", busy="verifying") as facts:
-        facts["error"] = narrower.verify(model, small, plan, next(sample(job, 4))[0]).error
+        facts["error"] = first(lambda: narrower.verify(model, small, plan, next(sample(job, 4))[0]).error)
     with job.stage("cut") as facts:
         facts["top1"] = job.evaluate(small)
     return small
@@ -231,19 +236,29 @@ def narrowed(job: Job, model: nn.Module, plan: narrower.Plan) -> nn.Module:
 def reconstructed(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, images: Sequence[Batch]) -> nn.Module:
     """The cut network, its remaining weights repaired by least squares. `verify` is for the network before."""
     with job.stage("reconstruct", busy="reconstructing") as facts:
-        found = narrower.reconstruct(model, small, plan, images)
-        facts |= {"text": str(found), "top1": job.evaluate(found.model)}
-    return found.model
+        def repair() -> nn.Module:
+            found = narrower.reconstruct(model, small, plan, images)
+            facts["text"] = str(found)
+            return found.model
+
+        repaired = from_first(job, repair)
+        facts["top1"] = job.evaluate(repaired)
+    return repaired
 
 
 def tuned(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, images: Sequence[Batch]) -> nn.Module:
     """The repaired network, tuned without labels on the images of the repair."""
     given = job.settings.prune
     with job.stage("tune", busy="tuning") as facts:
-        found = narrower.tune(model, small, plan, images, steps=given.tune_steps, lr=given.tune_lr,
-                              seed=job.settings.run.seed, progress=job.note_slowly())
-        facts |= {"text": str(found), "top1": job.evaluate(found.model)}
-    return found.model
+        def train() -> nn.Module:
+            found = narrower.tune(model, small, plan, images, steps=given.tune_steps, lr=given.tune_lr,
+                                  seed=job.settings.run.seed, progress=job.note_slowly())
+            facts["text"] = str(found)
+            return found.model
+
+        better = from_first(job, train)
+        facts["top1"] = job.evaluate(better)
+    return better
 
 
 def recalibrated(job: Job, small: nn.Module) -> nn.Module:
@@ -253,8 +268,7 @@ def recalibrated(job: Job, small: nn.Module) -> nn.Module:
     if config.recalibrate:
         with job.stage("recalibrate") as facts:
             if held is None:
-                stream = train_batches(fit, config, job.accelerator, seed)
-                facts["images"] = narrower.recalibrate(small, stream, images=config.recalibrate)
+                facts["images"] = renew(small, fit, config, job.accelerator, seed)
             else:
                 facts["kept"] = settle(small, fit, held, config, job.accelerator, seed=seed).kept
             facts["top1"] = job.evaluate(small)

@@ -14,9 +14,20 @@ import narrower
 
 from ..errors import ConfigError
 from ..models.checkpoints import load_checkpoint
+from ..training.agreement import first, share
 from . import run_folder
 from .job import Job
-from .networks import Figures, figures, from_run, is_narrow, labelled_by, load_dense, save_network, save_weights
+from .networks import (
+    Figures,
+    figures,
+    from_first,
+    from_run,
+    is_narrow,
+    labelled_by,
+    load_dense,
+    save_network,
+    save_weights,
+)  # fmt: skip
 from .oneshot import check_plan, distilling, narrow_oneshot, planned, sample, saved_plan
 from .resrep_run import check, choose, train_resrep
 
@@ -117,7 +128,7 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
             with job.stage("save"):
                 narrower.save(found[0], job.run.folder)
     small, plan = found
-    top1 = {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))}
+    top1 = first(lambda: {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))})
     if job.settings.train.epochs and not trains:
         distillation = distilling(job.settings.prune, model, small, plan)
         with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
@@ -128,16 +139,17 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
             distillation.close()
     final = [*top1.values()][-1] if top1 else job.evaluate(small)
     with job.stage("measure", busy="measuring") as facts:
-        dense, narrow = figures(job.example, (model, dense_top1), (small, final))
+        dense, narrow = first(lambda: figures(job.example, (model, dense_top1), (small, final)))
         facts |= {"dense": asdict(dense), "narrow": asdict(narrow), "stages": top1}
     return Result(dense, narrow, top1, job.run.folder, "given" if is_narrow(model) else "dense")
 
 
 def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:
     """The narrow network and its plan from the folder of a run that goes on."""
-    if not job.run.resume or not job.run.last("save"):  # a network without that row was saved on Ctrl-C
+    if not first(lambda: job.run.resume and bool(job.run.last("save"))):  # a network without that row was saved on Ctrl-C
         return None
-    return from_run(job, job.run.folder), saved_plan(job, graph)
+    text = first(lambda: plan.to_json() if (plan := saved_plan(job, graph)) else None)
+    return from_first(job, lambda: from_run(job, job.run.folder)), narrower.Plan.from_json(text, graph) if text else None
 
 
 def prepare_dense(job: Job, model: nn.Module) -> float:
@@ -147,14 +159,15 @@ def prepare_dense(job: Job, model: nn.Module) -> float:
     """
     given, file = job.settings.model, job.run.folder / run_folder.DENSE
     if not given.checkpoint and not given.pretrained:
-        if not (job.run.resume and file.exists()):
+        if not first(lambda: job.run.resume and file.exists()):
             own = replace(job.settings.train, epochs=job.settings.prune.dense_epochs, lr=job.settings.prune.dense_lr)
             top1 = job.train(model, "train dense", run_folder.DENSE_CHECKPOINT, own)
             if job.run.writes:
                 save_weights(model, file)
                 (job.run.folder / run_folder.DENSE_CHECKPOINT).unlink(missing_ok=True)
             return top1
-        load_checkpoint(model, file)
+        first(lambda: bool(load_checkpoint(model, file)))
+        share(model)
     with job.stage("evaluate dense") as facts:
         facts["top1"] = job.evaluate(model)
     return facts["top1"]

@@ -14,6 +14,7 @@ import narrower
 
 from ..data.images import batches
 from ..errors import ConfigError, VerifyError
+from ..training.agreement import first
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
@@ -67,14 +68,15 @@ def compactable(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> 
 def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
     """Plan, or score for the choice by norms."""
     given = job.settings.prune
-    images = list(sample(job, given.images))
+    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
     if given.allocate != "norms":
         planning = replace(job, settings=replace(job.settings, prune=compactable(given, model, graph)))
         return Choice(planned(planning, model, graph, images))
     if given.prior == "none":
         return Choice()
     scoring = replace(given, method=given.prior, allocate="share")  # a method that scores has no norms
-    return Choice(scores=scored(replace(job, settings=replace(job.settings, prune=scoring)), model, graph, images))
+    scoring_job = replace(job, settings=replace(job.settings, prune=scoring))
+    return Choice(scores=first(lambda: scored(scoring_job, model, graph, images)))
 
 
 def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None]:
@@ -99,7 +101,7 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             small = resrep.merge()
-        facts["error"] = difference(training, small, next(sample(job, 16))[0])
+        facts["error"] = first(lambda: difference(training, small, next(sample(job, 16))[0]))
         facts["text"] = "\n".join([str(resrep), *(f"warning: {w.message}" for w in said)])
         facts["top1"] = job.evaluate(small)
     return recalibrated(job, small), choice.plan

@@ -26,12 +26,15 @@ from typing import Any
 
 import narrower
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StorageError
+from ..storage import write_whole
+from ..training.agreement import is_of_another
 
 MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
 DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
-FILES = (MODEL, NARROW, PLAN, CONFIG, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT)
+FILES = (CONFIG, MODEL, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT)
+"""In the order in which they are moved or removed: a folder without settings is no run that could go on."""
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"
 """Rows of the metrics: which command began with which images and weights; which settings have changed since."""
@@ -63,6 +66,9 @@ class Run:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"--output {folder} is a file")
         if resume:
+            if (folder / MOVING).exists():
+                raise ConfigError(f"the run in {folder} was being replaced when a process was killed; its files are there and "
+                                  f"in {folder / MOVING}: start the new run again with --overwrite, or move them back")
             if not (folder / CONFIG).is_file():
                 raise ConfigError(f"there is no run to go on with in {folder} (no {CONFIG})")
             began = self.last(START).get("command", command)
@@ -75,6 +81,11 @@ class Run:
             )
         self._replaces = False
         self._epochs = {(row["stage"], row["epoch"]) for row in self.rows() if "epoch" in row} if resume else set()
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder has something to go on with."""
+        return self.claimed or self.resume
 
     def _found(self) -> list[str]:
         return [name for name in (*FILES, PREVIOUS, MOVING) if (self.folder / name).exists()]
@@ -91,32 +102,36 @@ class Run:
             ConfigError: the folder cannot be written.
         """
         if self.claimed or not self.writes:
+            self.claimed = True
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.resume:
                 self._set_aside()
             if not self.resume or changed:
-                write_whole(self.folder / CONFIG, to_yaml(settings))
-        except OSError as error:
+                write_whole({self.folder / CONFIG: to_yaml(settings).encode()})
+        except (OSError, StorageError) as error:
             if not self.resume:
                 self._restore()
             raise ConfigError(f"cannot write the run to {self.folder}: {error}") from error
         self.claimed = True
-        if not self.resume:
+        for name in (METRICS, LOG) if self.resume else ():
+            self._end_line(name)
+        if not self.resume or not self.last(START):
             self.log({"stage": START, "command": self.command, "narrower": narrower.__version__, **facts})
-        elif changed:
+        if self.resume and changed:
             self.log({"stage": RESUME, "changed": changed})
         for name, text in self._waiting:
             self._append(name, text)
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
-        """The run is made within. If an error ends it, the run that it replaces comes back; after Ctrl-C both are there."""
+        """The run is made within. If an error ends it, the run that it replaces comes back; after Ctrl-C, and where another
+        process was killed, both are there."""
         try:
             yield
-        except Exception:
-            if self._replaces:
+        except Exception as error:
+            if self._replaces and not is_of_another(error):
                 self._restore()
             raise
         if self.writes:
@@ -185,8 +200,18 @@ class Run:
         if not self.claimed:
             self._waiting.append((name, text))
             return
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.folder / name}: {error.strerror}; when it can be, go on with --resume "
+                               f"{self.folder}") from error
+
+    def _end_line(self, name: str) -> None:
+        """End the last line of a file where a process was killed while it wrote there."""
+        file = self.folder / name
+        if file.exists() and not file.read_bytes().endswith(b"\n"):
+            self._append(name, "\n")
 
 
 def default_folder(*parts: str) -> Path:
@@ -198,13 +223,6 @@ def default_folder(*parts: str) -> Path:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     return folder
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write beside the file, then take its place: a crash leaves no half of it."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

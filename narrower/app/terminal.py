@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from ..errors import ConfigError, StorageError
+from ..training.agreement import LOST, is_of_another, local_rank, tells
 from .job import Reporter
 from .networks import Figures
 from .prune import Result
@@ -27,15 +29,17 @@ class Terminal(Reporter):
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.run: Run | None = None
         self.quiet = False  # set in all processes except the first
+        self.silent = local_rank() > 0  # errors are told by another process
         self._bars: list[Progress] = []
 
     def print(self, what: Any, *, error: bool = False) -> None:
-        if error or not self.quiet:
+        if not (self.silent if error else self.quiet):
             (self.err if error else self.out).print(what, markup=False)
         if self.run is not None:
             text = io.StringIO()
             Console(file=text, width=200, highlight=False, soft_wrap=True).print(what, markup=False)
-            self.run.print(text.getvalue())
+            with suppress(StorageError) if error else nullcontext():  # that the disk is full, say
+                self.run.print(text.getvalue())
 
     def watch(self, iterable: Iterable[Any], description: str = "", total: int = 0) -> Iterator[Any]:
         if self.quiet or not self.err.is_terminal:
@@ -53,7 +57,7 @@ class Terminal(Reporter):
                 bar.advance(task, len(item[1]) if isinstance(item, (tuple, list)) else 1)
 
     def busy(self, description: str) -> AbstractContextManager[Any]:
-        return self.err.status(description)
+        return nullcontext() if self.quiet else self.err.status(description)
 
     def close(self) -> None:
         """Remove the progress bars that an error has left."""
@@ -68,6 +72,24 @@ class Terminal(Reporter):
         if "text" in row:
             self.print(row["text"])
         self.print(epoch_line(row) if "epoch" in row else stage_line(row))
+
+
+@contextmanager
+def ending_together(terminal: Terminal) -> Iterator[None]:
+    """Within, what ends one of several processes ends all, and one of them tells why.
+
+    Raises:
+        ConfigError: another process is gone without a message.
+    """
+    try:
+        yield
+    except BaseException as error:
+        terminal.silent = not tells()
+        if is_of_another(error):
+            run = terminal.run
+            more = f"; go on with --resume {run.folder}" if run is not None and run.started else ""
+            raise ConfigError(LOST + more) from error
+        raise
 
 
 class Count(ProgressColumn):

@@ -194,8 +194,8 @@ def batches(
     Args:
         images: the images to read.
         batch_size: images per batch and process. The last batch may be smaller.
-        order: seed of the shuffling, for training. All processes then get equally many batches, and no batch has one image.
-            None keeps the order and all images.
+        order: seed of the shuffling, for training. All processes then get equally many batches, with one image more or less
+            in the last, and no batch has one image (`trained_on`). None keeps the order and all images.
         start: number of batches to skip, for a resumed epoch.
         shard: (rank, number of processes). Each process takes every n-th image.
         workers: number of reader processes. Not used for images in memory.
@@ -203,17 +203,25 @@ def batches(
     if isinstance(images, StreamImages):
         return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_signals_of_a_worker)
     count = len(images)
-    draw = None if order is None else torch.Generator().manual_seed(order)
-    if draw is None:
+    if order is None:
         index = torch.arange(count)
     else:
-        index = torch.randperm(count, generator=draw)[: count - count % shard[1]]  # equally many steps in every process
+        index = torch.randperm(count, generator=torch.Generator().manual_seed(order))[: trained_on(count, batch_size, shard[1])]
     chunks = [chunk.tolist() for chunk in index[shard[0] :: shard[1]].split(batch_size)]
-    if draw is not None and len(chunks) > 1 and len(chunks[-1]) == 1:
-        chunks.pop()  # BatchNorm cannot train on one image
     if isinstance(images, TensorImages):
         return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is)
     return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_signals_of_a_worker)
+
+
+def trained_on(count: int, batch_size: int, processes: int = 1) -> int:
+    """How many of `count` images an epoch has: without a last batch in which a process had less than two, as BatchNorm needs.
+
+    Raises DataError if there are more processes than images.
+    """
+    if count < processes:
+        raise DataError(f"{count} images cannot be divided among {processes} processes")
+    rest = count % (batch_size * processes)
+    return count - rest if rest < min(2 * processes, count) else count
 
 
 def _as_it_is(batch: Any) -> Any:

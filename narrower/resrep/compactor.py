@@ -66,11 +66,12 @@ class Compactor(nn.Module):
 
     @torch.no_grad()
     def follow(self, y: Tensor) -> None:
-        """Update the running variance from an output."""
+        """Update the running variance from an output. `F.batch_norm` does it, which can be in sync over processes."""
         part = y.detach()[: max(16, len(y) // 4)].float()
         if part.numel() > part.shape[1]:
-            found = part.var([0, *range(2, y.dim())], unbiased=True)
-            self.variance.lerp_(found.to(self.variance.dtype), 0.25)
+            running = self.variance.float()
+            F.batch_norm(part, torch.zeros_like(running), running, training=True, momentum=0.25)
+            self.variance.copy_(running)
 
     def choose(self, rows: Tensor) -> None:
         """Choose these rows (bool, `(K,)`). Rows that are zero already stay chosen."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .agreement import meeting, several
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,16 +31,17 @@ def make_accelerator(device: str = "auto") -> Accelerator:
     except ImportError as error:
         raise ConfigError("training needs accelerate: pip install 'narrower[cli]'") from error
 
-    if device == "cpu":
-        return Accelerator(cpu=True)
-    if device != "auto":
+    if device not in ("auto", "cpu"):
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"--device {device} cannot be used here ({reason}); auto takes what there is") from error
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    return Accelerator()
+    found = Accelerator(cpu=device == "cpu")
+    if found.num_processes > 1:
+        meeting()  # here, where all processes pass
+    return found
 
 
 def shard_of(accelerator: Accelerator) -> tuple[int, int]:
@@ -60,14 +62,18 @@ def to_device(x: Tensor, y: Tensor, config: TrainConfig, device: torch.device) -
 
 @contextmanager
 def collect_interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that a step is never cut in half. The second signal raises KeyboardInterrupt."""
+    """Collect Ctrl-C and SIGTERM in a list, so that a step is never cut in half. The second signal raises KeyboardInterrupt.
+
+    Not so with several processes: each gets Ctrl-C from the terminal, and again from the launcher, which ends those that do not
+    stop within its own patience.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield received
         return
 
     def note(number: int, _: Any) -> None:
-        if received:
+        if received and not several():
             raise KeyboardInterrupt
         received.append(number)
 

@@ -23,7 +23,7 @@ class TrainConfig:
     """training"""
 
     epochs: Annotated[int, "passes over the training images"] = 20
-    batch_size: Annotated[int, "images per step (and process)", "-b"] = 128
+    batch_size: Annotated[int, "images per step and process", "-b"] = 128
     lr: Annotated[float, "highest learning rate (SGD, Nesterov; cosine decay to --min-lr)"] = 0.1
     momentum: Annotated[float, "of SGD"] = 0.9
     weight_decay: Annotated[float, "of all parameters"] = 0.0005
@@ -33,6 +33,7 @@ class TrainConfig:
     clip_grad: Annotated[float | None, "clip the gradient to this norm"] = None
     amp: Annotated[bool, "compute in bfloat16 where that is safe (weights stay float32)"] = False
     channels_last: Annotated[bool, "channels_last memory format: faster on most machines"] = False
+    sync_bn: Annotated[bool, "with several processes: BatchNorm statistics over the images of all of them in training"] = False
     model_ema: Annotated[bool, "average the weights over the steps (as timm); kept at the end if it is better"] = False
     model_ema_decay: Annotated[float, "of the average; it grows to this value over the first steps"] = 0.9998
     held_out: Annotated[

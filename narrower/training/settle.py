@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..batchnorm import recalibrate
 from ..data.images import Batch, Images, batches, mix
 from ..surgery.walk import named_tensors
-from .accelerator import to_device
+from .accelerator import shard_of, to_device
 from .config import TrainConfig
 from .evaluate import evaluate
+from .synced_batchnorm import SyncedBatchNorm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,25 +46,39 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
     """
     values: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, float] = {}
-    for name, source in ((TRAINED, model), ("average of the weights", average)):
-        if source is None:
-            continue
-        restore(model, named_tensors(source))
-        for candidate, renewed in ((name, False), (f"{name}, BatchNorm renewed", True)):
-            if not renewed or (config.recalibrate and recalibrate(
-                    model, train_batches(fit, config, accelerator, seed), images=config.recalibrate)):
-                values[candidate] = snapshot(model)
-                losses[candidate] = evaluate(model, held, config, accelerator)["loss"]
+    trained = snapshot(model)
+    sources = {TRAINED: trained} | ({} if average is None else {"average of the weights": named_tensors(average)})
+    try:
+        for name, source in sources.items():
+            restore(model, source)
+            for candidate, renewed in ((name, False), (f"{name}, BatchNorm renewed", True)):
+                if not renewed or (config.recalibrate and renew(model, fit, config, accelerator, seed)):
+                    values[candidate] = snapshot(model)
+                    losses[candidate] = evaluate(model, held, config, accelerator)["loss"]
+    except BaseException:  # Ctrl-C, say
+        restore(model, trained)
+        raise
     best = min(losses, key=lambda name: losses[name])
     kept = best if losses[best] < CLEARLY * losses[TRAINED] else TRAINED
     restore(model, values[kept])
     return Settled(kept, losses)
 
 
+def renew(model: nn.Module, fit: Images, config: TrainConfig, accelerator: Accelerator, seed: int) -> int:
+    """Renew the BatchNorm statistics from `config.recalibrate` images as in training. Returns their number.
+
+    Each process takes its part of every batch, and statistics are over all parts.
+    """
+    count = accelerator.num_processes
+    with SyncedBatchNorm():
+        seen = recalibrate(model, train_batches(fit, config, accelerator, seed), images=-(-config.recalibrate // count))
+    return count * seen
+
+
 def train_batches(fit: Images, config: TrainConfig, accelerator: Accelerator, seed: int) -> Iterator[Batch]:
-    """Batches exactly as in training: shuffled and augmented, on the device."""
+    """This process's batches exactly as in training: shuffled and augmented, on the device."""
     loader = batches(fit.augmented(seed, config.epochs), config.batch_size, order=mix(seed, config.epochs),
-                     workers=config.workers)
+                     shard=shard_of(accelerator), workers=config.workers)
     return (to_device(x, y, config, accelerator.device) for x, y in loader)
 
 

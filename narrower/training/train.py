@@ -7,9 +7,11 @@ uninterrupted one bit for bit (on the CPU).
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,15 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.images import batches, hold_out, mix
+from ..data.images import Images, StreamImages, batches, hold_out, mix, trained_on
 from ..data.sources import ImageData, Watch, silent
 from ..distillation.distill import Distillation
 from ..errors import ConfigError, StorageError
 from ..resrep.trainer import ResRep
+from ..storage import write_whole
 from .accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
+from .agreement import anywhere, first, share
 from .config import TrainConfig
 from .evaluate import evaluate
 from .settle import settle
+from .synced_batchnorm import SyncedBatchNorm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,7 +66,7 @@ class TrainContext:
 
 
 class Position(NamedTuple):
-    """How far a training is: the epoch, the steps done in it, and the sum of the losses of their images."""
+    """How far a training is: the epoch, the steps done in it, and the sum of the losses of their images (of all processes)."""
 
     epoch: int = 0
     step: int = 0
@@ -112,7 +117,10 @@ def train(
         StorageError: the checkpoint cannot be read, or is of another network.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the step under way is finished and saved in the checkpoint first.
     """
-    loop = TrainLoop(model, data, config, context or TrainContext(), seed, Methods(resrep, distillation))
+    with collect_interrupts() as interrupted:
+        loop = TrainLoop(model, data, config, context or TrainContext(), seed, Methods(resrep, distillation))
+    if anywhere(bool(interrupted)):
+        raise KeyboardInterrupt
     for epoch in range(loop.start.epoch, config.epochs):
         loop.run_epoch(loop.start if epoch == loop.start.epoch else Position(epoch))
     if config.epochs and resrep is None:
@@ -152,25 +160,30 @@ class TrainLoop:
         }
         self.steps = self.steps or len(batches(images, self.config.batch_size, **options))
         loader = batches(images, self.config.batch_size, start=start.step, **options)
-        per_process = len(images) // self.shard[1]
-        loss_sum = torch.tensor(start.loss_sum, dtype=torch.float64, device=self.accelerator.device)
+        count = self.count(images)
+        before = start.loss_sum if self.accelerator.is_main_process else 0.0
+        loss_sum = torch.tensor(before, dtype=torch.float64, device=self.accelerator.device)
         seen = 0
         self.wrapped.train()
         with collect_interrupts() as interrupted:
-            for step, (x, y) in enumerate(self.context.watch(loader, self.title(start.epoch), per_process), start.step):
+            watched = self.context.watch(loader, self.title(start.epoch), count // self.shard[1])
+            for step, (x, y) in enumerate(watched, start.step):
                 loss_sum += self.run_step(start.epoch, step, x, y) * len(y)
                 seen += len(y)
-                if interrupted and step + 1 < self.steps:
-                    self.save(Position(start.epoch, step + 1, float(loss_sum)))
+                if anywhere(bool(interrupted)) and step + 1 < self.steps:
+                    self.save(Position(start.epoch, step + 1, float(self.accelerator.reduce(loss_sum))))
                     raise KeyboardInterrupt
-        loss = float(self.accelerator.reduce(loss_sum)) / max(1, per_process * self.shard[1])
-        if not loss < DIVERGED:
-            raise ConfigError(f"{self.context.stage} has diverged: the loss is {loss:.2g} in epoch {start.epoch + 1}; try a "
-                              "lower --lr")
-        self.shrink()
-        # resumed from here, the epoch has no batches left and is evaluated again
-        self.save(Position(start.epoch, self.steps, float(loss_sum)))
-        if interrupted:
+            total = float(self.accelerator.reduce(loss_sum))
+            loss = total / max(1, count)
+            if not loss < DIVERGED:
+                raise ConfigError(f"{self.context.stage} has diverged: the loss is {loss:.2g} in epoch {start.epoch + 1}; try "
+                                  "a lower --lr")
+            share(self.model)
+            self.shrink()
+            # resumed from here, the epoch has no batches left and is evaluated again
+            self.save(Position(start.epoch, self.steps, total))
+            stop = anywhere(bool(interrupted))
+        if stop:
             raise KeyboardInterrupt
         seconds = time.perf_counter() - began
         speed = {"seconds": seconds, "images_per_second": seen * self.shard[1] / seconds}
@@ -183,12 +196,12 @@ class TrainLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         x, y = to_device(x, y, self.config, self.accelerator.device)
-        with autocast(self.config, self.accelerator.device):
+        with autocast(self.config, self.accelerator.device), self.batchnorm():
             outputs = self.wrapped(x)
             loss = F.cross_entropy(outputs, y, label_smoothing=self.config.smoothing)
             if self.distillation is not None:
                 loss = self.distillation.loss(x, outputs, loss)
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss * self.weight(step, len(y)))
         if self.config.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_grad)
         self.optimizer.step()
@@ -196,6 +209,23 @@ class TrainLoop:
         if self.average is not None:
             self.average.update(self.model, epoch * self.steps + step)
         return loss.detach()
+
+    def count(self, images: Images) -> int:
+        """How many images all processes train on in an epoch."""
+        if isinstance(images, StreamImages):
+            return len(images) * self.shard[1]
+        return trained_on(len(images), self.config.batch_size, self.shard[1])
+
+    def weight(self, step: int, count: int) -> float:
+        """By what the mean loss of `count` images counts, for the mean over processes to be the mean over their images."""
+        if isinstance(self.fit, StreamImages):
+            return 1.0
+        whole = self.config.batch_size * self.shard[1]
+        return count * self.shard[1] / min(whole, self.count(self.fit) - step * whole)
+
+    def batchnorm(self) -> AbstractContextManager[Any]:
+        """In which the network runs in training."""
+        return SyncedBatchNorm() if self.config.sync_bn else nullcontext()
 
     def shrink(self) -> None:
         """Take channels at zero out of the model if that is worth it."""
@@ -213,6 +243,8 @@ class TrainLoop:
             return
         began = time.perf_counter()
         average = None if self.average is None else self.average.module
+        if average is not None:
+            share(average)
         found = settle(self.model, self.fit, self.held, self.config, self.accelerator, seed=self.seed, average=average)
         row: dict[str, Any] = {"stage": "settle", "kept": found.kept, "held_out": len(self.held), "losses": found.losses}
         if found.changed:
@@ -249,17 +281,17 @@ class TrainLoop:
             state["resrep"] = self.resrep.state_dict()
         if self.average is not None:
             state["average"] = self.average.state_dict()
-        part = path.with_name(path.name + ".part")
-        torch.save({**state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, part)
-        part.replace(path)
+        content = io.BytesIO()  # torch's own writing to a file ends in an abort where the disk is full
+        torch.save({**state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, content)
+        write_whole({path: content.getvalue()})
 
     def resume(self, optimizer: torch.optim.Optimizer) -> Position:
         """Load the checkpoint, if there is one, into the model, the optimizer and the compactors."""
         path = self.context.checkpoint
-        if path is None or not path.exists():
+        state = None if path is None else first(lambda: read_checkpoint(path))
+        if state is None:
             return Position()
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             found = {key: state["settings"][key] for key in self.settings}
             differ = [f"{key} was {found[key]}, is {value}" for key, value in self.settings.items() if found[key] != value]
             start = Position(state["epoch"], state["step"], state["total"])
@@ -270,13 +302,23 @@ class TrainLoop:
                 if self.average is not None:
                     self.average.load_state_dict(state["average"])
                 optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # the unpickler raises anything on damaged bytes
+        except Exception as error:  # whatever other contents give
             raise StorageError(f"cannot go on from {path}: {type(error).__name__}: {error}") from error
         if differ:
             raise ConfigError(f"cannot go on from {path} exactly: {', '.join(differ)}")
         if start.epoch >= self.config.epochs:
             raise ConfigError(f"{path} is of epoch {start.epoch + 1}: --epochs {self.config.epochs} has passed already")
         return start
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The contents of a checkpoint, on the CPU; None if there is none. Raises StorageError if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises anything on damaged bytes
+        raise StorageError(f"cannot go on from {path}: {type(error).__name__}: {error}") from error
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None) -> torch.optim.Optimizer:

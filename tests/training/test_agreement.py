@@ -1,0 +1,78 @@
+"""What the first of two processes decides, what both agree on, and which of them tells."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from support.processes import in_two
+from torch import nn
+
+from narrower.errors import BudgetError, ConfigError
+from narrower.training.agreement import anywhere, check_same, first, is_of_another, local_rank, several, share, tells
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+
+
+def raised(work: Any) -> tuple[type, str]:
+    with pytest.raises(Exception) as caught:
+        work()
+    return type(caught.value), str(caught.value)
+
+
+def impossible() -> int:
+    raise BudgetError("too little")
+
+
+def lose(rank: int) -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    found = {"differ": raised(lambda: check_same({"images": 10, "classes": 5 + rank}))}
+    check_same({"images": 10})
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        anywhere(True)
+    return found | {"lost": is_of_another(caught.value), "waited": time.monotonic() - began}
+
+
+def test_other_facts_and_a_lost_process_are_noticed() -> None:
+    here, lost = in_two(lose)
+    assert lost is None and here["lost"] and here["waited"] < 10
+    kind, text = here["differ"]
+    assert kind is ConfigError and text.startswith("the processes disagree on classes: 5 in process 0, 6 in process 1")
+
+
+def agree(rank: int) -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    model = nn.BatchNorm1d(2)
+    model.running_mean += rank  # type: ignore[operator]
+    model.weight.data += 3 * rank
+    share(model)
+    return {
+        "first": first(lambda: 7 + rank), "anywhere": (anywhere(rank == 1), anywhere(False)),
+        "error": raised(lambda: first(impossible)), "tells": (tells(), tells()), "rank": local_rank(),
+        "shared": [t.tolist() for t in (model.running_mean, model.weight) if t is not None],
+    }
+
+
+def test_what_the_first_process_has_all_have() -> None:
+    found = in_two(agree)
+    for rank, here in enumerate(found):
+        assert here["rank"] == rank and here["first"] == 7 and here["anywhere"] == (True, False)
+        assert here["error"] == (BudgetError, "too little")
+        assert here["shared"] == [[0, 0], [1, 1]]
+    assert all(sorted(pair) == [False, True] for pair in zip(*(here["tells"] for here in found), strict=True))
+
+
+def test_one_process_decides_alone() -> None:
+    assert not several() and first(lambda: 3) == 3 and anywhere(True) and not anywhere(False) and tells()
+    check_same({"images": 10})
+    share(nn.Linear(1, 1))
+    assert not is_of_another(RuntimeError("gloo: Connection closed by peer"))
+    with pytest.raises(BudgetError):
+        first(impossible)
