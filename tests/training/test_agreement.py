@@ -50,8 +50,8 @@ def test_other_facts_and_a_lost_process_are_noticed() -> None:
 def agree(rank: int) -> dict[str, Any]:
     dist.init_process_group("gloo")
     model = nn.BatchNorm1d(2)
-    model.running_mean += rank  # type: ignore[operator]
-    model.weight.data += 3 * rank
+    model.get_buffer("running_mean").add_(rank)
+    model.weight.data.add_(3 * rank)
     share(model)
     return {
         "first": first(lambda: 7 + rank), "anywhere": (anywhere(rank == 1), anywhere(False)),

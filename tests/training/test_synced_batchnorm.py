@@ -22,7 +22,7 @@ def network() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Tanh(), nn.Flatten(),
                           nn.BatchNorm1d(36, momentum=None)).double()
-    nn.init.normal_(model[0].weight)
+    nn.init.normal_(model.get_parameter("0.weight"))
     return model
 
 
@@ -41,7 +41,7 @@ def part(rank: int) -> dict[str, Any]:
     with SyncedBatchNorm():
         assert torch.equal(evaluated(x), evaluated(x))
     state = {name: t.tolist() for name, t in model.state_dict().items()}
-    return {"out": out.tolist(), "x": x.grad.tolist(), "weight": model[1].weight.grad.tolist(), "state": state,  # type: ignore
+    return {"out": out.tolist(), "x": x.grad.tolist(), "weight": model.get_parameter("1.weight").grad.tolist(), "state": state,  # type: ignore[union-attr]
             "half": half == torch.bfloat16}
 
 
@@ -54,7 +54,7 @@ def test_two_processes_normalise_as_one() -> None:
     for key, want in (("out", out), ("x", x.grad)):
         torch.testing.assert_close(torch.cat([torch.tensor(f[key], dtype=torch.float64) for f in found]), want)
     total = sum(torch.tensor(f["weight"], dtype=torch.float64) for f in found)
-    torch.testing.assert_close(total, model[1].weight.grad)
+    torch.testing.assert_close(total, model.get_parameter("1.weight").grad)
     for f in found:
         assert f["half"]
         for name, t in model.state_dict().items():
