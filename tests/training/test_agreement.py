@@ -53,11 +53,13 @@ def agree(rank: int) -> dict[str, Any]:
     model.get_buffer("running_mean").add_(rank)
     model.weight.data.add_(3 * rank)
     share(model)
-    return {
+    found = {
         "first": first(lambda: 7 + rank), "anywhere": (anywhere(rank == 1), anywhere(False)),
         "error": raised(lambda: first(impossible)), "tells": (tells(), tells()), "rank": local_rank(),
         "shared": [t.tolist() for t in (model.running_mean, model.weight) if t is not None],
     }
+    anywhere(True)  # the first process keeps the store: it must not end before the other has asked
+    return found
 
 
 def test_what_the_first_process_has_all_have() -> None:
