@@ -57,12 +57,21 @@ class DataConfig:
     mean: Annotated[list[float] | None, "mean per channel, of pixels in [0, 1]; default: the network's, else ImageNet's"] = None
     std: Annotated[list[float] | None, "standard deviation per channel"] = None
     hflip: Annotated[float, "probability of mirroring a training image (digits are never mirrored)"] = 0.5
+    aa: Annotated[
+        str | None, "augmentation of training images, by timm's names: rand-m9-mstd0.5-inc1 (RandAugment), augmix-m5, v0, ..."
+    ] = None
+    scale: Annotated[list[float], "share of a large training image that a crop has, least and most"] = field(
+        default_factory=lambda: [0.08, 1.0]
+    )
+    color_jitter: Annotated[float, "of large training images; not with --aa"] = 0.0
     cache_dir: Annotated[str, "where small images are kept decoded, never in the data folder; 'none' for memory only"] = (
         "~/.cache/narrower"
     )
 
     def __post_init__(self) -> None:
-        check(self, img_size=(1, inf), hflip=(0, 1))
+        check(self, img_size=(1, inf), hflip=(0, 1), color_jitter=(0, inf))
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"--scale {' '.join(map(str, self.scale))}: give two shares in growing order, such as 0.08 1")
 
 
 @dataclass(frozen=True)

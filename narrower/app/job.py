@@ -255,6 +255,9 @@ def reading_of(settings: Settings) -> Reading:
         mean=tuple(given.mean or expected.get("mean", Reading.mean)[:channels]),
         std=tuple(given.std or expected.get("std", Reading.std)[:channels]),
         flip=given.hflip,
+        aa=given.aa or None,
+        scale=(given.scale[0], given.scale[1]),
+        color_jitter=given.color_jitter,
         cache=None if given.cache_dir == "none" else Path(given.cache_dir).expanduser(),
     )
 

@@ -15,6 +15,7 @@ import narrower
 from ..data.images import batches
 from ..errors import ConfigError, VerifyError
 from ..training.agreement import first
+from ..training.optimizing import updates_per_epoch
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
@@ -89,7 +90,7 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
     given = job.settings.prune
     choice = choose(job, model, graph)
     training = copy.deepcopy(model)
-    resrep = compacted(given, training, graph, max(1, config.epochs * steps), choice)
+    resrep = compacted(given, training, graph, max(1, config.epochs * updates_per_epoch(steps, config)), choice)
     try:
         job.train(training, "resrep", run_folder.CHECKPOINT, config, resrep=resrep,
                   distillation=distilling(given, model, training))

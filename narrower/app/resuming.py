@@ -12,9 +12,11 @@ from torch import nn
 from ..errors import ConfigError
 from .run_folder import START, Run, read_settings
 
-WHERE = ("device", "workers", "amp", "channels_last", "data_dir", "dataset_download", "cache_dir", "checkpoint")
+WHERE = ("device", "workers", "amp", "channels_last", "data_dir", "dataset_download", "cache_dir", "checkpoint", "amp_dtype",
+         "torchcompile")
 """Settings that may always change: where and how to compute, and where the same images and weights are."""
-TRAINING = ("epochs", "lr", "min_lr", "warmup_epochs", "smoothing", "clip_grad")
+TRAINING = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "sched", "decay_epochs", "decay_milestones", "decay_rate",
+            "smoothing", "clip_grad", "mixup", "cutmix", "reprob")
 """Settings that may change for the rest of a training. The schedule of ResRep follows from `epochs`, which must stay there."""
 ENDS = ("measure", "train")
 """The last rows of runs that have ended."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +35,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class TensorImages(Dataset[Batch]):
-    """Images in memory, uint8 `[N, C, H, W]`. `moves` `[N, 3]`: the shift (y, x) of each image, and whether it is mirrored."""
+    """Images in memory, uint8 `[N, C, H, W]`.
+
+    `moves` `[N, 3]`: the shift (y, x) of each image, and whether it is mirrored. `augment` changes moved images, as PIL images,
+    by random numbers that `key` = (seed, epoch) seeds.
+    """
 
     images: Tensor
     labels: Tensor
@@ -43,6 +48,8 @@ class TensorImages(Dataset[Batch]):
     pad: int = 0
     flip: float = 0.0
     moves: Tensor | None = None
+    augment: Callable[[Any], Any] | None = None
+    key: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,7 +59,7 @@ class TensorImages(Dataset[Batch]):
         draw = torch.Generator().manual_seed(mix(seed, epoch, "augment"))
         shifts = torch.randint(0, 2 * self.pad + 1, (len(self), 2), generator=draw)
         mirror = torch.rand(len(self), 1, generator=draw) < self.flip
-        return replace(self, moves=torch.cat((shifts, mirror.long()), dim=1))
+        return replace(self, moves=torch.cat((shifts, mirror.long()), dim=1), key=(seed, epoch))
 
     def __getitem__(self, index: int) -> Batch:
         images, labels = self.__getitems__([index])
@@ -63,9 +70,26 @@ class TensorImages(Dataset[Batch]):
         images = self.images[index]
         if self.moves is not None:
             images = move(images, self.moves[index], self.pad)
+            if self.augment is not None:
+                images = torch.stack([self._augmented(image, int(at)) for image, at in zip(images, indices, strict=True)])
         mean = torch.tensor(self.mean).view(-1, 1, 1) * 255
         std = torch.tensor(self.std).view(-1, 1, 1) * 255
         return (images.float() - mean) / std, self.labels[index]
+
+    def _augmented(self, image: Tensor, index: int) -> Tensor:
+        from PIL import Image
+
+        assert self.augment is not None
+        seed_all(mix(*self.key, index, "augment"))
+        changed = self.augment(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+        return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators that transforms use: of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def move(images: Tensor, moves: Tensor, pad: int) -> Tensor:
@@ -100,9 +124,7 @@ class LazyImages(Dataset[Batch]):
         image = image.convert(self.mode)
         if self.key is None:
             return self.transform(image), label
-        seed = mix(*self.key, index)
-        random.seed(seed)  # the transforms use both generators
-        torch.manual_seed(seed)
+        seed_all(mix(*self.key, index))
         return self.training(image), label
 
 

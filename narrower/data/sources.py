@@ -47,6 +47,8 @@ class Reading:
         channels: 3 (RGB) or 1 (grey).
         mean, std: per channel, of pixels in [0, 1].
         flip: probability that a training image is mirrored.
+        aa: timm's name of an augmentation of each training image, such as "rand-m9-mstd0.5-inc1".
+        scale, color_jitter: of the crops and colours of large training images, as in timm.
         crop_pct, interpolation: how large images are resized for evaluation, as in timm.
         cache: folder for decoded small images. None keeps them in memory only.
     """
@@ -57,6 +59,9 @@ class Reading:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     flip: float = 0.5
+    aa: str | None = None
+    scale: tuple[float, float] = (0.08, 1.0)
+    color_jitter: float = 0.0
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     cache: Path | None = None
@@ -111,6 +116,8 @@ def open_data(
         if root is not None:
             raise ConfigError(f"the digits are embedded, they do not come from --data-dir {root}: give --dataset folder for "
                               "the images there")
+        if reading.aa is not None:
+            raise ConfigError(f"--aa {reading.aa} is for photographs, the digits are only shifted")
         return digits(reading.size or 16, reading.channels, reading.mean, reading.std)
     if dataset in ("", "folder"):
         if root is None:
@@ -239,7 +246,8 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
     def read(split: str) -> Images:
         if not stream and max(size) <= SMALL:
             images, labels = _decoded(parts[split], size, reading, lambda it, n: watch(it, f"decoding {split} images", n))
-            return TensorImages(images, labels, reading.mean, reading.std, max(1, min(size) // 8), reading.flip)
+            return TensorImages(images, labels, reading.mean, reading.std, max(1, min(size) // 8), reading.flip,
+                                augment=augmentation(reading))
         plain, training = _transforms((reading.channels, height, width), reading)
         if stream:
             parts["val"].transform, parts["train"].transform = plain, training
@@ -267,7 +275,31 @@ def _transforms(size: tuple[int, int, int], reading: Reading) -> tuple[Callable[
 
     common: dict[str, Any] = {"mean": reading.mean, "std": reading.std, "interpolation": reading.interpolation}
     plain = create_transform(size, is_training=False, crop_pct=reading.crop_pct, **common)
-    return plain, create_transform(size, is_training=True, hflip=reading.flip, color_jitter=0.0, **common)
+    augmentation(reading)  # its errors
+    return plain, create_transform(size, is_training=True, hflip=reading.flip, color_jitter=reading.color_jitter,
+                                   auto_augment=reading.aa, scale=reading.scale, **common)
+
+
+def augmentation(reading: Reading) -> Callable[[Any], Any] | None:
+    """timm's augmentation of a PIL image by name, None where there is no name.
+
+    Raises:
+        ConfigError: timm is missing, or has no such augmentation, or none for images of one channel.
+    """
+    if reading.aa is None:
+        return None
+    if reading.channels != 3:
+        raise ConfigError(f"--aa {reading.aa} is for images of 3 channels, these have {reading.channels}")
+    try:
+        from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+    except ImportError as error:
+        raise ConfigError("--aa needs timm: pip install 'narrower[cli]'") from error
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    make = next((make for start, make in makers.items() if reading.aa.startswith(start)), auto_augment_transform)
+    try:
+        return make(reading.aa, {"translate_const": 10, "img_mean": tuple(round(255 * value) for value in reading.mean)})
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ConfigError(f"--aa {reading.aa}: {error}; give a name of timm's, such as rand-m9-mstd0.5-inc1") from error
 
 
 def _decoded(source: Source, size: tuple[int, int], reading: Reading, watch: Callable[..., Any]) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,8 @@ def shard_of(accelerator: Accelerator) -> tuple[int, int]:
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 where `config.amp` asks for it. It has the range of float32, so gradients need no scaling."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp)
+    """`config.amp_dtype` where `config.amp` asks for it. bfloat16 has the range of float32, so gradients need no scaling."""
+    return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype), enabled=config.amp)
 
 
 def to_device(x: Tensor, y: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:

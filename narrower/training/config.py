@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Annotated, Any
 
 from ..errors import ConfigError
+
+AMP_DTYPES = ("bfloat16", "float16")
 
 
 def check(config: Any, **bounds: tuple[float, float]) -> None:
@@ -23,15 +25,32 @@ class TrainConfig:
     """training"""
 
     epochs: Annotated[int, "passes over the training images"] = 20
-    batch_size: Annotated[int, "images per step and process", "-b"] = 128
-    lr: Annotated[float, "highest learning rate (SGD, Nesterov; cosine decay to --min-lr)"] = 0.1
-    momentum: Annotated[float, "of SGD"] = 0.9
+    batch_size: Annotated[int, "images per batch and process", "-b"] = 128
+    grad_accum_steps: Annotated[int, "batches whose gradients are added up for one step of the optimizer"] = 1
+    opt: Annotated[str, "optimizer, by timm's name: sgd (with Nesterov momentum), adamw, lamb, ..."] = "sgd"
+    opt_kwargs: Annotated[dict[str, Any], "its further settings, as JSON: '{\"betas\": [0.9, 0.95]}'"] = field(
+        default_factory=dict
+    )
+    lr: Annotated[float, "highest learning rate"] = 0.1
+    momentum: Annotated[float, "of the optimizer, where it has one"] = 0.9
     weight_decay: Annotated[float, "of all parameters"] = 0.0005
-    warmup_epochs: Annotated[float, "epochs in which the learning rate grows linearly"] = 1.0
+    sched: Annotated[str, "learning rate over time, by timm's name: cosine, step, multistep, poly, wsd, ..."] = "cosine"
+    warmup_epochs: Annotated[float, "epochs in which the learning rate grows linearly, from --warmup-lr"] = 1.0
+    warmup_lr: Annotated[float, "learning rate at the start"] = 1e-5
     min_lr: Annotated[float, "learning rate at the end"] = 0.0
+    decay_epochs: Annotated[float | None, "step: epochs from one fall to the next; wsd: epochs of the fall"] = None
+    decay_milestones: Annotated[list[int], "multistep: epochs after which the learning rate falls"] = field(
+        default_factory=lambda: [90, 180, 270]
+    )
+    decay_rate: Annotated[float, "by what it falls, in step and multistep"] = 0.1
     smoothing: Annotated[float, "label smoothing"] = 0.0
+    mixup: Annotated[float, "alpha of mixup; 0: none"] = 0.0
+    cutmix: Annotated[float, "alpha of cutmix; 0: none"] = 0.0
+    reprob: Annotated[float, "probability that a part of an image is erased"] = 0.0
     clip_grad: Annotated[float | None, "clip the gradient to this norm"] = None
-    amp: Annotated[bool, "compute in bfloat16 where that is safe (weights stay float32)"] = False
+    amp: Annotated[bool, "compute in --amp-dtype where that is safe (weights stay float32)"] = False
+    amp_dtype: Annotated[str, "bfloat16, or float16 (its gradients are scaled)"] = "bfloat16"
+    torchcompile: Annotated[str | None, "train through torch.compile with this backend, such as inductor"] = None
     channels_last: Annotated[bool, "channels_last memory format: faster on most machines"] = False
     sync_bn: Annotated[bool, "with several processes: BatchNorm statistics over the images of all of them in training"] = False
     model_ema: Annotated[bool, "average the weights over the steps (as timm); kept at the end if it is better"] = False
@@ -46,5 +65,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self, epochs=(0, inf), batch_size=(1, inf), lr=(0, inf), momentum=(0, 1), weight_decay=(0, inf))
+        check(self, grad_accum_steps=(1, inf), mixup=(0, inf), cutmix=(0, inf), reprob=(0, 1), warmup_lr=(0, inf))
+        check(self, decay_epochs=(1e-9, inf), decay_rate=(0, 1))
+        if self.amp_dtype not in AMP_DTYPES:
+            raise ConfigError(f"--amp-dtype {self.amp_dtype}: take one of {', '.join(AMP_DTYPES)}")
         check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
         check(self, model_ema_decay=(0, 1), held_out=(0, inf), recalibrate=(0, inf))

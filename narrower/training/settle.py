@@ -15,6 +15,7 @@ from ..surgery.walk import named_tensors
 from .accelerator import shard_of, to_device
 from .config import TrainConfig
 from .evaluate import evaluate
+from .mixing import Mixing
 from .synced_batchnorm import SyncedBatchNorm
 
 if TYPE_CHECKING:
@@ -76,10 +77,14 @@ def renew(model: nn.Module, fit: Images, config: TrainConfig, accelerator: Accel
 
 
 def train_batches(fit: Images, config: TrainConfig, accelerator: Accelerator, seed: int) -> Iterator[Batch]:
-    """This process's batches exactly as in training: shuffled and augmented, on the device."""
+    """This process's batches exactly as in training: shuffled, augmented and mixed, on the device. Labels are not mixed."""
+    shard = shard_of(accelerator)
     loader = batches(fit.augmented(seed, config.epochs), config.batch_size, order=mix(seed, config.epochs),
-                     shard=shard_of(accelerator), workers=config.workers)
-    return (to_device(x, y, config, accelerator.device) for x, y in loader)
+                     shard=shard, workers=config.workers)
+    mixing = Mixing(config, accelerator.device)
+    for step, (x, y) in enumerate(loader):
+        x, y = to_device(x, y, config, accelerator.device)
+        yield mixing(x, y, int(y.max()) + 1, mix(seed, "settle", step, shard[0]))[0], y
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

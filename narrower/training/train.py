@@ -1,4 +1,4 @@
-"""The reference loop, on accelerate: SGD with Nesterov momentum, warm-up and cosine decay.
+"""The reference loop, on accelerate and timm.
 
 No random state passes from step to step: order, augmentation and dropout are drawn from (seed, epoch, step), and each step
 seeds torch's global generator anew. A checkpoint is therefore model, optimizer, epoch and step. A resumed run equals an
@@ -8,7 +8,6 @@ uninterrupted one bit for bit (on the CPU).
 from __future__ import annotations
 
 import io
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +29,8 @@ from .accelerator import autocast, collect_interrupts, make_accelerator, shard_o
 from .agreement import anywhere, first, share
 from .config import TrainConfig
 from .evaluate import evaluate
+from .mixing import Mixing
+from .optimizing import make_average, make_optimizer, make_schedule, updates_per_epoch
 from .settle import settle
 from .synced_batchnorm import SyncedBatchNorm
 
@@ -80,18 +81,6 @@ class Methods(NamedTuple):
     distillation: Distillation | None = None
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of `step`, counted from 0 over all epochs of `steps` each: a linear warm-up, then a cosine to `min_lr`.
-
-    Loshchilov and Hutter, "SGDR" (ICLR 2017), eq. 5, without restarts.
-    """
-    total, warmup = config.epochs * steps, round(config.warmup_epochs * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def train(
     model: nn.Module, data: ImageData, config: TrainConfig, context: TrainContext | None = None, *, seed: int = 0,
     resrep: ResRep | None = None, distillation: Distillation | None = None,
@@ -138,7 +127,8 @@ class TrainLoop:
         self.seed, (self.resrep, self.distillation) = seed, methods
         self.accelerator = context.accelerator or make_accelerator()
         self.shard = shard_of(self.accelerator)
-        self.steps = 0  # per epoch, counted by the first one
+        self.steps = 0  # batches per epoch, counted by the first one
+        self.schedule: Any = None  # made then
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         model.to(self.accelerator.device)
@@ -146,10 +136,17 @@ class TrainLoop:
             self.distillation.teacher.to(self.accelerator.device)
         self.fit, self.held = hold_out(data.train, config.held_out, seed)
         self.average = make_average(model, config, self.resrep)
-        self.settings = {"batch_size": config.batch_size, "seed": seed, "processes": self.shard[1], "held_out": config.held_out}
+        self.mixing = Mixing(config, self.accelerator.device)
+        scales = config.amp and config.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=scales)
+        self.settings = {
+            "batch_size": config.batch_size, "seed": seed, "processes": self.shard[1], "held_out": config.held_out,
+            "grad_accum_steps": config.grad_accum_steps, "opt": config.opt,
+        }
         optimizer = make_optimizer(model, config, self.resrep)
         self.start = self.resume(optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.compile()
 
     def run_epoch(self, start: Position) -> None:
         """Train from `start` to the end of its epoch, save, evaluate and log."""
@@ -159,6 +156,7 @@ class TrainLoop:
             "order": mix(self.seed, start.epoch), "shard": self.shard, "workers": self.config.workers,
         }
         self.steps = self.steps or len(batches(images, self.config.batch_size, **options))
+        self.schedule = self.schedule or make_schedule(self.optimizer, self.config, updates_per_epoch(self.steps, self.config))
         loader = batches(images, self.config.batch_size, start=start.step, **options)
         count = self.count(images)
         before = start.loss_sum if self.accelerator.is_main_process else 0.0
@@ -170,7 +168,7 @@ class TrainLoop:
             for step, (x, y) in enumerate(watched, start.step):
                 loss_sum += self.run_step(start.epoch, step, x, y) * len(y)
                 seen += len(y)
-                if anywhere(bool(interrupted)) and step + 1 < self.steps:
+                if anywhere(bool(interrupted)) and step + 1 < self.steps and self.moves(step):
                     self.save(Position(start.epoch, step + 1, float(self.accelerator.reduce(loss_sum))))
                     raise KeyboardInterrupt
             total = float(self.accelerator.reduce(loss_sum))
@@ -190,25 +188,44 @@ class TrainLoop:
         self.context.log(self.evaluated(start.epoch, loss) | speed)
 
     def run_step(self, epoch: int, step: int, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step on a batch; the mean loss."""
-        torch.manual_seed(mix(self.seed, epoch, step, self.shard[0]))  # dropout
-        rate = learning_rate(self.config, epoch * self.steps + step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+        """Forward and backward of a batch, and a step of the optimizer if it is the last one of the step; the mean loss."""
         x, y = to_device(x, y, self.config, self.accelerator.device)
-        with autocast(self.config, self.accelerator.device), self.batchnorm():
-            outputs = self.wrapped(x)
-            loss = F.cross_entropy(outputs, y, label_smoothing=self.config.smoothing)
-            if self.distillation is not None:
-                loss = self.distillation.loss(x, outputs, loss)
-        self.accelerator.backward(loss * self.weight(step, len(y)))
+        count, moves = len(y), self.moves(step)
+        x, y = self.mixing(x, y, self.data.num_classes, mix(self.seed, epoch, step, self.shard[0]))  # seeds dropout too
+        with nullcontext() if moves else self.accelerator.no_sync(self.wrapped):
+            with autocast(self.config, self.accelerator.device), self.batchnorm():
+                outputs = self.wrapped(x)
+                if y.ndim == 2:  # shares of classes; the network may have more outputs than there are classes
+                    y = F.pad(y, (0, outputs.shape[1] - y.shape[1]))
+                loss = F.cross_entropy(outputs, y, label_smoothing=self.config.smoothing)
+                if self.distillation is not None:
+                    loss = self.distillation.loss(x, outputs, loss)
+            self.accelerator.backward(self.scaler.scale(loss * self.weight(step, count)))
+        if moves:
+            self.move(epoch * updates_per_epoch(self.steps, self.config) + step // self.config.grad_accum_steps)
+        return loss.detach()
+
+    def moves(self, step: int) -> bool:
+        """Whether the optimizer takes a step after batch `step`."""
+        return (step + 1) % self.config.grad_accum_steps == 0 or step + 1 == self.steps
+
+    def move(self, update: int) -> None:
+        """A step of the optimizer, the `update`-th from 0."""
+        if self.schedule is not None:
+            self.schedule.step_update(update)
         if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         if self.average is not None:
-            self.average.update(self.model, epoch * self.steps + step)
-        return loss.detach()
+            self.average.update(self.model, update)
+
+    def compile(self) -> None:
+        """Train through torch.compile where the settings ask for it. The model itself stays as it is."""
+        if self.config.torchcompile:
+            self.wrapped = torch.compile(self.wrapped, backend=self.config.torchcompile)
 
     def count(self, images: Images) -> int:
         """How many images all processes train on in an epoch."""
@@ -217,11 +234,16 @@ class TrainLoop:
         return trained_on(len(images), self.config.batch_size, self.shard[1])
 
     def weight(self, step: int, count: int) -> float:
-        """By what the mean loss of `count` images counts, for the mean over processes to be the mean over their images."""
+        """By what the mean loss of `count` images counts, for the mean over all images of the optimizer's step to come out.
+
+        These are of all its batches, in all processes.
+        """
+        together = self.config.grad_accum_steps
+        first = step - step % together
         if isinstance(self.fit, StreamImages):
-            return 1.0
+            return 1 / min(together, self.steps - first)
         whole = self.config.batch_size * self.shard[1]
-        return count * self.shard[1] / min(whole, self.count(self.fit) - step * whole)
+        return count * self.shard[1] / min(together * whole, self.count(self.fit) - first * whole)
 
     def batchnorm(self) -> AbstractContextManager[Any]:
         """In which the network runs in training."""
@@ -236,6 +258,7 @@ class TrainLoop:
             self.accelerator._models.clear()
             del self.wrapped
             self.wrapped = self.accelerator.prepare_model(self.model)
+            self.compile()
 
     def settle(self) -> None:
         """Keep the best of the network's values at the end, and log which, with the accuracy that is final."""
@@ -254,9 +277,11 @@ class TrainLoop:
     def evaluated(self, epoch: int, loss: float) -> dict[str, Any]:
         """The row of an epoch: its settings, its training loss, and what the evaluation images say."""
         result = evaluate(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
+        if self.schedule is not None:  # an epoch that is only evaluated again has taken no step
+            self.schedule.step_update((epoch + 1) * updates_per_epoch(self.steps, self.config) - 1)
         row = {
             "stage": self.context.stage, "epoch": epoch + 1, "epochs": self.config.epochs,
-            "lr": learning_rate(self.config, (epoch + 1) * self.steps - 1, self.steps),
+            "lr": self.optimizer.param_groups[0]["lr"],
             "loss": loss, "top1": result["top1"], "val_loss": result["loss"],
         }
         if self.resrep is not None:
@@ -281,6 +306,8 @@ class TrainLoop:
             state["resrep"] = self.resrep.state_dict()
         if self.average is not None:
             state["average"] = self.average.state_dict()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
         content = io.BytesIO()  # torch's own writing to a file ends in an abort where the disk is full
         torch.save({**state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, content)
         write_whole({path: content.getvalue()})
@@ -292,7 +319,7 @@ class TrainLoop:
         if state is None:
             return Position()
         try:
-            found = {key: state["settings"][key] for key in self.settings}
+            found = {key: state["settings"].get(key, value) for key, value in self.settings.items()}
             differ = [f"{key} was {found[key]}, is {value}" for key, value in self.settings.items() if found[key] != value]
             start = Position(state["epoch"], state["step"], state["total"])
             if not differ:
@@ -301,6 +328,8 @@ class TrainLoop:
                 self.model.load_state_dict(state["model"])
                 if self.average is not None:
                     self.average.load_state_dict(state["average"])
+                if self.scaler.is_enabled():
+                    self.scaler.load_state_dict(state["scaler"])
                 optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # whatever other contents give
             raise StorageError(f"cannot go on from {path}: {type(error).__name__}: {error}") from error
@@ -319,30 +348,3 @@ def read_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on damaged bytes
         raise StorageError(f"cannot go on from {path}: {type(error).__name__}: {error}") from error
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum; with ResRep on its parameter groups, and with its hook."""
-    given: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    groups = list(model.parameters()) if resrep is None else resrep.param_groups(**given)
-    optimizer = torch.optim.SGD(groups, **given, nesterov=config.momentum > 0)
-    if resrep is not None:
-        resrep.attach(optimizer)
-    return optimizer
-
-
-def make_average(model: nn.Module, config: TrainConfig, resrep: ResRep | None) -> Any:
-    """timm's moving average of the weights, where `config.model_ema` asks for it.
-
-    Raises:
-        ConfigError: timm is missing, or ResRep changes the widths that are averaged.
-    """
-    if not config.model_ema:
-        return None
-    if resrep is not None:
-        raise ConfigError("--model-ema: ResRep changes the widths of the network in training, so weights cannot be averaged")
-    try:
-        from timm.utils import ModelEmaV3
-    except ImportError as error:
-        raise ConfigError("--model-ema needs timm: pip install 'narrower[cli]'") from error
-    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
 from narrower.data.images import TensorImages, batches, move
-from narrower.data.sources import digits
+from narrower.data.sources import Reading, augmentation, digits
+from narrower.errors import ConfigError
 
 
 def test_move_is_pad_crop_flip() -> None:
@@ -32,6 +35,25 @@ def test_augmentation_and_order_follow_seed_and_epoch() -> None:
     assert not torch.equal(epoch(0, 1)[0], epoch(1, 1)[0])
     assert not torch.equal(epoch(0, 1)[0], epoch(0, 2)[0])
     assert not torch.equal(epoch(0, 1)[0], epoch(0, 1, order=6)[0])
+
+
+def test_an_augmentation_follows_seed_epoch_and_index() -> None:
+    """timm's RandAugment on images in memory: the same in every batch that an image is part of."""
+    pixels = torch.randint(0, 256, (6, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = TensorImages(pixels, torch.arange(6), (0.5,) * 3, (0.5,) * 3, augment=augmentation(Reading(aa="rand-m9-mstd0.5")))
+    plain = replace(data, augment=None)
+
+    def images(of: TensorImages, epoch: int, index: list[int]) -> torch.Tensor:
+        return of.augmented(3, epoch).__getitems__(index)[0]
+
+    whole = images(data, 1, [0, 1, 2, 3, 4, 5])
+    assert torch.equal(whole[[4, 2]], images(data, 1, [4, 2])) and not torch.equal(whole, images(data, 2, [*range(6)]))
+    assert not torch.equal(whole, images(plain, 1, [*range(6)])) and whole.abs().max() <= 1
+    assert torch.equal(data.__getitems__([1])[0], plain.__getitems__([1])[0])  # not for evaluation
+    with pytest.raises(ConfigError, match="--aa nonsense"):
+        augmentation(Reading(aa="nonsense"))
+    with pytest.raises(ConfigError, match="3 channels"):
+        augmentation(Reading(aa="rand-m9", channels=1))
 
 
 def test_each_image_once_and_shards_are_disjoint() -> None:

@@ -24,9 +24,8 @@ from narrower.data.sources import ImageData
 from narrower.distillation import Distillation
 from narrower.errors import ConfigError, StorageError
 from narrower.training.accelerator import make_accelerator
-from narrower.training.config import TrainConfig
 from narrower.training.evaluate import evaluate
-from narrower.training.train import TrainContext, learning_rate, train
+from narrower.training.train import TrainContext, train
 
 
 def test_training_learns_and_logs_every_epoch() -> None:
@@ -51,14 +50,6 @@ def test_evaluate_is_top1_and_mean_loss_in_eval_mode() -> None:
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
 
 
-def test_learning_rate_rises_and_falls() -> None:
-    config = TrainConfig(epochs=10, lr=1.0, warmup_epochs=1, min_lr=0.1)
-    rates = [learning_rate(config, step, 10) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert max(rates) == 1.0 and rates[9:] == sorted(rates[9:], reverse=True)
-    assert 0.1 < rates[-1] < 0.101 and rates[55] == pytest.approx(0.55, abs=0.02)
-
-
 def interrupting(at: int, number: signal.Signals = signal.SIGINT) -> Any:
     """A `watch` that presses Ctrl-C, or sends another signal, before the batch `at`, counted over all epochs."""
     count = 0
@@ -77,7 +68,10 @@ def interrupting(at: int, number: signal.Signals = signal.SIGINT) -> Any:
 
 @pytest.mark.parametrize("at", [0, 7, 11, 17])  # first step, middle of an epoch, last step of an epoch, very last step
 @pytest.mark.parametrize("options", [{}, {"amp": True, "channels_last": True, "smoothing": 0.1, "clip_grad": 1.0},
-                                     {"model_ema": True, "model_ema_decay": 0.8}])
+                                     {"model_ema": True, "model_ema_decay": 0.8},
+                                     {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.3, "grad_accum_steps": 2, "opt": "adamw",
+                                      "opt_kwargs": {"eps": 1e-6}, "sched": "step", "decay_epochs": 1.0},
+                                     {"amp": True, "amp_dtype": "float16", "torchcompile": "eager"}])
 def test_resumed_is_uninterrupted(at: int, options: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit, with dropout, augmentation and momentum; and each epoch is logged once."""
     config = replace(CONFIG, **options)
@@ -96,6 +90,36 @@ def test_resumed_is_uninterrupted(at: int, options: dict[str, Any], tmp_path: Pa
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in part] for part in (rows, pieces)]
     assert timeless[0] == timeless[1]
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    """Also the last step of an epoch, of fewer batches: 90 images are 6 batches of 16, or 12 of 8."""
+
+    def plain() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+
+    config = replace(CONFIG, held_out=0, recalibrate=0)
+    large, small = run(plain(), config=config), run(plain(), config=replace(config, batch_size=8, grad_accum_steps=2))
+    for one, two in zip(large.parameters(), small.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+    every = run(plain(), config=replace(config, batch_size=8))
+    assert not torch.allclose(next(every.parameters()), next(large.parameters()), atol=1e-3)
+
+
+def test_a_compiled_training_leaves_the_network_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append((model, kwargs)) or compile(model, **kwargs))
+    model = network()
+    assert run(model, config=replace(CONFIG, epochs=1, torchcompile="eager")) is model
+    assert [kwargs for _, kwargs in compiled] == [{"backend": "eager"}] and type(model) is nn.Sequential
+    assert model.state_dict().keys() == network().state_dict().keys()
+
+
+def test_mixed_targets_have_as_many_classes_as_the_network_has_outputs() -> None:
+    wide = nn.Sequential(*network()[:-1], nn.Linear(144, 5))
+    run(wide, config=replace(CONFIG, epochs=1, mixup=0.5))
 
 
 def test_sigterm_saves_a_checkpoint(tmp_path: Path) -> None:

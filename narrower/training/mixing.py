@@ -1,0 +1,49 @@
+"""What happens to a whole batch in training: mixup, cutmix and random erasing, by timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.images import seed_all
+from ..errors import ConfigError
+from .config import TrainConfig
+
+
+class Mixing:
+    """mixup (Zhang et al., ICLR 2018), cutmix (Yun et al., ICCV 2019) and random erasing (Zhong et al., AAAI 2020) of a batch.
+
+    All that is random is drawn from the seed of the call, so that a resumed training equals an uninterrupted one.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        """Raises ConfigError if timm is missing and something is to be mixed or erased."""
+        self.mixup: Any = None
+        self.erasing: Any = None
+        if not (config.mixup or config.cutmix or config.reprob):
+            return
+        try:
+            from timm.data.mixup import Mixup
+            from timm.data.random_erasing import RandomErasing
+        except ImportError as error:
+            raise ConfigError("--mixup, --cutmix and --reprob need timm: pip install 'narrower[cli]'") from error
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=0.0)  # the loss smooths
+        if config.reprob:
+            self.erasing = RandomErasing(config.reprob, mode="pixel", device=str(device))
+
+    def __call__(self, x: Tensor, y: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The batch, and its targets: as they are, or, where images are mixed, the share of each class, `[N, classes]`.
+
+        Images are mixed in pairs, so one of an odd number is left out. The images given may be changed.
+        """
+        seed_all(seed)
+        if self.erasing is not None:
+            x = self.erasing(x)
+        if self.mixup is not None:
+            self.mixup.num_classes = classes
+            even = len(y) - len(y) % 2
+            x, y = self.mixup(x[:even], y[:even])
+        return x, y

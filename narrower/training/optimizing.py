@@ -1,0 +1,95 @@
+"""The optimizer, the learning rate over time and the average of the weights: timm's, by the names of its `train.py`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..resrep.trainer import ResRep
+from .config import TrainConfig
+
+MISSING = "training needs timm: pip install 'narrower[cli]'"
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None = None) -> torch.optim.Optimizer:
+    """timm's optimizer by name (`sgd` has Nesterov momentum); with ResRep on its parameter groups, and with its hook.
+
+    Weight decay is of all parameters.
+
+    Raises:
+        ConfigError: timm is missing or has no such optimizer, its settings are wrong, or ResRep cannot work with it.
+    """
+    try:
+        from timm.optim import create_optimizer_v2, list_optimizers
+    except ImportError as error:
+        raise ConfigError(MISSING) from error
+    if resrep is not None and config.opt != "sgd":
+        raise ConfigError(f"--opt {config.opt}: ResRep moves its compactors by SGD with momentum, as published: take --opt sgd")
+    given: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    groups = list(model.parameters()) if resrep is None else resrep.param_groups(**given)
+    own = {"nesterov": config.momentum > 0} if config.opt == "sgd" else {}
+    if config.opt not in list_optimizers():
+        raise ConfigError(f"--opt {config.opt}: timm knows {', '.join(list_optimizers(exclude_filters=['bnb*']))}")
+    try:
+        optimizer = create_optimizer_v2(groups, config.opt, **given, **{**own, **config.opt_kwargs})
+    except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:  # each has its own checks
+        raise ConfigError(f"--opt {config.opt} --opt-kwargs {config.opt_kwargs}: {error}") from error
+    if resrep is not None:
+        resrep.attach(optimizer)
+    return optimizer
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:
+    """timm's schedule of the learning rate, of `updates` steps of the optimizer in each epoch; None for `--sched none`.
+
+    It has no state: `step_update(n)` sets the rates of step n. All groups begin at `config.lr`, times their `lr_scale`.
+
+    Raises:
+        ConfigError: timm is missing, or has no such schedule without state.
+    """
+    try:
+        from timm.scheduler import create_scheduler_v2
+    except ImportError as error:
+        raise ConfigError(MISSING) from error
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = config.lr
+    if config.sched == "plateau":
+        raise ConfigError("--sched plateau looks at results, so a run that goes on would differ: take another schedule")
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+            warmup_lr=min(config.warmup_lr, config.lr), min_lr=config.min_lr, decay_epochs=config.decay_epochs,
+            decay_milestones=config.decay_milestones, decay_rate=config.decay_rate, step_on_epochs=False,
+            updates_per_epoch=updates,
+        )  # fmt: skip
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--sched {config.sched}: {error or 'timm refuses these settings'}") from error
+    if schedule is None and config.sched != "none":
+        raise ConfigError(f"--sched {config.sched}: take cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none")
+    return schedule
+
+
+def updates_per_epoch(batches: int, config: TrainConfig) -> int:
+    """Steps of the optimizer in an epoch of so many batches. The last may be of fewer batches."""
+    return math.ceil(batches / config.grad_accum_steps)
+
+
+def make_average(model: nn.Module, config: TrainConfig, resrep: ResRep | None) -> Any:
+    """timm's moving average of the weights, where `config.model_ema` asks for it.
+
+    Raises:
+        ConfigError: timm is missing, or ResRep changes the widths that are averaged.
+    """
+    if not config.model_ema:
+        return None
+    if resrep is not None:
+        raise ConfigError("--model-ema: ResRep changes the widths of the network in training, so weights cannot be averaged")
+    try:
+        from timm.utils import ModelEmaV3
+    except ImportError as error:
+        raise ConfigError("--model-ema needs timm: pip install 'narrower[cli]'") from error
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True)
