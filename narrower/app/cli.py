@@ -39,12 +39,12 @@ ERROR, INTERRUPTED = 2, 130
 def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     """Check the output folder, open the images and complete the settings."""
     given = settings.run
-    accelerator = make_accelerator(given.device)
-    terminal.quiet = not accelerator.is_main_process
     name = settings.prune.method if command == "prune" else command
     file, _, factory = settings.model.model.rpartition(":")
     network = f"{Path(file).name}_{factory}" if file.endswith(".py") else settings.model.model
     folder = Path(given.resume or given.output or first(lambda: default_folder(name, network)))
+    accelerator = make_accelerator(given.device, given.log_with, folder)
+    terminal.quiet = not accelerator.is_main_process
     run = Run(folder, command=command, resume=bool(given.resume), overwrite=given.overwrite or settings.prune.dry_run,
               writes=accelerator.is_main_process and not settings.prune.dry_run)
     terminal.run = run

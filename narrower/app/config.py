@@ -157,6 +157,9 @@ class RunConfig:
     resume: Annotated[str | None, "run folder to go on with, exactly where it stopped, with its own settings"] = None
     seed: Annotated[int, "of initial weights, order and augmentation"] = 42
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
+    log_with: Annotated[
+        list[str], "experiment trackers that get every row of the metrics: tensorboard, wandb, mlflow, ... (accelerate's)"
+    ] = field(default_factory=list)
 
 
 EXPORT_FORMATS = ("onnx", "openvino", "pt2", "torchscript")

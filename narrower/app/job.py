@@ -110,11 +110,19 @@ class Job:
         check_same({"narrower": narrower.__version__, "the number of training images": train,
                     "the number of images to evaluate on": val, "the weights at the start": weights})
         self.run.claim(self.settings.flat(), facts, changed)
+        if self.settings.run.log_with:
+            plain = {key: value for key, value in self.settings.flat().items() if isinstance(value, (bool, int, float, str))}
+            self.accelerator.init_trackers("narrower", config=plain)
         with self.run.replacing():
             yield
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def tell(self, row: dict[str, Any]) -> None:
+        """Log the row of a stage or an epoch, give its numbers to the trackers, and show it."""
         self.run.log({key: value for key, value in row.items() if key != "text"})
+        numbers = {f"{row['stage']}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=row.get("epoch"))
         self.report.tell(row)
 
     def note_slowly(self) -> Callable[[str], None]:
@@ -151,8 +159,12 @@ class Job:
         """The training images to fit, and those that decide what is kept."""
         return hold_out(self.data.train, self.settings.train.held_out, self.settings.run.seed)
 
-    def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig, **methods: Any) -> float:
-        """Train in place, or continue from the checkpoint `file`, with `methods` of `train`. Returns the top-1 (percent)."""
+    def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig, *, best: Callable[[], None] | None = None,
+              **methods: Any) -> float:
+        """Train in place, or continue from the checkpoint `file`, with `methods` of `train`. Returns the top-1 (percent).
+
+        `best` is called, in the process that writes, after each epoch that is the best so far on the images held out.
+        """
         last: dict[str, Any] = {}
 
         def log(row: dict[str, Any]) -> None:
@@ -160,7 +172,8 @@ class Job:
             self.tell(row)
 
         with self.stage(stage) as facts:
-            context = TrainContext(self.accelerator, stage, self.run.folder / file, log, self.report.watch)
+            context = TrainContext(self.accelerator, stage, self.run.folder / file, log, self.report.watch,
+                                   best if self.run.writes else None)
             train(model, self.data, config, context, seed=self.settings.run.seed, **methods)
             facts["top1"] = last["top1"] if last else self.evaluate(model)  # zero epochs
         return facts["top1"]

@@ -38,10 +38,13 @@ def dense_network(config: ModelConfig, *, pretrained: bool = False) -> nn.Module
 def with_weights(config: ModelConfig) -> nn.Module:
     """The network with the weights that the settings name: a checkpoint, a run, or published. The default is initial weights.
 
-    The network of a run that narrowed is narrow.
+    The network of a run that narrowed is narrow, with the last weights or those of its `best.safetensors`.
     """
-    if config.checkpoint and Path(config.checkpoint).is_dir():
-        return read_run(Path(config.checkpoint), config)
+    file = Path(config.checkpoint or "")
+    if config.checkpoint and file.is_dir():
+        return read_run(file, config)
+    if file.name == run_folder.BEST and (file.parent / run_folder.CONFIG).exists():
+        return load_checkpoint(read_run(file.parent, config), file)
     model = dense_network(config, pretrained=config.pretrained)
     return load_checkpoint(model, config.checkpoint) if config.checkpoint else model
 

@@ -56,7 +56,11 @@ def train_dense(job: Job) -> float:
     model = load_dense(job)
     _ = job.data.train, job.data.val
     with job.claimed(model), save_at_end(job, lambda: save_network(model, job.run.folder)):
-        return job.train(model, "train", run_folder.CHECKPOINT, job.settings.train)
+        return job.train(model, "train", run_folder.CHECKPOINT, job.settings.train, best=lambda: save_best(job, model))
+
+
+def save_best(job: Job, model: nn.Module) -> None:
+    save_weights(model, job.run.folder / run_folder.BEST)
 
 
 @contextmanager
@@ -133,7 +137,8 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
         distillation = distilling(job.settings.prune, model, small, plan)
         with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
             top1["fine-tune"] = job.train(
-                small, "fine-tune", run_folder.CHECKPOINT, job.settings.train, distillation=distillation
+                small, "fine-tune", run_folder.CHECKPOINT, job.settings.train, distillation=distillation,
+                best=lambda: save_best(job, small),
             )  # fmt: skip
         if distillation is not None:
             distillation.close()

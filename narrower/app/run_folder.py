@@ -3,6 +3,7 @@
 | file                  | what                                                                         |
 |-----------------------|------------------------------------------------------------------------------|
 | `model.safetensors`   | the network (narrow after `prune`, dense after `train`)                      |
+| `best.safetensors`    | its weights after the epoch that was best on the training images held out    |
 | `narrower.json`       | what made it narrow, for `load`                                              |
 | `plan.json`           | the channels that stay                                                       |
 | `config.yaml`         | all settings; `--config` takes it back                                       |
@@ -32,8 +33,9 @@ from ..training.agreement import is_of_another
 
 MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
 DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
+BEST = "best.safetensors"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
-FILES = (CONFIG, MODEL, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT)
+FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT)
 """In the order in which they are moved or removed: a folder without settings is no run that could go on."""
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def make_accelerator(device: str = "auto") -> Accelerator:
+def make_accelerator(device: str = "auto", log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """accelerate's view of this process: its device, and the other processes if there are any.
 
+    Args:
+        device: a name of torch's, or "auto" for what accelerate finds.
+        log_with: accelerate's names of experiment trackers, such as "tensorboard" and "wandb".
+        folder: where trackers write.
+
     Raises:
-        ConfigError: accelerate is missing, or this machine has no such device.
+        ConfigError: accelerate or a tracker is missing, or this machine has no such device.
     """
     try:
         from accelerate import Accelerator
@@ -38,7 +44,12 @@ def make_accelerator(device: str = "auto") -> Accelerator:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"--device {device} cannot be used here ({reason}); auto takes what there is") from error
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    found = Accelerator(cpu=device == "cpu")
+    try:
+        found = Accelerator(cpu=device == "cpu", log_with=list(log_with) or None, project_dir=folder)
+    except ValueError as error:
+        raise ConfigError(f"--log-with {' '.join(log_with)}: {error}") from error
+    if missing := [name for name in log_with if name not in map(str, found.log_with)]:
+        raise ConfigError(f"--log-with {missing[0]}: its package is not installed (pip install {missing[0]})")
     if found.num_processes > 1:
         meeting()  # here, where all processes pass
     return found

@@ -8,6 +8,7 @@ uninterrupted one bit for bit (on the CPU).
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -57,6 +58,7 @@ class TrainContext:
         log: takes a row per epoch: stage, epoch, lr, loss, top1, val_loss, seconds, images_per_second, and with ResRep what
             its `progress` returns.
         watch: shows progress.
+        best: called after an epoch whose loss on the images held out is the lowest so far, in order to save the network.
     """
 
     accelerator: Accelerator | None = None
@@ -64,6 +66,7 @@ class TrainContext:
     checkpoint: Path | None = None
     log: Log = lambda row: None
     watch: Watch = silent
+    best: Callable[[], None] | None = None
 
 
 class Position(NamedTuple):
@@ -72,6 +75,13 @@ class Position(NamedTuple):
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+
+
+class Best(NamedTuple):
+    """The epoch, from 1, with the lowest loss on the images held out. Validation images choose nothing."""
+
+    epoch: int = 0
+    loss: float = math.inf
 
 
 class Methods(NamedTuple):
@@ -129,6 +139,7 @@ class TrainLoop:
         self.shard = shard_of(self.accelerator)
         self.steps = 0  # batches per epoch, counted by the first one
         self.schedule: Any = None  # made then
+        self.best = Best()
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         model.to(self.accelerator.device)
@@ -269,7 +280,8 @@ class TrainLoop:
         if average is not None:
             share(average)
         found = settle(self.model, self.fit, self.held, self.config, self.accelerator, seed=self.seed, average=average)
-        row: dict[str, Any] = {"stage": "settle", "kept": found.kept, "held_out": len(self.held), "losses": found.losses}
+        row: dict[str, Any] = {"stage": "settle", "kept": found.kept, "held_out": len(self.held), "losses": found.losses,
+                               "best_epoch": self.best.epoch}
         if found.changed:
             row |= evaluate(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
         self.context.log(row | {"seconds": time.perf_counter() - began})
@@ -284,6 +296,12 @@ class TrainLoop:
             "lr": self.optimizer.param_groups[0]["lr"],
             "loss": loss, "top1": result["top1"], "val_loss": result["loss"],
         }
+        if self.held is not None and self.resrep is None:  # the network of ResRep changes its widths on the way
+            row["held_loss"] = evaluate(self.model, self.held, self.config, self.accelerator)["loss"]
+            if row["held_loss"] < self.best.loss:
+                self.best = Best(epoch + 1, row["held_loss"])
+                if self.context.best is not None:
+                    self.context.best()
         if self.resrep is not None:
             row |= {key: round(value, 6) for key, value in self.resrep.progress().items()}
         return row
@@ -301,7 +319,8 @@ class TrainLoop:
         path = self.context.checkpoint
         if path is None or not self.accelerator.is_main_process:
             return
-        state = {"epoch": position.epoch, "step": position.step, "total": position.loss_sum, "settings": self.settings}
+        state = {"epoch": position.epoch, "step": position.step, "total": position.loss_sum, "settings": self.settings,
+                 "best": tuple(self.best)}
         if self.resrep is not None:
             state["resrep"] = self.resrep.state_dict()
         if self.average is not None:
@@ -331,6 +350,7 @@ class TrainLoop:
                 if self.scaler.is_enabled():
                     self.scaler.load_state_dict(state["scaler"])
                 optimizer.load_state_dict(state["optimizer"])
+                self.best = Best(*state.get("best", ()))
         except Exception as error:  # whatever other contents give
             raise StorageError(f"cannot go on from {path}: {type(error).__name__}: {error}") from error
         if differ:

@@ -165,6 +165,10 @@ def test_the_network_of_a_run_is_narrowed_again_trained_further_and_evaluated(ca
     top1 = [row["top1"] for row in rows("further") if "top1" in row][-1]
     assert found["top1"] == pytest.approx(top1) and found["top1"] <= found["top5"] and found["images"] == 599
     assert found["macs"] == last["twice"]["narrow"]["macs"] and found["loss"] > 0
+    best = load_file("further/best.safetensors")  # of its only epoch
+    assert best.keys() == two.keys() and best["conv1.weight"].shape == two["conv1.weight"].shape
+    assert cli.main(["inspect", "further", "--checkpoint", "further/best.safetensors"]) == 0
+    capsys.readouterr()
     assert cli.main(["prune", "once", *quick, "0.6", "--output", "once", "--overwrite"]) == 2
     assert "is the run whose network is taken" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ pytest.importorskip("timm")
 from support.training import CONFIG, data, network, run
 
 import narrower
-from narrower.data.images import TensorImages
+from narrower.data.images import TensorImages, hold_out
 from narrower.data.sources import ImageData
 from narrower.distillation import Distillation
 from narrower.errors import ConfigError, StorageError
@@ -90,6 +90,35 @@ def test_resumed_is_uninterrupted(at: int, options: dict[str, Any], tmp_path: Pa
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     timeless = [[{k: v for k, v in row.items() if "second" not in k} for row in part] for part in (rows, pieces)]
     assert timeless[0] == timeless[1]
+
+
+def test_the_best_epoch_is_that_with_the_lowest_loss_on_images_held_out(tmp_path: Path) -> None:
+    """It is found alike by a run that was interrupted; the validation images have no say."""
+    rows: list[dict[str, Any]] = []
+    saved: list[dict[str, torch.Tensor]] = []
+    model, file = network(), tmp_path / "checkpoint.pt"
+    config = replace(CONFIG, epochs=5, lr=0.4, model_ema=False)
+
+    def save() -> None:
+        saved.append({key: t.clone() for key, t in model.state_dict().items()})
+
+    whole = run(model, config=config, log=rows.append, best=save)
+    assert whole is model
+    losses = [row["held_loss"] for row in rows if "held_loss" in row]
+    best = rows[-1]["best_epoch"]
+    assert len(losses) == 5 and losses[best - 1] == min(losses) and rows[-1]["stage"] == "settle"
+    assert len(saved) == sum(loss < min(losses[:k], default=9e9) for k, loss in enumerate(losses))
+    other = network()
+    other.load_state_dict(saved[-1])
+    held = hold_out(data().train, config.held_out, 1)[1]
+    assert held is not None
+    assert evaluate(other, held, config, make_accelerator("cpu"))["loss"] == pytest.approx(min(losses))
+
+    pieces: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(network(), file, config, log=pieces.append, watch=interrupting(24))
+    run(network(), file, config, log=pieces.append)
+    assert pieces[-1]["best_epoch"] == best
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:
