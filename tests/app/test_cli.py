@@ -299,6 +299,32 @@ def test_each_stage_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--allocate best: take one of measured, share" in capsys.readouterr().err
 
 
+def test_trackers_get_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracker of our own stands for those that accelerate knows."""
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    seen: list[tuple[dict[str, Any], int | None]] = []
+
+    class Recorder(GeneralTracker):  # type: ignore[misc]
+        name, requires_logging_directory, tracker = "recorder", False, None
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            seen.append((values, None))
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            seen.append((values, step))
+
+    monkeypatch.setattr(cli, "make_accelerator", lambda device, log_with, folder: Accelerator(
+        cpu=True, log_with=[Recorder()] if [*log_with] == ["recorder"] else None))
+    assert cli.main(["train", *SMALL, "--epochs", "2", "--log-with", "recorder", "--output", "run"]) == 0
+    assert seen[0][0]["epochs"] == 2 and seen[0][0]["lr"] == 0.1
+    epochs = [(values, step) for values, step in seen if "train/val_loss" in values]
+    assert [step for _, step in epochs] == [1, 2]
+    found = [row for row in rows("run") if "epoch" in row]
+    assert [values["train/top1"] for values, _ in epochs] == [row["top1"] for row in found]
+
+
 def test_the_default_folder_is_new_each_time(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert cli.main(["train", *SMALL, "--epochs", "0"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -20,15 +21,23 @@ def test_an_unknown_device_is_named() -> None:
         make_accelerator("nonsense")
 
 
+@pytest.mark.parametrize(("name", "message"), [("nonsense", "Unsupported logging capability: nonsense"),
+                                               ("comet_ml", "--log-with comet_ml: its package is not installed")])
+def test_a_tracker_that_is_not_there_is_named(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_accelerator("cpu", [name])
+
+
 def test_one_process_is_the_first_of_one() -> None:
     assert shard_of(make_accelerator("cpu")) == (0, 1)
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_autocast_computes_in_bfloat16_only_if_asked(amp: bool) -> None:
-    with autocast(TrainConfig(amp=amp), torch.device("cpu")):
+@pytest.mark.parametrize(("settings", "dtype"), [({}, torch.float32), ({"amp": True}, torch.bfloat16),
+                                                 ({"amp": True, "amp_dtype": "float16"}, torch.float16)])
+def test_autocast_computes_in_a_short_type_only_if_asked(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    with autocast(TrainConfig(**settings), torch.device("cpu")):
         out = torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
-    assert out.dtype == (torch.bfloat16 if amp else torch.float32)
+    assert out.dtype == dtype
 
 
 def test_batches_get_the_memory_format_of_the_settings() -> None:
