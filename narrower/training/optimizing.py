@@ -61,7 +61,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates
         raise ConfigError("--sched plateau looks at results, so a run that goes on would differ: take another schedule")
     try:
         schedule, _ = create_scheduler_v2(
-            optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]
+            optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
             warmup_lr=min(config.warmup_lr, config.lr), min_lr=config.min_lr, decay_epochs=config.decay_epochs,
             decay_milestones=config.decay_milestones, decay_rate=config.decay_rate, step_on_epochs=False,
             updates_per_epoch=updates,

@@ -306,7 +306,7 @@ def test_trackers_get_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: list[tuple[dict[str, Any], int | None]] = []
 
-    class Recorder(GeneralTracker):  # type: ignore[misc]
+    class Recorder(GeneralTracker):
         name, requires_logging_directory, tracker = "recorder", False, None
 
         def store_init_configuration(self, values: dict[str, Any]) -> None:

@@ -139,7 +139,12 @@ def test_accumulated_batches_are_one_large_batch() -> None:
 def test_a_compiled_training_leaves_the_network_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append((model, kwargs)) or compile(model, **kwargs))
+
+    def noted(model: nn.Module, **kwargs: Any) -> Any:
+        compiled.append((model, kwargs))
+        return compile(model, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", noted)
     model = network()
     assert run(model, config=replace(CONFIG, epochs=1, torchcompile="eager")) is model
     assert [kwargs for _, kwargs in compiled] == [{"backend": "eager"}] and type(model) is nn.Sequential
