@@ -9,7 +9,8 @@ def main() -> int:
     """Run the command line. Returns the exit code."""
     try:
         from narrower.app import cli
+        from narrower.training.agreement import leave_after
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return cli.main()
+    return leave_after(cli.main)

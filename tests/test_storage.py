@@ -20,6 +20,7 @@ from support.networks import IMAGES, PATTERNS, Plain, Shared, UNet
 from torch import nn
 
 import narrower
+from narrower.storage import write_whole
 
 
 def saved(model: nn.Module, inputs: Any, folder: Path, **extra: Any) -> Any:
@@ -130,6 +131,15 @@ def test_saving_over_a_run_replaces_it_and_a_failed_save_does_not(tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     second = saved(Plain(), IMAGES, tmp_path)
     assert torch.equal(narrower.load(tmp_path, Plain).get_parameter("conv1.weight"), second.conv1.weight)
+
+
+def test_what_cannot_be_written_replaces_nothing(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "file" / "two"
+    for path in (one, tmp_path / "file"):
+        path.write_text("old")
+    with pytest.raises(narrower.StorageError, match="cannot write .*file: "):
+        write_whole({one: b"new", two: b"new"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one": "old", "file": "old"}
 
 
 def test_extra_values_are_kept(tmp_path: Path) -> None:

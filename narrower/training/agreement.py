@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
@@ -124,3 +126,25 @@ def tells() -> bool:
         return store.add(f"narrower/failure/{next(failures)}", 1) == 1
     except (RuntimeError, ValueError):
         return True  # the store went with the process that kept it: better two messages than none
+
+
+def leave_after(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code, the last that this process does.
+
+    One of several processes that fails leaves at once. Python would first take connections and wrapped models apart, where it
+    may wait for the other processes, which wait for it.
+    """
+    try:
+        code = command()
+    except Exception:
+        if not several():
+            raise
+        traceback.print_exc()
+        code = 1
+    if several():
+        if code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        dist.destroy_process_group()
+    return code

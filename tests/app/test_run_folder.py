@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("yaml")
 
+from narrower.app import run_folder
 from narrower.app.run_folder import CONFIG, LOG, METRICS, MODEL, MOVING, PREVIOUS, RESUME, START, Run
-from narrower.errors import ConfigError
+from narrower.errors import ConfigError, StorageError
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -122,3 +123,40 @@ def test_what_changed_is_recorded_when_a_run_goes_on(folder: Path) -> None:
     run.claim({"lr": 3}, {}, {"lr": (1, 3)})
     assert (folder / CONFIG).read_text() == "lr: 3\n"
     assert run.last(RESUME)["changed"] == {"lr": [1, 3]} and METRICS in snapshot(folder)
+
+
+def test_a_line_that_a_crash_cut_off_does_not_swallow_the_next(folder: Path) -> None:
+    with (folder / METRICS).open("a") as file:
+        file.write('{"stage": "sa')
+    run = Run(folder, command="train", resume=True)
+    run.claim({"lr": 1}, {})
+    run.log({"stage": "save"})
+    assert [row["stage"] for row in Run(folder, resume=True).rows()] == [START, "save"]
+
+
+def test_a_run_that_was_killed_before_its_first_row_gets_it_when_it_goes_on(folder: Path) -> None:
+    (folder / METRICS).unlink()
+    Run(folder, command="train", resume=True).claim({"lr": 1}, {"training images": 10})
+    assert Run(folder, resume=True).last(START)["training images"] == 10
+
+
+def test_a_run_that_was_being_replaced_does_not_go_on(folder: Path) -> None:
+    (folder / MOVING).mkdir()
+    with pytest.raises(ConfigError, match="was being replaced when a process was killed.*start the new run again"):
+        Run(folder, command="train", resume=True)
+
+
+def test_a_process_that_lost_another_leaves_both_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "is_of_another", lambda error: "gloo" in str(error))
+    with pytest.raises(RuntimeError):
+        replace_it(folder, RuntimeError("gloo: Connection closed by peer"))
+    assert (folder / MODEL).read_text() == "weights of the second" and (folder / PREVIOUS / MODEL).exists()
+
+
+def test_what_cannot_be_written_is_an_error_of_one_line(folder: Path) -> None:
+    run = Run(folder, command="train", resume=True)
+    run.claim({"lr": 1}, {})
+    (folder / METRICS).unlink()
+    (folder / METRICS).mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*metrics.jsonl: .*; when it can be, go on with --resume"):
+        run.log({"stage": "save"})

@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-from narrower.data.images import TensorImages, batches, move
+from narrower.data.images import TensorImages, batches, move, trained_on
 from narrower.data.sources import Reading, augmentation, digits
-from narrower.errors import ConfigError
+from narrower.errors import ConfigError, DataError
 
 
 def test_move_is_pad_crop_flip() -> None:
@@ -71,3 +71,20 @@ def test_training_shards_have_the_same_number_of_batches() -> None:
     assert len({len(batches(more, 2, order=0, shard=(rank, 3))) for rank in range(3)}) == 1
     assert [len(y) for _, y in batches(data, 4, order=0)] == [4, 4]  # a single image would break BatchNorm
     assert [len(y) for _, y in batches(data, 4)] == [4, 4, 1]
+
+
+@pytest.mark.parametrize("count", range(12, 25))
+def test_a_step_of_all_processes_has_the_images_of_one_step_of_a_single_one(count: int) -> None:
+    """Also the last, unless a process had less than two images in it."""
+    data = TensorImages(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.arange(count), (0.5,), (0.5,))
+    parts = [[y.tolist() for _, y in batches(data, 4, order=0, shard=(rank, 3))] for rank in range(3)]
+    together = [sorted(y for part in step for y in part) for step in zip(*parts, strict=True)]
+    alone = [sorted(y.tolist()) for _, y in batches(data, 12, order=0)]
+    assert together == alone[: len(together)]
+    assert sum(map(len, together)) == trained_on(count, 4, 3) == (12 if count < 18 else count if count < 24 else 24)
+    assert all(len(part) > 1 for steps in parts for part in steps)
+
+
+def test_images_cannot_be_fewer_than_processes() -> None:
+    with pytest.raises(DataError, match="2 images cannot be divided among 3 processes"):
+        trained_on(2, 4, 3)

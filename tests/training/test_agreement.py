@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ from support.processes import in_two
 from torch import nn
 
 from narrower.errors import BudgetError, ConfigError
-from narrower.training.agreement import anywhere, check_same, first, is_of_another, local_rank, several, share, tells
+from narrower.training.agreement import (
+    anywhere,
+    check_same,
+    first,
+    is_of_another,
+    leave_after,
+    local_rank,
+    several,
+    share,
+    tells,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -71,8 +82,30 @@ def test_what_the_first_process_has_all_have() -> None:
     assert all(sorted(pair) == [False, True] for pair in zip(*(here["tells"] for here in found), strict=True))
 
 
+def leave(rank: int, codes: tuple[int, int]) -> bool:
+    dist.init_process_group("gloo")
+
+    def command() -> int:
+        if codes[rank] == 1:
+            raise ZeroDivisionError("a defect")
+        return codes[rank]
+
+    leave_after(command)
+    return several()
+
+
+@pytest.mark.parametrize("codes", [(130, 130), (1, 1), (0, 0)])
+def test_a_process_that_fails_leaves_at_once(codes: tuple[int, int], capfd: pytest.CaptureFixture[str]) -> None:
+    """No code after it runs; after success there is one process again."""
+    assert in_two(partial(leave, codes=codes)) == ([False, False] if codes == (0, 0) else [None, None])
+    assert capfd.readouterr().err.count("ZeroDivisionError: a defect") == (2 if codes == (1, 1) else 0)
+
+
 def test_one_process_decides_alone() -> None:
     assert not several() and first(lambda: 3) == 3 and anywhere(True) and not anywhere(False) and tells()
+    assert leave_after(lambda: 5) == 5
+    with pytest.raises(BudgetError):
+        leave_after(impossible)
     check_same({"images": 10})
     share(nn.Linear(1, 1))
     assert not is_of_another(RuntimeError("gloo: Connection closed by peer"))

@@ -64,6 +64,24 @@ def test_a_difference_within_chance_changes_nothing(monkeypatch: pytest.MonkeyPa
         assert settle(trained(), FIT, HELD, CONFIG, CPU).changed == kept
 
 
+def test_an_interruption_leaves_the_values_as_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert HELD is not None
+    model, average = spoiled(trained()), trained()
+    before = copy.deepcopy(model.state_dict())
+    losses = iter([1.0, 1.0, 1.0])
+
+    def interrupted(*_: object) -> dict[str, float]:
+        try:
+            return {"loss": next(losses)}
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(sys.modules["narrower.training.settle"], "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        settle(model, FIT, HELD, CONFIG, CPU, average=average)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_the_average_of_weights_is_taken_if_it_is_better() -> None:
     assert HELD is not None
     good, bad = trained(), spoiled(trained())
