@@ -24,7 +24,7 @@ LEVELS: dict[str, int] = {
     "deployment": 5, "repair": 5, "resrep": 5, "soft": 5, "storage": 5,
     "allocation": 6, "distillation": 6, "scores": 6,
     # Outside the core: networks, data, training, the command line.
-    "data": 7, "models": 7,
+    "data": 7, "lightning": 7, "models": 7,
     "training": 8,
     "app": 9,
     "__main__": 10,
@@ -35,7 +35,7 @@ OUTSIDE_THE_CORE = {name for name, level in LEVELS.items() if level >= 7}
 CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
 FAST = {"numba"}
 OPTIONAL_PACKAGES = {"numba", "timm", "jsonargparse", "torchvision", "accelerate", "rich", "sklearn", "yaml", "PIL",
-                     "huggingface_hub", "onnx", "onnxscript", "onnxruntime", "openvino"}
+                     "huggingface_hub", "onnx", "onnxscript", "onnxruntime", "openvino", "lightning", "pytorch_lightning"}
 # Limits that keep the code readable.
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -1,0 +1,73 @@
+"""Every file of examples/ runs, is short, and stands in the README."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import narrower
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+IMAGES = torch.randn(1, 3, 16, 16)
+
+
+def main_of(name: str, *packages: str) -> Any:
+    for package in packages:
+        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[examples]'")
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]
+
+
+def macs(model: Any) -> float:
+    return float(narrower.measure(model, IMAGES)["macs"])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_short_tested_and_in_the_readme(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 100
+    assert f"(examples/{path.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f'"{path.stem}"' in Path(__file__).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", ["resrep", "soft"])
+def test_plain_loop(method: str) -> None:
+    dense, small = main_of("plain_loop")(method, epochs=8)
+    assert macs(small) <= 0.5 * macs(dense)
+
+
+def test_detector() -> None:
+    plan, losses = main_of("detector")(epochs=3)
+    assert plan.macs[1] <= 0.5 * plan.macs[0]
+    assert sum(losses[-4:]) < sum(losses[:4])  # an epoch has four steps
+
+
+def test_segmentation() -> None:
+    result = main_of("segmentation")(epochs=1)
+    assert list(result) == ["dense", "cut", "repaired", "trained"] and all(0 < value <= 1 for value in result.values())
+
+
+def test_timm_train() -> None:
+    small, average = main_of("timm_train", "timm")()
+    assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in average.named_parameters()}
+    assert not any("compactor" in name for name, _ in small.named_modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["resrep", "soft"])
+def test_lightning_callback(method: str) -> None:
+    dense, small = main_of("lightning_callback", "lightning")(method)
+    assert macs(small) <= 0.5 * macs(dense)
+
+
+@pytest.mark.slow
+def test_huggingface_trainer_and_its_resuming(tmp_path: Path) -> None:
+    main = main_of("huggingface_trainer", "timm", "transformers", "accelerate")
+    whole = main(tmp_path / "whole")
+    assert main(tmp_path / "parts", stop_after=1) is None
+    resumed = main(tmp_path / "parts")
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name

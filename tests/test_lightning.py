@@ -1,0 +1,119 @@
+"""The Lightning callback: a fit ends with the narrow network, and a resumed fit is the uninterrupted one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.networks import Head, unit
+from torch import nn
+
+import narrower
+
+lightning = pytest.importorskip("lightning.pytorch", reason="needs the extra examples")
+tools = pytest.importorskip("narrower.lightning")
+X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(16) % 5
+EPOCHS = 4
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(unit(3, 12), unit(12, 10, stride=2), unit(10, 8), Head(8))
+
+
+class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined, unused-ignore]
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, number: int) -> Any:
+        out = self.net(batch[0])
+        return tools.distilled(self, batch, out, nn.functional.cross_entropy(out, batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(tools.param_groups(self, lr=0.05, momentum=0.9, weight_decay=1e-4))
+
+
+def resrep(net: nn.Module, trainer: Any) -> narrower.ResRep:
+    return narrower.ResRep(net, narrower.trace(net, X[:1]), macs=0.6, steps=int(trainer.estimated_stepping_batches))
+
+
+def soft(net: nn.Module, trainer: Any) -> narrower.SoftPruning:
+    return narrower.SoftPruning(net, narrower.trace(net, X[:1]), macs=0.6, steps=trainer.max_epochs)
+
+
+class Stop(lightning.Callback):  # type: ignore[misc, name-defined, unused-ignore]
+    """Save a checkpoint after some epochs and leave."""
+
+    def __init__(self, path: Path, epochs: int) -> None:
+        self.path, self.epochs = path, epochs
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch + 1 == self.epochs:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def fit(narrowing: Any, *others: Any, net: nn.Module | None = None, checkpoint: Path | None = None) -> Any:
+    module = Classifier(net or network())
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4)
+    trainer = lightning.Trainer(max_epochs=EPOCHS, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                                enable_progress_bar=False, enable_model_summary=False, callbacks=[narrowing, *others])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    return module
+
+
+@pytest.mark.parametrize("make", [resrep, soft])
+def test_a_fit_ends_with_the_narrow_network(make: Callable[..., Any], tmp_path: Path) -> None:
+    narrowing = tools.Narrowing(make, network="net", output=tmp_path / "out")
+    module = fit(narrowing)
+    assert module.net is narrowing.small and narrowing.method.model is not module.net
+    assert narrower.measure(module.net, X[:1])["macs"] <= 0.6 * narrower.measure(network(), X[:1])["macs"]
+    trained = narrowing.method.model.eval()
+    assert torch.allclose(trained(X), module.net.eval()(X), atol=1e-4)
+    again = narrower.load(tmp_path / "out", network).eval()
+    assert torch.equal(again(X), module.net(X))
+    assert "on_load_checkpoint" not in vars(module)
+
+
+@pytest.mark.parametrize(("make", "shrink"), [(resrep, True), (soft, False)])
+def test_a_resumed_fit_is_the_uninterrupted_one(make: Callable[..., Any], shrink: bool, tmp_path: Path) -> None:
+    def narrowing() -> Any:
+        return tools.Narrowing(make, network="net", shrink=shrink)
+
+    whole = fit(narrowing())
+    fit(narrowing(), Stop(tmp_path / "half.ckpt", EPOCHS - 1))
+    resumed = fit(narrowing(), checkpoint=tmp_path / "half.ckpt")
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_loss_is_that_of_distillation_if_there_is_a_teacher() -> None:
+    dense = network().eval()
+    graph = narrower.trace(dense, X[:1])
+    small = narrower.narrow(dense, narrower.plan(graph, narrower.magnitude(dense, graph), macs=0.6))
+    narrowing = tools.Narrowing(teacher=dense, network="net", weight=0.7)
+    module, before = fit(narrowing, net=small), copy.deepcopy(dense.state_dict())
+    out = module.net.eval()(X)
+    task = nn.functional.cross_entropy(out, Y)
+    loss = tools.distilled(module, (X, Y), out, task)
+    assert loss == narrower.Distillation(dense, small, weight=0.7).loss(X, out, task) != task
+    assert module.net is small is narrowing.small and not any("teacher" in key for key in module.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
+def test_the_module_trains_without_the_callback_too(tmp_path: Path) -> None:
+    module = fit(Stop(tmp_path / "plain.ckpt", 1))
+    assert len(module.trainer.optimizers[0].param_groups) == 1
+    with pytest.raises(narrower.ConfigError, match="no state of Narrowing"):
+        fit(tools.Narrowing(soft, network="net"), checkpoint=tmp_path / "plain.ckpt")
+    with pytest.raises(narrower.ConfigError, match="needs make=, teacher= or both"):
+        tools.Narrowing()
