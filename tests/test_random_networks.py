@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import networks, random_networks, reference
-from support.random_networks import LEAVES, Block, Random
+from support.random_networks import LEAVES, Block, Random, examples
 
 import narrower
 
@@ -55,13 +55,14 @@ def examine(model: Random, request: dict[str, Any], seed: int, strict: bool = Tr
 
 
 @given(random_networks.recipes(), st.integers(0, 3), requests, st.integers(0, 999))
+@examples(50)
 def test_random_network_narrows_exactly(recipe: list[Block], head: int, request: dict[str, Any], seed: int) -> None:
     # which dimension of a maxout's view is the channels' is not always found out behind a concatenation
     examine(Random(recipe, head), request, seed, strict="maxout" not in str(recipe))
 
 
 @given(random_networks.recipes(), st.integers(0, 999))
-@settings(max_examples=settings().max_examples // 2)
+@examples(25)
 def test_random_network_narrows_twice(recipe: list[Block], seed: int) -> None:
     model = Random(recipe, 0)
     dense = narrower.trace(model, INPUTS)

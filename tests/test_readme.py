@@ -14,9 +14,11 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from narrower.app.cli import main
@@ -25,16 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 # Added behind each command, so that the whole page runs in a minute; later flags win over earlier ones.
 TINY = {
-    "train": ["--epochs", "1", "--workers", "0", "--cache-dir", "none"],
-    "prune": ["--epochs", "1", "--dense-epochs", "1", "--images", "16", "--recalibrate", "64", "--workers", "0"]
-    + ["--cache-dir", "none"],
-    "sensitivity": ["--images", "16", "--workers", "0", "--cache-dir", "none"],
+    "train": ["--epochs", "1", "--img-size", "8", "-b", "16", "--workers", "0", "--cache-dir", "none"],
+    "prune": ["--epochs", "1", "--dense-epochs", "1", "--img-size", "8", "-b", "16", "--images", "16", "--recalibrate", "64"]
+    + ["--workers", "0", "--cache-dir", "none"],
+    "sensitivity": ["--img-size", "8", "--images", "16", "--workers", "0", "--cache-dir", "none"],
     "eval": ["--workers", "0", "--cache-dir", "none"],
+    "bench": ["--seconds", "0"],
 }
 WITHOUT_TRAINING = ["--epochs", "0"]
 # Least squares with 4,608 inputs take a minute; the commands for digits measure and reconstruct.
 WITHOUT_SOLVING = ["--method", "magnitude", "--allocate", "share", "--no-reconstruct"]
-SMALL_IMAGES = ["--img-size", "64"]  # of networks that would take 224 px
+SMALL_IMAGES = ["--img-size", "64"]  # of photographs, at 224 px else
 OFFLINE = {"--pretrained"}  # published weights are not downloaded: the same network starts untrained
 
 
@@ -85,8 +88,11 @@ def plain(text: str, figures_vary: bool) -> list[list[str]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A working directory with the files that the page speaks of."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that the page speaks of; every sixth of the digits is enough for it."""
+    bunch = sklearn.datasets.load_digits()
+    few = SimpleNamespace(images=bunch.images[::6], target=bunch.target[::6])
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: few)
     place = tmp_path
     network = next(block.code for block in blocks(README, "python") if "class Net(" in block.code)
     (place / "net.py").write_text(network, encoding="utf-8")
@@ -139,8 +145,9 @@ def test_commands_of_the_readme_run_in_order(
         else:
             arguments = [word for word in words if word not in OFFLINE]
             shorter = [*TINY.get(words[0], []), *(WITHOUT_TRAINING if "--epochs 0" in shlex.join(words) else [])]
-            shorter += SMALL_IMAGES if "resnet18" in words else []
-            shorter += WITHOUT_SOLVING if "resnet18" in words and words[0] == "prune" else []
+            photos = "resnet18" in words or "runs/photos" in words
+            shorter += SMALL_IMAGES if photos else []
+            shorter += WITHOUT_SOLVING if photos and words[0] == "prune" else []
             code = main([*arguments, *shorter])
             said = capfd.readouterr().err[-2000:]
             assert code == 0, f"README.md:{block.line}: narrower {shlex.join(words)}: exit code {code}\n{said}"

@@ -16,7 +16,7 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 from support import networks, random_networks, resrep_training
 from support.networks import PATTERNS, TRAPS
-from support.random_networks import Block, Random
+from support.random_networks import Block, Random, examples
 from support.reference import doubled
 from support.resrep_training import difference, outputs, randomised, sgd
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ def test_patterns_that_must_have_compactors(name: str) -> None:
 
 
 @given(random_networks.recipes(), st.integers(0, 3))
+@examples(30)
 def test_random_networks(recipe: list[Block], head: int) -> None:
     inputs = networks.images(size=12)[:, :, :8]
     try:
@@ -192,13 +193,13 @@ def small_resnet() -> nn.Module:
     return CifarResNet(1, 5)
 
 
-IMAGES = networks.images(size=16).double()
+IMAGES = networks.images(size=8).double()
 
 
 def test_kept_rows_do_not_collapse_and_chosen_ones_become_exactly_zero() -> None:
-    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=100, scope="inner")
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
     optimizer = sgd(resrep)
-    resrep_training.train(resrep, optimizer, IMAGES, 100)
+    resrep_training.train(resrep, optimizer, IMAGES, 60)
     at = resrep.progress()
     assert at["reached"] <= 0.5
     assert 0.9 < at["least_norm"] <= at["mean_norm"] < 1.2
@@ -212,14 +213,14 @@ def test_kept_rows_do_not_collapse_and_chosen_ones_become_exactly_zero() -> None
 
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "adamw", "rmsprop"])
 def test_optimizers(kind: str) -> None:
-    resrep, _ = made(small_resnet, IMAGES, 0.6, steps=80, scope="inner")
+    resrep, _ = made(small_resnet, IMAGES, 0.6, steps=40, scope="inner")
     groups = resrep.param_groups(lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=kind == "nesterov")
     if kind in ("adamw", "rmsprop"):
         groups = resrep.param_groups(lr=1e-3, weight_decay=1e-4)
     makers: dict[str, Any] = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
     optimizer: torch.optim.Optimizer = makers.get(kind, torch.optim.SGD)(groups)
     resrep.attach(optimizer)
-    resrep_training.train(resrep, optimizer, IMAGES, 80)
+    resrep_training.train(resrep, optimizer, IMAGES, 40)
     assert resrep.progress()["reached"] <= 0.6
     before = outputs(resrep.model, IMAGES)
     assert difference(before, outputs(resrep.merge(), IMAGES)) < 1e-10
@@ -447,9 +448,9 @@ def test_plans_that_do_not_fit_are_refused() -> None:
 
 
 def test_merged_saves_loads_and_trains_on(tmp_path: Any) -> None:
-    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=100)
+    resrep, _ = made(small_resnet, IMAGES, 0.5, steps=50)
     optimizer = sgd(resrep, lr=0.02)
-    resrep_training.train(resrep, optimizer, IMAGES, 100)
+    resrep_training.train(resrep, optimizer, IMAGES, 50)
     small = resrep.merge()
     narrower.save(small, tmp_path)
     loaded = narrower.load(tmp_path, lambda: small_resnet().double())

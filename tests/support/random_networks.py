@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -230,3 +232,7 @@ def recipes(kinds: Sequence[str] = LEAVES) -> st.SearchStrategy[list[Block]]:
                      st.just(()))
     return st.builds(lambda first, rest: [first, *rest], stem, st.lists(blocks(kinds), min_size=1, max_size=6))
 
+
+def examples(count: int) -> settings:
+    """For a property whose example takes long: so many of them, or as many as NARROWER_EXAMPLES asks for."""
+    return settings(max_examples=int(os.environ.get("NARROWER_EXAMPLES") or count))
