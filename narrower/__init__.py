@@ -2,7 +2,19 @@
 
 from .allocation import sensitivity
 from .batchnorm import recalibrate
-from .deployment import Benchmark, Exported, Runtime, Timing, benchmark, export
+from .deployment import (
+    Benchmark,
+    Exported,
+    LatencyFit,
+    Runtime,
+    Timing,
+    benchmark,
+    export,
+    fit_latency,
+    measure_latency,
+    read_latency_times,
+    write_latency_jobs,
+)
 from .distillation import Distillation, Tuned, tune
 from .errors import (
     BudgetError,
@@ -19,7 +31,7 @@ from .errors import (
 from .graph import ChannelGroup, Graph, Scores, Slice
 from .measuring import measure
 from .narrowing import Folded, Verification, fold, narrow, verify
-from .planning import Plan, Sensitivity, compose, plan
+from .planning import LatencyTable, Plan, Sensitivity, compose, plan
 from .repair import Reconstruction, reconstruct
 from .resrep import Forgetting, ResRep
 from .scores import bn_scale, fpgm, hrank, magnitude, obs, random, taylor
@@ -31,9 +43,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Benchmark", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError", "Exported",
-    "Folded", "Forgetting", "Graph", "MissingExtraError", "NarrowerError", "Plan", "PlanError", "Reconstruction",
-    "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning", "StorageError", "Timing", "TraceError", "Tuned",
-    "Verification", "VerifyError", "benchmark", "bn_scale", "compose", "export", "fold", "fpgm", "hrank", "load",
-    "magnitude", "measure", "narrow", "obs", "plan", "random", "recalibrate", "reconstruct", "save", "sensitivity",
-    "taylor", "trace", "tune", "verify",
+    "Folded", "Forgetting", "Graph", "LatencyFit", "LatencyTable", "MissingExtraError", "NarrowerError", "Plan",
+    "PlanError", "Reconstruction", "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning", "StorageError",
+    "Timing", "TraceError", "Tuned", "Verification", "VerifyError", "benchmark", "bn_scale", "compose", "export",
+    "fit_latency", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "measure_latency", "narrow", "obs", "plan",
+    "random", "read_latency_times", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "tune",
+    "verify", "write_latency_jobs",
 ]

@@ -2,6 +2,7 @@
 
 from .composition import compose
 from .damage import Sensitivity
+from .latency import LatencyTable
 from .plan import Plan, plan
 
-__all__ = ["Plan", "Sensitivity", "compose", "plan"]
+__all__ = ["LatencyTable", "Plan", "Sensitivity", "compose", "plan"]

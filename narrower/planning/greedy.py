@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..errors import BudgetError
-from ..graph.cost import CostKind, CostModel, RunningCost
+from ..graph.cost import CostKind, CostModel, RunningCost, shown
 from ..graph.equal_counts import Component
 from ..graph.types import Graph
 from .damage import Sensitivity
 from .requests import Budget, most_removable
 
+LOOK_AHEAD = 8
 Step = tuple[float, np.ndarray]
 """Value of a step (lower is better), and the number of channels that each cell of its component loses."""
 
@@ -49,13 +50,20 @@ class ComponentDescent:
         return min(values, key=lambda found: found[0], default=None)
 
     def steps(self, running: RunningCost, weight: Mapping[CostKind, float]) -> Iterator[tuple[np.ndarray, float]]:
-        """The steps that can be taken, with the cost that each saves."""
+        """The steps that can be taken, with the cost that each saves. Where a step saves nothing, longer ones are tried.
+
+        A few channels less may take as long as before, or longer.
+        """
         for move in self.moves:
-            step = move * self.repetitions(move)
-            if (self.lost + step <= self.most).all():
+            least = self.repetitions(move)
+            for times in range(least, least + LOOK_AHEAD * self.round_to, self.round_to):
+                step = move * times
+                if (self.lost + step > self.most).any():
+                    break
                 saved = sum(weight[k] * v for k, v in running.saved(self.per_group(step)).items())
                 if saved > 0:
                     yield step, saved
+                    break
 
     def damage(self, step: np.ndarray, sensitivity: Sensitivity) -> float:
         """By how much the measured damage of its groups grows with a step."""
@@ -150,26 +158,25 @@ def descend(descents: Sequence[ComponentDescent], running: RunningCost, targets:
     return taken
 
 
-def by_budget(graph: Graph, parts: list[Component], scores: Mapping[str, np.ndarray], budget: Budget, round_to: int,
-              min_channels: int, sensitivity: Sensitivity | None = None) -> list[np.ndarray]:
+def by_budget(model: CostModel, parts: list[Component], scores: Mapping[str, np.ndarray], budget: Budget,
+              round_to: Mapping[str, int], min_channels: int, sensitivity: Sensitivity | None = None) -> list[np.ndarray]:
     """The number of channels that each cell of each component loses, so that the costs are within the budget.
 
     Without a sensitivity all groups lose the same share: the next step is one after which its cells have lost the least. With
-    it, the next step is the one that adds the least damage per cost saved. Costs are bilinear in the widths, so what a step
-    saves is computed anew each time. Then steps that still fit are undone, the last one first. Raises BudgetError if the budget
-    cannot be reached.
+    it, the next step is the one that adds the least damage per cost saved. What a step saves depends on the other widths, and
+    is computed anew each time. Widths become multiples of `round_to`, given for each group, where they can. Then steps that
+    still fit are undone, the last one first. Raises BudgetError if the budget cannot be reached.
     """
-    model = CostModel(graph)
-    kinds: tuple[CostKind, ...] = ("macs", "params")
-    dense = {k: model.cost(k, model.dense) for k in kinds}
+    dense = {k: model.cost(k, model.dense) for k in model.terms}
     targets = budget.targets(dense)
     running = RunningCost(model, tuple(targets))
     weight = {k: 1 / dense[k] for k in targets}
-    descents = [ComponentDescent(graph, p, scores, model, round_to, min_channels) for p in parts]
+    descents = [ComponentDescent(model.graph, p, scores, model, max(round_to[c.group] for c in p.cells), min_channels)
+                for p in parts]
     taken = descend(descents, running, targets, lambda d: d.even_step(running, weight) if sensitivity is None
                     else d.best_step(running, weight, sensitivity))
     if not fits(running.now, targets):
-        raise unreachable(graph, running, targets, dense)
+        raise unreachable(model.graph, running, targets, dense)
     for k in reversed(taken):
         back = -descents[k].per_group(descents[k].history[-1])
         saved = running.saved(back)
@@ -187,9 +194,10 @@ def unreachable(graph: Graph, running: RunningCost, targets: Mapping[CostKind, f
     largest = sorted(costs, key=lambda t: -costs[t])[:3]
     in_way = [f"{g.name} ({g.pinned})" for g in graph if g.pinned and any(
         s.role == "out" and s.tensor in largest for s in g.slices)]
-    layers = ", ".join(f"{t} {costs[t]:,.0f}" for t in largest)
+    layers = ", ".join(f"{t} {shown(kind, costs[t])}" for t in largest)
     pinned = f"; pinned: {'; '.join(in_way)}" if in_way else ""
     return BudgetError(
-        f"{kind}={targets[kind]:,.0f} ({targets[kind] / dense[kind]:.1%} of {dense[kind]:,.0f}) cannot be reached: the least "
-        f"is {running.now[kind]:,.0f} ({running.now[kind] / dense[kind]:.1%}). What remains is mostly {layers}{pinned}"
+        f"{kind}={shown(kind, targets[kind])} ({targets[kind] / dense[kind]:.1%} of {shown(kind, dense[kind])}) cannot be "
+        f"reached: the least is {shown(kind, running.now[kind])} ({running.now[kind] / dense[kind]:.1%}). "
+        f"What remains is mostly {layers}{pinned}"
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..graph.selection import Kept
 from ..graph.types import Graph, Slice, html_table, table
 from .damage import Sensitivity
 from .greedy import by_budget
+from .latency import LatencyTable
 from .rates import by_rate
 from .requests import Budget, checked_scores, excluded, lowest_channels
 
@@ -27,7 +28,8 @@ FORMAT = 1
 class Plan:
     """Kept channels of every free group, in ascending order, with the cost that follows from them.
 
-    `macs` and `params` are (dense, narrow): multiply-adds for one sample, and parameters.
+    `macs`, `params` and `latency_ms` are (dense, narrow): multiply-adds for one sample, parameters, and predicted milliseconds
+    where a latency table was given.
     """
 
     graph: Graph = field(repr=False)
@@ -35,6 +37,7 @@ class Plan:
     macs: tuple[float, float]
     params: tuple[float, float]
     request: Mapping[str, Any]
+    latency_ms: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         return f"{table(self.rows)}\n{self.summary}"
@@ -47,7 +50,9 @@ class Plan:
     def summary(self) -> str:
         """The costs, in words."""
         (m0, m1), (p0, p1) = self.macs, self.params
-        return (f"MACs {m0:,.0f} -> {m1:,.0f} ({m1 / m0:.1%}), "
+        time = "" if self.latency_ms is None else "predicted {:,.3f} ms -> {:,.3f} ms ({:.1%}), ".format(
+            *self.latency_ms, self.latency_ms[1] / self.latency_ms[0])
+        return (f"{time}MACs {m0:,.0f} -> {m1:,.0f} ({m1 / m0:.1%}), "
                 f"parameters {p0:,.0f} -> {p1:,.0f} ({p1 / p0:.1%})")
 
     @property
@@ -73,6 +78,7 @@ class Plan:
             "groups": {g.name: g.size for g in self.graph.free},
             "keep": {name: [int(c) for c in kept] for name, kept in self.keep.items()},
             "macs": list(self.macs), "params": list(self.params), "request": dict(self.request),
+            "latency_ms": self.latency_ms and list(self.latency_ms),
         })
 
     @staticmethod
@@ -81,8 +87,9 @@ class Plan:
         try:
             data = json.loads(text)
             version, groups, keep = data["format"], dict(data["groups"]), dict(data["keep"])
-            request = dict(data.get("request", {}))
-        except (ValueError, KeyError, TypeError) as e:
+            request, times = dict(data.get("request", {})), data.get("latency_ms")
+            latency_ms = (float(times[0]), float(times[1])) if times else None
+        except (ValueError, KeyError, TypeError, IndexError) as e:
             raise PlanError(f"this is not a plan ({type(e).__name__}: {e})") from e
         if version != FORMAT:
             raise PlanError(f"the plan has format {version}, this version of narrower reads {FORMAT}")
@@ -90,7 +97,8 @@ class Plan:
         if groups != here:
             odd = [n for n in {**here, **groups} if groups.get(n) != here.get(n)][:3]
             raise PlanError(f"the plan is of another network: its groups differ, for example {odd}")
-        return costed_plan(graph, {n: parse_kept(n, kept, here) for n, kept in keep.items()}, request)
+        found = costed_plan(graph, {n: parse_kept(n, kept, here) for n, kept in keep.items()}, request)
+        return replace(found, latency_ms=latency_ms)
 
 
 def parse_kept(name: str, kept: Any, sizes: Mapping[str, int]) -> np.ndarray:
@@ -123,7 +131,8 @@ def widths(model: CostModel, keep: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.array([len(keep[n]) for n in model.names], dtype=np.float64)
 
 
-def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[str, Any]) -> Plan:
+def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[str, Any],
+                latency: LatencyTable | None = None) -> Plan:
     """A plan with its costs. Raises PlanError where the counts break a tie (unequal numbers in the groups of a conv)."""
     missing = [g.name for g in graph.free if g.name not in keep]
     if missing:
@@ -135,15 +144,16 @@ def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[s
             names = sorted({c.group for c in part.cells})
             raise PlanError(f"group {', '.join(names[:3])}: the kept channels must be equally many in each of its parts "
                             "(groups of a convolution or norm, pieces of a split)")
-    model = CostModel(graph)
+    model = CostModel(graph, latency)
     after = widths(model, keep)
-    pairs = [(model.cost(k, model.dense), model.cost(k, after)) for k in ("macs", "params")]
-    return Plan(graph, dict(keep), pairs[0], pairs[1], dict(request))
+    pairs = {k: (model.cost(k, model.dense), model.cost(k, after)) for k in model.terms}
+    return Plan(graph, dict(keep), pairs["macs"], pairs["params"], dict(request), pairs.get("latency_ms"))
 
 
 def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = None, params: float | None = None,
-         remove: float | Mapping[str, float] | None = None, round_to: int = 1, exclude: Sequence[str] = (),
-         min_channels: int = 1, sensitivity: Sensitivity | None = None) -> Plan:
+         latency_ms: float | str | None = None, remove: float | Mapping[str, float] | None = None,
+         round_to: int | Literal["auto"] | None = None, exclude: Sequence[str] = (), min_channels: int = 1,
+         sensitivity: Sensitivity | None = None, latency: LatencyTable | None = None) -> Plan:
     """Choose the channels that stay: those with the highest scores, under a budget or at a rate.
 
     Args:
@@ -152,39 +162,65 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         macs, params: the cost that may remain: a fraction of the dense network in (0, 1), or an absolute number. The plan is
             within it, and no removed step would fit back. All groups lose the same share of their channels, as far as ties,
             `round_to` and `min_channels` allow: scores are compared within a group only.
+        latency_ms: the same for the time of a forward as `latency` predicts it: a fraction below 1, milliseconds above, or
+            text: "0.6x", "0.6ms".
         remove: instead of a budget, the fraction of channels taken from each group, or {pattern: fraction} over names of
             groups and layers. Of several patterns that match, the last one counts.
-        round_to: kept widths are multiples of it where the dense widths allow.
+        round_to: kept widths are multiples of it where the dense widths allow. "auto": for each group, of what the runtime of
+            `latency` computes in. 1 unless given, "auto" with latency_ms.
         exclude: patterns of groups and layers that are left alone.
         min_channels: the least number of channels that each group keeps.
         sensitivity: the measured damage of each group, from `narrower.sensitivity` with the same scores. A budget is then met
             with the least damage: the step that minimises (damage added) per cost saved goes first. Groups that were not
             measured keep all channels.
+        latency: times of this network on a machine, from `narrower.measure_latency`.
 
     Raises:
         PlanError: the request does not fit the graph.
         BudgetError: the budget is below the least that can be reached.
     """
-    if (remove is None) == (macs is None and params is None):
-        raise PlanError("give either a budget (macs=, params=) or remove=")
-    if sensitivity is not None and remove is not None:
-        raise PlanError("sensitivity= spreads a budget (macs=, params=); remove= says itself what each group loses")
-    if sensitivity is not None and (unknown := [n for n in sensitivity.by_group if n not in graph.by_name]):
-        raise PlanError(f"the sensitivity is of another network: it knows a group {unknown[0]!r}, this graph does not")
-    for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-        if type(value) is not int or value < 1:
-            raise PlanError(f"{name}={value!r}: give a whole number from 1")
-    if not graph.free:
-        why = "; ".join(f"{g.name}: {g.pinned}" for g in graph.groups[:4])
-        raise PlanError(f"nothing is free in this network ({why})")
+    budget = Budget(macs, params, latency_ms)
+    check_request(graph, budget, remove, sensitivity, latency)
+    multiples = multiples_of(graph, ("auto" if latency_ms else 1) if round_to is None else round_to, latency)
+    if type(min_channels) is not int or min_channels < 1:
+        raise PlanError(f"min_channels={min_channels!r}: give a whole number from 1")
     free, left_out = {g.name for g in graph.free}, excluded(graph, exclude)
     values = checked_scores(graph, scores, left_out)
     parts = components(graph, left_out if sensitivity is None else left_out | free - sensitivity.by_group.keys())
-    request = {"macs": macs, "params": params, "remove": remove if not isinstance(remove, Mapping) else dict(remove),
-               "round_to": round_to, "exclude": sorted(left_out), "min_channels": min_channels}
+    request = {"macs": macs, "params": params, "latency_ms": latency_ms, "round_to": round_to, "exclude": sorted(left_out),
+               "remove": remove if not isinstance(remove, Mapping) else dict(remove), "min_channels": min_channels}
     if remove is not None:
-        lost = by_rate(graph, parts, remove, round_to, min_channels)
+        lost = by_rate(graph, parts, remove, multiples, min_channels)
     else:
-        lost = by_budget(graph, parts, values, Budget(macs, params), round_to, min_channels, sensitivity)
+        lost = by_budget(CostModel(graph, latency), parts, values, budget, multiples, min_channels, sensitivity)
     kept = Kept.without(graph, lowest_channels(parts, lost, values))
-    return costed_plan(graph, kept.keep, {k: v for k, v in request.items() if v})
+    return costed_plan(graph, kept.keep, {k: v for k, v in request.items() if v}, latency)
+
+
+def check_request(graph: Graph, budget: Budget, remove: float | Mapping[str, float] | None, sensitivity: Sensitivity | None,
+                  latency: LatencyTable | None) -> None:
+    """Raises PlanError where parts of a request contradict each other, or are of another network."""
+    if (remove is None) == (budget == Budget()):
+        raise PlanError("give either a budget (macs=, params=, latency_ms=) or remove=")
+    if sensitivity is not None and remove is not None:
+        raise PlanError("sensitivity= spreads a budget (macs=, params=, latency_ms=); remove= says what each group loses")
+    if sensitivity is not None and (unknown := [n for n in sensitivity.by_group if n not in graph.by_name]):
+        raise PlanError(f"the sensitivity is of another network: it knows a group {unknown[0]!r}, this graph does not")
+    if budget.latency_ms is not None and latency is None:
+        raise PlanError("latency_ms= needs latency=, times measured on a machine: see narrower.measure_latency")
+    if latency is not None:
+        latency.check(graph)
+    if not graph.free:
+        why = "; ".join(f"{g.name}: {g.pinned}" for g in graph.groups[:4])
+        raise PlanError(f"nothing is free in this network ({why})")
+
+
+def multiples_of(graph: Graph, round_to: int | str, latency: LatencyTable | None) -> dict[str, int]:
+    """The multiple for the width of each free group. Raises PlanError for anything but a whole number or "auto"."""
+    if round_to == "auto":
+        if latency is None:
+            raise PlanError('round_to="auto" needs latency=, times measured on a machine: see narrower.measure_latency')
+        return latency.multiples(graph)
+    if type(round_to) is not int or round_to < 1:
+        raise PlanError(f'round_to={round_to!r}: give a whole number from 1, or "auto"')
+    return {g.name: round_to for g in graph.free}

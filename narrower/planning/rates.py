@@ -13,12 +13,12 @@ from ..graph.types import Graph
 from .requests import matching, most_removable
 
 
-def by_rate(graph: Graph, parts: list[Component], remove: float | Mapping[str, float], round_to: int,
-            min_channels: int) -> list[np.ndarray]:
+def by_rate(graph: Graph, parts: list[Component], remove: float | Mapping[str, float],
+            round_to: Mapping[str, int], min_channels: int) -> list[np.ndarray]:
     """The number of channels that each cell of each component loses.
 
-    Kept widths are rounded up to multiples of `round_to`. Raises PlanError for a rate outside [0, 1) or a pattern without a
-    match.
+    Kept widths are rounded up to multiples of `round_to`, given for each group. Raises PlanError for a rate outside [0, 1) or a
+    pattern without a match.
     """
     rates = rate_by_group(graph, remove)
     out = []
@@ -27,7 +27,7 @@ def by_rate(graph: Graph, parts: list[Component], remove: float | Mapping[str, f
         wanted = {}
         for name, size in sizes.items():
             kept = max(min_channels, 1, size - math.floor(rates.get(name, 0.0) * size + 1e-9))
-            wanted[name] = size - min(size, math.ceil(kept / round_to) * round_to)
+            wanted[name] = size - min(size, math.ceil(kept / round_to[name]) * round_to[name])
         want = spread([c.group for c in part.cells], part.sizes, wanted)
         out.append(part.removable(want, np.minimum(part.sizes - 1, most_removable(part, sizes, min_channels))))
     return out

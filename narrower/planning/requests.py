@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,31 +13,53 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import PlanError
-from ..graph.cost import CostKind
+from ..graph.cost import CostKind, shown
 from ..graph.equal_counts import Component
 from ..graph.types import Graph
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The cost that may remain, of each kind: a fraction of the dense network (below 1) or an absolute number (above 1)."""
+    """The cost that may remain, of each kind: a fraction of the dense network (below 1) or an absolute number (above 1).
+
+    Milliseconds may also be text: "0.6x" is a fraction, "0.6ms" are milliseconds.
+    """
 
     macs: float | None = None
     params: float | None = None
+    latency_ms: float | str | None = None
 
     def targets(self, dense: Mapping[CostKind, float]) -> dict[CostKind, float]:
         """The budget in absolute numbers. Raises PlanError for a value that is no fraction in (0, 1) and not below `dense`."""
         out: dict[CostKind, float] = {}
-        wanted: tuple[tuple[CostKind, float | None], ...] = (("macs", self.macs), ("params", self.params))
+        wanted: tuple[tuple[CostKind, float | str | None], ...] = (
+            ("macs", self.macs), ("params", self.params), ("latency_ms", self.latency_ms))
         for kind, value in wanted:
             if value is None:
                 continue
+            if isinstance(value, str):
+                value = fraction_of(value, dense[kind])
             if not (isinstance(value, (int, float)) and math.isfinite(value)) or value <= 0 or value == 1:
                 raise PlanError(f"{kind}={value}: give a fraction between 0 and 1, or an absolute number above 1")
             out[kind] = value * dense[kind] if value < 1 else float(value)
             if out[kind] >= dense[kind]:
-                raise PlanError(f"{kind}={value:g} is no less than the dense network has ({dense[kind]:,.0f})")
+                raise PlanError(f"{kind}={value:g} is no less than the dense network has ({shown(kind, dense[kind])})")
         return out
+
+
+def fraction_of(text: str, dense: float) -> float:
+    """What "0.6x" or "12ms" is as a fraction of the dense time. Raises PlanError for other text."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*(x|ms)\s*", text)
+    try:
+        value = float(found[1]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not found or not 0 < value < math.inf:
+        raise PlanError(f"latency_ms={text!r}: write 0.6x for a fraction of the dense time, or 12ms for milliseconds")
+    value = value if found[2] == "x" else value / dense
+    if value >= 1:
+        raise PlanError(f"latency_ms={text!r} is no less than the dense network takes ({dense:,.3f} ms)")
+    return value
 
 
 def matching(graph: Graph, pattern: str) -> list[str]:

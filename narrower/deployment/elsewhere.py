@@ -1,0 +1,76 @@
+"""Latency tables of other machines: jobs written here, timed there by one script, read back here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..graph.types import Graph
+from ..planning.latency import LatencyTable, Layer, Whole, kind_from
+from . import layer_times
+from .exporting import export
+from .latency import narrow_networks, place_of
+from .survey import Survey, sizes_in, survey
+
+JOBS, TIMES, SCRIPT = "jobs.json", "times.json", "layer_times.py"
+
+
+def write_latency_jobs(model: nn.Module, graph: Graph, example_inputs: Any, folder: str | os.PathLike[str], *,
+                       suffix: str = ".onnx") -> Path:
+    """Write a folder with all that another machine needs to measure a latency table of this network.
+
+    That machine needs Python, torch, and the runtime, not narrower. There: `python layer_times.py jobs.json times.json
+    --runtime onnxruntime --threads 1`. With `times.json` back in the folder, `read_latency_times` gives the table.
+
+    Args:
+        model, graph, example_inputs: as for `measure_latency`.
+        folder: is created. It gets the script, the jobs, and the dense network and two narrow ones as files.
+        suffix: of these files: `.onnx`, which ONNX Runtime and OpenVINO read, or `.ts` for torch.
+
+    Raises:
+        ExportError, MissingExtraError: the network cannot be exported.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    found = survey(model, graph, example_inputs)
+    place = place_of(model, example_inputs, "", 1)
+    networks = {f"network-{i}{suffix}": module for i, module in enumerate([model, *narrow_networks(model, graph)])}
+    for name, module in networks.items():
+        export(module, example_inputs, path / name, dynamic_batch=False)
+    shutil.copyfile(layer_times.__file__, path / SCRIPT)
+    (path / JOBS).write_text(json.dumps({
+        "dtype": place["dtype"], "shape": place["shape"], "batch": place["batch"], "jobs": list(found.jobs()),
+        "files": {name: sizes_in(module, found) for name, module in networks.items()},
+        "kinds": [k._asdict() for k in found.kinds], "layers": found.layers, "points": found.points, "steps": found.steps,
+    }), encoding="utf-8")
+    return path
+
+
+def read_latency_times(folder: str | os.PathLike[str]) -> LatencyTable:
+    """The latency table of a folder from `write_latency_jobs` to which `times.json` has been added.
+
+    Raises ConfigError if a file is missing or damaged, or if not everything was measured.
+    """
+    path = Path(folder)
+    try:
+        jobs, times = (json.loads((path / name).read_text(encoding="utf-8")) for name in (JOBS, TIMES))
+        found = Survey(
+            tuple(kind_from(k) for k in jobs["kinds"]), tuple(Layer(*layer) for layer in jobs["layers"]),
+            tuple((kind, (n0, n1)) for kind, (n0, n1) in jobs["points"]),
+            tuple((kind, dim, tuple(widths), other) for kind, dim, widths, other in jobs["steps"]))
+        networks = [Whole({t: (n[0], n[1]) for t, n in jobs["files"][name].items()}, *measured)
+                    for name, measured in times["networks"].items()]
+        return found.table(times["place"], times["layers"], networks)
+    except OSError as e:
+        raise ConfigError(f"{path} has no {JOBS} or no {TIMES} ({e}): run {SCRIPT} on the other machine, and copy its times "
+                          "here") from e
+    except KeyError as e:
+        raise ConfigError(f"{path / TIMES} is incomplete (no {e}): run {SCRIPT} again, it goes on where it stopped") from e
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path} is damaged ({type(e).__name__}: {e})") from e

@@ -1,0 +1,98 @@
+"""fit_latency: a plan for a latency that is measured, not only predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..graph.types import Graph
+from ..narrowing import narrow
+from ..planning import Plan, plan
+from ..planning.latency import LatencyTable
+from ..planning.requests import Budget
+from .latency import place_of, time_networks
+from .runtimes import Runtime, runtime_named
+
+NEAR = 0.02  # no second plan if the first is so near to the target, as a fraction of it
+
+
+class Trial(NamedTuple):
+    """A plan that was narrowed and measured: milliseconds predicted, measured, and of the dense network in the same run."""
+
+    predicted_ms: float
+    measured_ms: float
+    dense_ms: float
+
+    @property
+    def error(self) -> float:
+        """How far the prediction was from the measurement, as a fraction of this."""
+        return self.predicted_ms / self.measured_ms - 1
+
+
+@dataclass(frozen=True)
+class LatencyFit:
+    """A plan, the narrow network, the milliseconds asked for, and what was tried: the last trial is of this network."""
+
+    plan: Plan
+    module: nn.Module
+    target_ms: float
+    trials: tuple[Trial, ...]
+
+    def __str__(self) -> str:
+        lines = [f"predicted {t.predicted_ms:.3f} ms, measured {t.measured_ms:.3f} ms ({t.measured_ms / t.dense_ms:.3f} of "
+                 f"{t.dense_ms:.3f} ms dense), prediction {t.error:+.1%}" for t in self.trials]
+        return "\n".join([*lines, f"wanted {self.target_ms:.3f} ms"])
+
+
+def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], example_inputs: Any, *, latency: LatencyTable,
+                runtime: Runtime | None = None, **request: Any) -> LatencyFit:
+    """Plan for a latency, narrow, measure the result, and plan once more if the prediction was wrong.
+
+    The second plan aims at the target divided by (measured / predicted) of the first. Where the target is a fraction, it is one
+    of the dense network measured in the same run.
+
+    Args:
+        model, graph, scores, example_inputs: as for `plan` and `measure_latency`.
+        latency: from `measure_latency`, on this machine.
+        runtime: needed only if the table was measured in a `Runtime` of your own.
+        request: what `plan` takes: `latency_ms=`, and for example `sensitivity=`, `exclude=`.
+
+    Raises:
+        PlanError, BudgetError: as `plan`.
+        ConfigError: the table is of another machine, or of other inputs.
+    """
+    if request.get("latency_ms") is None:
+        raise ConfigError("fit_latency needs latency_ms=")
+    place = latency.place
+    here = place_of(model, example_inputs, place["runtime"], place["threads"])
+    if here != place:
+        differ = ", ".join(f"{k} {place.get(k)} and not {v}" for k, v in here.items() if place.get(k) != v)
+        raise ConfigError(f"the latency table is of {differ}: measure one here, or use plan alone")
+    runs_in = runtime or runtime_named(place["runtime"])
+    found = plan(graph, scores, latency=latency, **request)
+    assert found.latency_ms is not None
+    dense, first = found.latency_ms
+    fraction = Budget(latency_ms=request["latency_ms"]).targets({"latency_ms": dense})["latency_ms"] / dense
+    relative = is_relative(request["latency_ms"])
+    trials: list[Trial] = []
+    while True:
+        small = narrow(model, found)
+        (dense_ms, _), (ms, _) = time_networks([model, small], example_inputs, runs_in, place, seconds=2.0)
+        trials.append(Trial(found.latency_ms[1], ms, dense_ms))
+        target = fraction * (dense_ms if relative else dense)
+        if len(trials) > 1 or abs(ms / target - 1) < NEAR:
+            return LatencyFit(found, small, target, tuple(trials))
+        aim = target * first / ms
+        if aim >= dense:  # so far off that nothing would have to go
+            return LatencyFit(found, small, target, tuple(trials))
+        found = plan(graph, scores, latency=latency, **{**request, "latency_ms": f"{aim}ms"})
+        assert found.latency_ms is not None
+
+
+def is_relative(wanted: float | str) -> bool:
+    """Whether a target is a fraction of the dense time."""
+    return wanted.strip().endswith("x") if isinstance(wanted, str) else wanted < 1

@@ -1,0 +1,146 @@
+"""measure_latency: a table of times of a network on this machine, from which a plan predicts milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..graph.types import Graph, Scores
+from ..inputs import device_of, flatten_tensors
+from ..narrowing import narrow
+from ..planning import plan
+from ..planning.latency import LatencyTable, Whole
+from ..surgery.walk import in_eval_mode
+from .exporting import batch_size
+from .layer_times import PREPARE, clock_for, machine, measure_layers, measure_networks
+from .runtimes import Runtime, dtype_of, runtime_named, torch_threads
+from .survey import sizes_in, survey
+
+RATES = (0.35, 0.65)  # channels that the narrow networks lose which the table is compared with
+NARROW_ROUND = 8
+
+Progress = Callable[[str], None]
+def narrow_networks(model: nn.Module, graph: Graph) -> list[nn.Module]:
+    """The network at some rates, the same for each group."""
+    order = Scores({g.name: torch.arange(g.size, dtype=torch.float64) for g in graph.free})
+    return [narrow(model, plan(graph, order, remove=rate, round_to=NARROW_ROUND)) for rate in RATES]
+
+
+def measure_latency(
+    model: nn.Module, graph: Graph, example_inputs: Any, *, runtime: str | Runtime = "onnxruntime", threads: int = 1,
+    cache: str | os.PathLike[str] | None = None, seconds: float = 0.1, progress: Progress | None = None,
+) -> LatencyTable:
+    """Measure on this machine what a network's time depends on: for `plan(..., latency_ms=, latency=)`.
+
+    Every kind of layer (kernel, stride, groups, image size) is timed by itself at some widths, as the difference of networks
+    with more and fewer copies of it, and one of each family at neighbouring widths, which show the multiples that the runtime
+    likes. Then the dense network and two narrow ones are timed whole. With one thread on the CPU all times are processor time
+    of this process, which other programs disturb little. Of each the shortest of many counts.
+
+    Args:
+        model, graph: the dense network, and what `trace` found.
+        example_inputs: as for `trace`, with the batch size that the times are for.
+        runtime: eager, compile, onnxruntime, openvino, or a `Runtime`.
+        threads: how many the runtime has.
+        cache: a JSON file that keeps every time as it is measured. A second call goes on where the first stopped, and other
+            networks take the layers that they share from it.
+        seconds: for each layer; for a whole network twenty times as long.
+        progress: is told what is measured.
+
+    Raises:
+        ConfigError: no such runtime, or `cache` has times of another machine or runtime.
+        ExportError, MissingExtraError: the network cannot be exported for the runtime.
+    """
+    place = runtime if isinstance(runtime, Runtime) else runtime_named(runtime)
+    where = place_of(model, example_inputs, place.name, threads)
+    times = Times.read(Path(cache) if cache else None, {k: v for k, v in where.items() if k != "shape"})
+    found = survey(model, graph, example_inputs)
+
+    def after_each(done: int, total: int) -> None:
+        times.write()
+        if progress:
+            progress(f"layer {done} of {total}")
+
+    with torch_threads(threads), torch.no_grad():
+        measure_layers(list(found.jobs()), PREPARE.get(place.name, place.prepare), where, times.layers, seconds=seconds,
+                       after_each=after_each)
+        if progress:
+            progress(f"{1 + len(RATES)} whole networks")
+        networks = whole_times(model, graph, example_inputs, place, where, times, seconds=20 * seconds)
+    wholes = [Whole(sizes_in(module, found), *times_and_spread) for module, times_and_spread in networks]
+    return found.table(where, times.layers, wholes)
+
+
+def whole_times(model: nn.Module, graph: Graph, example_inputs: Any, runtime: Runtime, where: Mapping[str, Any],
+                times: Times, *, seconds: float) -> list[tuple[nn.Module, tuple[float, float]]]:
+    """The dense network and narrow ones, each with its milliseconds and spread."""
+    modules = [model, *narrow_networks(model, graph)]
+    key = hashlib.sha256("\n".join([*map(repr, modules), str(where["shape"])]).encode()).hexdigest()[:16]
+    if key not in times.networks:
+        times.networks[key] = time_networks(modules, example_inputs, runtime, where, seconds)
+        times.write()
+    return list(zip(modules, times.networks[key], strict=True))
+
+
+def time_networks(modules: Sequence[nn.Module], example_inputs: Any, runtime: Runtime, where: Mapping[str, Any],
+                  seconds: float) -> list[tuple[float, float]]:
+    """Milliseconds and spread of networks, in turn."""
+    with torch_threads(where["threads"]), torch.no_grad(), ExitStack() as modes:
+        for module in modules:
+            modes.enter_context(in_eval_mode(module))
+        calls = [runtime.prepare(module, example_inputs, where["threads"]) for module in modules]
+        return measure_networks(calls, where["clock"], seconds)
+
+
+def place_of(model: nn.Module, example_inputs: Any, runtime: str, threads: int) -> dict[str, Any]:
+    """What the times of a table hold for."""
+    device = str(device_of(model))
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else machine()
+    return {"runtime": runtime, "device": device, "threads": threads, "dtype": dtype_of(model, example_inputs),
+            "shape": list(flatten_tensors(example_inputs)[0].shape), "batch": batch_size(example_inputs) or 1,
+            "clock": clock_for(device, threads), "machine": name}
+
+
+@dataclass
+class Times:
+    """Measured times, and the file that keeps them."""
+
+    place: Mapping[str, Any]
+    path: Path | None
+    layers: dict[str, float] = field(default_factory=dict)
+    networks: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path | None, place: Mapping[str, Any]) -> Times:
+        """Those in the file, if there is one. Raises ConfigError for damaged ones, or of another place."""
+        times = Times(place, path)
+        if path is None or not path.exists():
+            return times
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            old, layers, networks = data["place"], dict(data["layers"]), dict(data["networks"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise ConfigError(f"{path} has no times of layers ({type(e).__name__}: {e}): name another file") from e
+        if old != place:
+            raise ConfigError(f"{path} has times of {old}, not of {place}: name another file")
+        times.layers, times.networks = layers, {k: [(ms, spread) for ms, spread in v] for k, v in networks.items()}
+        return times
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(json.dumps({"place": dict(self.place), "layers": self.layers, "networks": self.networks}),
+                        encoding="utf-8")
+        part.replace(self.path)

@@ -1,0 +1,296 @@
+"""Times of single layers in a runtime. This file also runs by itself, on a machine without narrower:
+
+    python layer_times.py jobs.json times.json --runtime onnxruntime --threads 1
+
+It needs torch, and the runtime. `jobs.json` is what `narrower.write_latency_jobs` wrote, with the files beside it. `times.json`
+is written as it goes; a second call goes on where the first stopped. `narrower.read_latency_times` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Job = Mapping[str, Any]
+"""A layer: operator, kernel, stride, padding, dilation, groups, size, and `sizes`, dimensions 0 and 1 of its weight."""
+Prepare = Callable[[nn.Module, Any, int], Callable[[], Any]]
+
+LEAST_MS = 1.0  # copies of small layers run together, for about so long
+FEW_USES = 16  # a weight that is used less often is read from memory; it must not lie in the cache
+FLUSH_BYTES = 64 << 20
+CONVOLUTIONS = {"conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+                "conv_transpose": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+
+
+class Copies(nn.Module):
+    """So many layers of one kind, each with a weight of its own, on one input; added, and reduced to one number per channel.
+
+    Depthwise convolutions that keep the size come one after the other: adding would take as long as they do.
+    """
+
+    def __init__(self, job: Job, count: int) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(layer_of(job) for _ in range(count))
+        self.chained = chained(job)
+        self.space = tuple(range(2, 2 + len(job["kernel"]))) or 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.chained:
+            for layer in self.copies:
+                x = torch.relu(layer(x))
+            return x.mean(self.space)
+        first, *others = self.copies
+        y = first(x)
+        for layer in others:
+            y = y + layer(x)
+        return torch.relu(y).mean(self.space)
+
+
+def layer_of(job: Job) -> nn.Module:
+    """The layer, without a bias."""
+    if job["operator"] == "linear":
+        return nn.Linear(job["sizes"][1], job["sizes"][0], bias=False)
+    ends = channels(job)
+    given = {name: tuple(job[name]) for name in ("stride", "padding", "dilation")}
+    make: Any = CONVOLUTIONS[job["operator"]][len(job["kernel"]) - 1]
+    found: nn.Module = make(*ends, tuple(job["kernel"]), groups=job["groups"] or job["sizes"][0], bias=False, **given)
+    return found
+
+
+def channels(job: Job) -> tuple[int, int]:
+    """In and out channels."""
+    n0, n1 = job["sizes"]
+    groups = job["groups"] or n0
+    return (n0, n1 * groups) if job["operator"] == "conv_transpose" else (n1 * groups, n0)
+
+
+def chained(job: Job) -> bool:
+    """Whether the layer is depthwise and gives as much as it takes."""
+    if job["operator"] != "conv" or job["groups"] != 0 or job["sizes"][1] != 1 or any(n != 1 for n in job["stride"]):
+        return False
+    sides = zip(job["kernel"], job["padding"], job["dilation"], strict=True)
+    return all(2 * p == d * (k - 1) for k, p, d in sides)
+
+
+def input_of(job: Job, batch: int, dtype: torch.dtype, device: str) -> Tensor:
+    size = tuple(job["size"])
+    shape = (batch, *size, job["sizes"][1]) if job["operator"] == "linear" else (batch, channels(job)[0], *size)
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
+def positions(job: Job) -> int:
+    """How often each element of the weight is used for one sample, about."""
+    return math.prod(max(1, n // step) for n, step in zip(job["size"], job["stride"] or [1] * len(job["size"]), strict=True))
+
+
+def copies_of(job: Job) -> int:
+    """How many more copies the second network has: enough to take a while at 20 billion multiply-adds per second."""
+    few = 8 if job["groups"] == 0 else 2
+    multiply_adds = positions(job) * math.prod(job["sizes"]) * math.prod(job["kernel"])
+    return max(few, min(24, round(LEAST_MS * 20e6 / multiply_adds)))
+
+
+def layer_ms(job: Job, prepare: Prepare, place: Mapping[str, Any], seconds: float) -> float:
+    """Milliseconds of one layer: the difference of two networks that differ in how many copies they have.
+
+    Of each network the shortest of many short rounds, taken in turn, so that other load on the machine matters least.
+    """
+    more = copies_of(job)
+    x = input_of(job, place["batch"], getattr(torch, place["dtype"]), place["device"])
+    calls = []
+    for count in (1, 1 + more):
+        network = Copies(job, count).to(x).eval()
+        calls.append(prepare(network, x, place["threads"]))
+    few, many = shortest(calls, seconds, clock_named(place["clock"]), positions(job) * place["batch"] < FEW_USES)
+    return max(1e3 * (many - few) / more, 1e-5)
+
+
+def shortest(calls: Sequence[Callable[[], Any]], seconds: float, clock: Callable[[], float],
+             flush: bool = False) -> list[float]:
+    """The shortest time of each function, in turn, until `seconds` for each are spent, seven times at least.
+
+    With `flush` each starts with other data in the caches. Then rounds are few: this takes longer than most calls.
+    """
+    best = [float("inf")] * len(calls)
+    other = torch.zeros(FLUSH_BYTES // 4) if flush else None
+    for call in calls:
+        call()
+    spent, rounds = 0.0, 0
+    while rounds < 7 or (spent < seconds * len(calls) and rounds < (12 if flush else 200)):
+        rounds += 1
+        for i, call in enumerate(calls):
+            if other is not None:
+                other.add_(1)
+            start = clock()
+            call()
+            took = clock() - start
+            best[i] = min(best[i], took)
+            spent += took
+    return best
+
+
+def clock_named(name: str) -> Callable[[], float]:
+    """`process`: processor time of this process, for one thread on the CPU; `wall`: the time that passes."""
+    return time.process_time if name == "process" else time.perf_counter
+
+
+def clock_for(device: str, threads: int) -> str:
+    """Processor time does not count what other programs take, but says nothing of several threads or of a GPU."""
+    return "process" if threads == 1 and str(device) == "cpu" else "wall"
+
+
+def waiting(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    def run_and_wait() -> Any:
+        found = run()
+        torch.cuda.synchronize(device)
+        return found
+
+    return run_and_wait if device.type == "cuda" else run
+
+
+def prepare_eager(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:
+    return waiting(lambda: module(x), x.device)
+
+
+def prepare_compiled(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:
+    compiled: Any = torch.compile(module, dynamic=False)
+    return waiting(lambda: compiled(x), x.device)
+
+
+def onnx_of(module: nn.Module, x: Any) -> bytes:
+    """By the older exporter, which takes a tenth of a second; the newer one takes several."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), file, dynamo=False)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def prepare_onnxruntime(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:
+    return onnxruntime_session(onnx_of(module, x), threads)
+
+
+def onnxruntime_session(model: bytes | str, threads: int) -> Callable[[], Any]:
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    inputs = {i.name: torch.randn([n if isinstance(n, int) else 1 for n in i.shape]).numpy() for i in session.get_inputs()}
+    return lambda: session.run(None, inputs)
+
+
+def prepare_openvino(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:
+    return openvino_request(onnx_of(module, x), threads)
+
+
+def openvino_request(model: bytes | str, threads: int) -> Callable[[], Any]:
+    openvino = importlib.import_module("openvino")
+    core = openvino.Core()
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    network = core.compile_model(core.read_model(io.BytesIO(model) if isinstance(model, bytes) else model), "CPU", config)
+    request = network.create_infer_request()
+    inputs = {i.any_name: torch.randn([int(n) for n in i.shape]).numpy() for i in network.inputs}
+    return lambda: request.infer(inputs, share_inputs=True)
+
+
+PREPARE: dict[str, Prepare] = {"eager": prepare_eager, "compile": prepare_compiled, "onnxruntime": prepare_onnxruntime,
+                               "openvino": prepare_openvino}
+OPEN = {"onnxruntime": onnxruntime_session, "openvino": openvino_request}
+
+
+def machine() -> str:
+    """The processor, as far as the system says."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def key_of(job: Job) -> str:
+    """The job as text, under which its time is kept."""
+    return json.dumps({name: job[name] for name in sorted(job)}, sort_keys=True)
+
+
+def measure_layers(jobs: Sequence[Job], prepare: Prepare, place: Mapping[str, Any], known: dict[str, float], *,
+                   seconds: float = 0.1, after_each: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Add the time of each job that is not `known` yet. `after_each` is told how many of how many jobs are done."""
+    waiting_jobs = {key: job for job in jobs if (key := key_of(job)) not in known}
+    total = len({key_of(job) for job in jobs})
+    for key, job in waiting_jobs.items():
+        known[key] = layer_ms(job, prepare, place, seconds)
+        after_each(total - len(waiting_jobs.keys() - known.keys()), total)
+
+
+def measure_networks(calls: Sequence[Callable[[], Any]], clock: str, seconds: float) -> list[tuple[float, float]]:
+    """Milliseconds of each network, the shortest of many rounds in turn, and the spread: quartiles over median."""
+    now = clock_named(clock)
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    spent = 0.0
+    while len(times[0]) < 9 or (spent < seconds * len(calls) and len(times[0]) < 500):
+        for i in range(len(calls)) if len(times[0]) % 2 else reversed(range(len(calls))):
+            start = now()
+            calls[i]()
+            times[i].append(now() - start)
+            spent += times[i][-1]
+    out = []
+    for own in times:
+        low, _, high = quantiles(own, n=4)
+        out.append((1e3 * min(own), (high - low) / median(own)))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", type=Path)
+    parser.add_argument("times", type=Path)
+    parser.add_argument("--runtime", choices=sorted(PREPARE), default="onnxruntime")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=0.1, help="for each layer")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(given.threads)
+    data = json.loads(given.jobs.read_text())
+    place = {"runtime": given.runtime, "device": given.device, "threads": given.threads, "dtype": data["dtype"],
+             "shape": data["shape"], "batch": data["batch"], "clock": clock_for(given.device, given.threads),
+             "machine": machine()}
+    known = json.loads(given.times.read_text()) if given.times.exists() else {"place": place, "layers": {}, "networks": {}}
+    if known["place"] != place:
+        raise SystemExit(f"{given.times} has times of {known['place']}, not of {place}: give another file")
+
+    def keep(done: int, total: int) -> None:
+        part = given.times.with_suffix(".part")
+        part.write_text(json.dumps(known))
+        part.replace(given.times)
+        sys.stderr.write(f"\r{done} of {total}")
+
+    with torch.no_grad():
+        measure_layers(data["jobs"], PREPARE[given.runtime], place, known["layers"], seconds=given.seconds, after_each=keep)
+        if given.runtime in OPEN and not known["networks"]:
+            files = [str(given.jobs.parent / name) for name in data["files"]]
+            calls = [OPEN[given.runtime](name, given.threads) for name in files]
+            times = measure_networks(calls, place["clock"], 20 * given.seconds)
+            known["networks"] = dict(zip(data["files"], times, strict=True))
+    keep(len(data["jobs"]), len(data["jobs"]))
+    sys.stderr.write("\n")
+
+
+if __name__ == "__main__":
+    main()
