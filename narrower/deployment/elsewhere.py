@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..graph.types import Graph
-from ..planning.latency import LatencyTable, Layer, Whole, kind_from
+from ..planning.latency import LatencyTable, Whole, kind_from, layer_from
 from . import layer_times
 from .exporting import export
 from .latency import narrow_networks, place_of
@@ -47,7 +47,8 @@ def write_latency_jobs(model: nn.Module, graph: Graph, example_inputs: Any, fold
     (path / JOBS).write_text(json.dumps({
         "dtype": place["dtype"], "shape": place["shape"], "batch": place["batch"], "jobs": list(found.jobs()),
         "files": {name: sizes_in(module, found) for name, module in networks.items()},
-        "kinds": [k._asdict() for k in found.kinds], "layers": found.layers, "points": found.points, "steps": found.steps,
+        "kinds": [k._asdict() for k in found.kinds], "layers": [layer._asdict() for layer in found.layers],
+        "points": found.points, "steps": found.steps,
     }), encoding="utf-8")
     return path
 
@@ -61,7 +62,7 @@ def read_latency_times(folder: str | os.PathLike[str]) -> LatencyTable:
     try:
         jobs, times = (json.loads((path / name).read_text(encoding="utf-8")) for name in (JOBS, TIMES))
         found = Survey(
-            tuple(kind_from(k) for k in jobs["kinds"]), tuple(Layer(*layer) for layer in jobs["layers"]),
+            tuple(kind_from(k) for k in jobs["kinds"]), tuple(layer_from(layer) for layer in jobs["layers"]),
             tuple((kind, (n0, n1)) for kind, (n0, n1) in jobs["points"]),
             tuple((kind, dim, tuple(widths), other) for kind, dim, widths, other in jobs["steps"]))
         networks = [Whole({t: (n[0], n[1]) for t, n in jobs["files"][name].items()}, *measured)

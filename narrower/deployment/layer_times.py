@@ -47,7 +47,8 @@ class Copies(nn.Module):
         super().__init__()
         self.copies = nn.ModuleList(layer_of(job) for _ in range(count))
         self.chained = chained(job)
-        self.space = tuple(range(2, 2 + len(job["kernel"]))) or 1
+        first = 1 if job["operator"] == "linear" else 2
+        self.space = tuple(range(first, first + len(job["size"])))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.chained:
@@ -58,7 +59,8 @@ class Copies(nn.Module):
         y = first(x)
         for layer in others:
             y = y + layer(x)
-        return torch.relu(y).mean(self.space)
+        y = torch.relu(y)
+        return y.mean(self.space) if self.space else y
 
 
 def layer_of(job: Job) -> nn.Module:

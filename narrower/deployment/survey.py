@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..surgery.walk import in_eval_mode, named_tensors
 from .layer_times import key_of
 
 SHARES = ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.5, 0.5), (0.25, 0.25))  # of the dense sizes in dimensions 0 and 1
-WIDE, LEAST_WIDE = 64, 16  # where the multiples of a runtime are looked for
+WIDE, LEAST_WIDE, MIDDLE = 64, 16, 400  # widths and positions where the multiples of a runtime are looked for
 
 Neighbours = tuple[int, int, tuple[int, ...], int]
 """A kind, the dimension of its weight along which the widths that follow are measured, and the size in the other."""
@@ -65,7 +66,9 @@ def survey(model: nn.Module, graph: Graph, example_inputs: Any) -> Survey:
     kinds: dict[LayerKind, int] = {}
     found: dict[tuple[str, int], int] = {}
     positions: dict[tuple[str, int], int] = {}
-    names = {id(t): name for name, t in named_tensors(model).items()}
+    names: dict[int, str] = {}
+    for name, t in named_tensors(model).items():
+        names.setdefault(id(t), name)  # the first name of a shared weight, as in the graph
 
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         name = names.get(id(getattr(module, "weight", None)))
@@ -84,7 +87,8 @@ def survey(model: nn.Module, graph: Graph, example_inputs: Any) -> Survey:
     finally:
         for hook in hooks:
             hook.remove()
-    layers = tuple(Layer(name, kind, calls, positions[name, kind]) for (name, kind), calls in found.items())
+    layers = tuple(Layer(name, sizes_of(graph, name), kind, calls, positions[name, kind])
+                   for (name, kind), calls in found.items())
     every = tuple(kinds)
     points = dict.fromkeys((layer.kind, sizes) for layer in layers
                            for sizes in sizes_for(graph, layer.tensor, every[layer.kind]))
@@ -104,9 +108,14 @@ def kind_of(module: Any, x: Tensor, shape: Sequence[int]) -> LayerKind:
     if isinstance(padding, str):
         padding = tuple(0 if padding == "valid" else d * (k - 1) // 2
                         for k, d in zip(module.kernel_size, module.dilation, strict=True))
-    depthwise = module.groups == shape[0] and module.groups > 1 and operator == "conv"
+    depthwise = module.groups == shape[0] and module.groups > 1
     return LayerKind(operator, tuple(module.kernel_size), tuple(module.stride), tuple(padding), tuple(module.dilation),
                      0 if depthwise else module.groups, tuple(x.shape[2:]))
+
+
+def sizes_of(graph: Graph, tensor: str) -> tuple[int, int]:
+    """Dimensions 0 and 1 of a weight."""
+    return graph.shapes[tensor][0], graph.shapes[tensor][1]
 
 
 def free_dims(graph: Graph, tensor: str) -> tuple[bool, bool]:
@@ -117,7 +126,7 @@ def free_dims(graph: Graph, tensor: str) -> tuple[bool, bool]:
 
 def sizes_for(graph: Graph, tensor: str, kind: LayerKind) -> list[tuple[int, int]]:
     """The sizes of a weight to measure: the dense ones, and shares of those that can shrink, rounded."""
-    dense, free = graph.shapes[tensor][:2], free_dims(graph, tensor)
+    dense, free = sizes_of(graph, tensor), free_dims(graph, tensor)
     out = []
     for shares in SHARES:
         n0, n1 = (share_of(n, share, kind.groups if dim == 0 else 1) if can and share < 1 else n
@@ -128,25 +137,26 @@ def sizes_for(graph: Graph, tensor: str, kind: LayerKind) -> list[tuple[int, int
 
 def share_of(size: int, share: float, groups: int) -> int:
     """A share of a size as a multiple of 16, of 8 or of less where it is small, and of the groups of a convolution."""
-    step = next(n for n in (16, 8, 4, 2, 1) if size * share >= n)
+    step = next((n for n in (16, 8, 4, 2) if size * share >= n), 1)
     step = max(step, groups)
     return min(size, max(step, round(size * share / step) * step))
 
 
 def steps_for(graph: Graph, kinds: Sequence[LayerKind], layers: Sequence[Layer]) -> Iterator[Neighbours]:
     """For each family of kinds and each dimension that can shrink: the layer and the widths that show the multiples."""
-    best: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
+    best: dict[tuple[Any, ...], tuple[int, float, int, int]] = {}
     for layer in layers:
-        kind, shape = kinds[layer.kind], graph.shapes[layer.tensor]
+        kind, shape = kinds[layer.kind], layer.sizes
         for dim, free in enumerate(free_dims(graph, layer.tensor)):
             if not free or kind.groups > 1 or shape[dim] < LEAST_WIDE:
                 continue
             other = shape[1 - dim] if shape[1 - dim] < 2 * WIDE else 2 * WIDE
             top = WIDE if shape[dim] >= WIDE else shape[dim] // LEAST_WIDE * LEAST_WIDE
-            # Of several layers one whose image is small: it is the quickest to measure.
-            found = layer.positions, layer.kind, top, other
+            # Of several layers a wide one that takes neither long nor next to no time.
+            found = -top, abs(math.log(layer.positions / MIDDLE)), layer.kind, other
             best[kind.family, dim] = min(best.get((kind.family, dim), found), found)
-    for (_, dim), (_, index, top, other) in best.items():
+    for (_, dim), (minus_top, _, index, other) in best.items():
+        top = -minus_top
         yield index, dim, (*(top - k for k in (0, 1, 2, 4, 8, 16) if k < top // 2), top // 2), other
 
 

@@ -17,6 +17,9 @@ from ..graph.types import Graph
 FORMAT = 1
 CLASSES = (1, 2, 4, 8, 16, 32)  # the largest power of two that divides a width, up to 32
 NOISY_SPREAD, NOISY_ERROR = 0.25, 0.1
+LEAST_SHARE = 0.2  # of the dense sizes: layers are measured down to a quarter
+LEAST_POWER = 0.05
+PULL = 0.02
 
 
 class LayerKind(NamedTuple):
@@ -41,9 +44,13 @@ class LayerKind(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer of the network: its weight, the number of its kind, calls per forward, and elements written per out channel."""
+    """A layer of the dense network: its weight and the sizes of that in dimensions 0 and 1, the number of its kind.
+
+    `calls` per forward. `positions`: elements written per out channel.
+    """
 
     tensor: str
+    sizes: tuple[int, int]
     kind: int
     calls: int
     positions: int
@@ -78,10 +85,11 @@ class Whole(NamedTuple):
 class LatencyTable:
     """Measured times of layers and of whole networks, and the prediction for a network of other widths.
 
-    A layer takes a + b n0 + c n1 + d n0 n1 milliseconds, where n0 and n1 are the sizes of its weight in dimensions 0 and 1,
-    rounded up to the multiples that the runtime computes in, times a factor where a width is no such multiple. a to d are
-    fitted to `points`, without negative values, multiples and factors come from `steps`. A network takes the sum, times a
-    factor, a time for each activation that its layers write, and a constant: these three are fitted to `networks`.
+    A layer takes exp(a + b x + c y + d x y) milliseconds, where x and y are the logarithms of the sizes of its weight in
+    dimensions 0 and 1, relative to the dense ones: a product of powers, with an interaction. Sizes are first rounded up to the
+    multiples that the runtime computes in, and times get a factor where a width is no such multiple. a to d are fitted to
+    `points`, multiples and factors come from `steps`. A network takes the sum, times a factor, a time for each activation that
+    its layers write, and a constant: these three are fitted to `networks`, without negative values.
 
     Args:
         place: what was measured: runtime, device, threads, dtype, shape, clock, machine.
@@ -117,11 +125,11 @@ class LatencyTable:
 
     def alone(self, layers: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Milliseconds of layers by themselves: before the comparison with whole networks."""
-        coef, multiples, factors, calls = (values[layers] for values in self.by_layer)
+        coef, multiples, factors, calls, dense = (values[layers] for values in self.by_layer)
         n = np.ceil(sizes / multiples - 1e-9) * multiples
         classes = np.log2(np.gcd(np.maximum(1, np.rint(sizes)).astype(np.int64), CLASSES[-1])).astype(np.int64)
         slower = np.take_along_axis(factors, classes[..., None], axis=2)[..., 0].max(axis=1)
-        return calls * slower * (coef * np.stack([np.ones(len(n)), n[:, 0], n[:, 1], n[:, 0] * n[:, 1]], axis=1)).sum(axis=1)
+        return calls * slower * np.exp((coef * log_terms(n / dense)).sum(axis=1))
 
     def outputs(self, layers: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """The out channels of layers. A transposed convolution has them in dimension 1, for each of its groups."""
@@ -141,14 +149,15 @@ class LatencyTable:
         return np.array([layer.calls * layer.positions for layer in self.layers], dtype=float)
 
     @cached_property
-    def by_layer(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """For each layer: its coefficients, the multiples of both dimensions, the factors of each class of width, its calls."""
-        fits = [fitted([p for p in self.points if p.kind == k], self.liked(k)) for k in range(len(self.kinds))]
+    def by_layer(self) -> tuple[np.ndarray, ...]:
+        """For each layer its coefficients, the multiples of both dimensions, a factor for each class of width, calls, sizes."""
         chosen = [layer.kind for layer in self.layers]
         multiples = np.array([self.liked(k) for k in chosen], dtype=float).reshape(-1, 2)
         factors = np.array([[self.family_steps(k, dim)[1] for dim in (0, 1)] for k in chosen]).reshape(-1, 2, len(CLASSES))
-        coef = np.array([fits[k] for k in chosen]).reshape(-1, 4)
-        return coef, multiples, factors, np.array([layer.calls for layer in self.layers], dtype=float)
+        dense = np.array([layer.sizes for layer in self.layers], dtype=float).reshape(-1, 2)
+        points = [[p for p in self.points if p.kind == k] for k in range(len(self.kinds))]
+        coef = np.array([fitted(points[k], m, own) for k, m, own in zip(chosen, multiples, dense, strict=True)]).reshape(-1, 4)
+        return coef, multiples, factors, np.array([layer.calls for layer in self.layers], dtype=float), dense
 
     def liked(self, kind: int) -> tuple[int, int]:
         """The multiples that the runtime computes in, along dimensions 0 and 1 of the weight of a kind of layer."""
@@ -201,12 +210,11 @@ class LatencyTable:
 
     def check(self, graph: Graph) -> None:
         """Raises PlanError if the table is of another network."""
-        dense = self.networks[0].sizes if self.networks else {}
-        for tensor in self.tensors:
-            shape = graph.shapes.get(tensor)
-            if shape is None or (tensor in dense and tuple(shape[:2]) != tuple(dense[tensor])):
-                raise PlanError(f"the latency table is of another network: its layer {tensor!r} "
-                                f"{'does not exist' if shape is None else f'is of size {dense[tensor]}, not {shape[:2]}'} here")
+        for layer in self.layers:
+            shape = graph.shapes.get(layer.tensor)
+            if shape is None or tuple(shape[:2]) != layer.sizes:
+                raise PlanError(f"the latency table is of another network: its weight {layer.tensor!r} of sizes {layer.sizes} "
+                                f"{'does not exist' if shape is None else f'has {tuple(shape[:2])}'} here")
 
     def __str__(self) -> str:
         where = ", ".join(f"{k} {v}" for k, v in self.place.items())
@@ -240,7 +248,7 @@ class LatencyTable:
             if data["format"] != FORMAT:
                 raise PlanError(f"the latency table has format {data['format']}, this version of narrower reads {FORMAT}")
             table = LatencyTable(
-                dict(data["place"]), tuple(kind_from(k) for k in data["kinds"]), tuple(Layer(**k) for k in data["layers"]),
+                dict(data["place"]), tuple(kind_from(k) for k in data["kinds"]), tuple(layer_from(k) for k in data["layers"]),
                 tuple(Point(p["kind"], (p["sizes"][0], p["sizes"][1]), float(p["ms"])) for p in data["points"]),
                 tuple(Steps(s["kind"], s["dim"], tuple(s["widths"]), tuple(s["ms"])) for s in data["steps"]),
                 tuple(Whole({t: (n[0], n[1]) for t, n in w["sizes"].items()}, float(w["ms"]), float(w["spread"]))
@@ -261,19 +269,41 @@ def kind_from(data: Mapping[str, Any]) -> LayerKind:
     return LayerKind(str(data["operator"]), kernel, stride, padding, dilation, int(data["groups"]), size)
 
 
-def fitted(points: Sequence[Point], multiples: tuple[int, int]) -> np.ndarray:
-    """Coefficients of 1, n0, n1 and n0 n1, none negative, with the least squared relative error at points of round widths."""
-    from scipy.optimize import nnls
+def layer_from(data: Mapping[str, Any]) -> Layer:
+    """A layer as written in a file. Raises KeyError or TypeError for something else."""
+    n0, n1 = data["sizes"]
+    return Layer(str(data["tensor"]), (int(n0), int(n1)), int(data["kind"]), int(data["calls"]), int(data["positions"]))
 
-    rows = []
-    for p in points:
-        n0, n1 = (math.ceil(n / m) * m for n, m in zip(p.sizes, multiples, strict=True))
-        rows.append(np.array([1.0, n0, n1, n0 * n1]) / p.ms)
-    if not rows:
-        return np.zeros(4)
-    table = np.array(rows)
-    size = table.max(axis=0)
-    return np.asarray(nnls(table / size, np.ones(len(rows)))[0] / size)
+
+def log_terms(ratios: np.ndarray) -> np.ndarray:
+    """1, x, y and x y of the logarithms x and y of `ratios` [n, 2]. The product is cut off where nothing was measured."""
+    logs = np.log(np.maximum(ratios, 1e-3))
+    near = np.clip(logs, math.log(LEAST_SHARE), 0.0)
+    return np.stack([np.ones(len(logs)), logs[:, 0], logs[:, 1], near[:, 0] * near[:, 1]], axis=1)
+
+
+def fitted(points: Sequence[Point], multiples: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """Coefficients of a layer with `dense` sizes: least squares in logarithms, over the points of its kind.
+
+    Points between `LEAST_SHARE` of its sizes and all count fully, others the less the farther they are. A weak pull towards a
+    time proportional to both sizes decides what no point does. With every size that shrinks the time does.
+    """
+    if not points:
+        return np.array([-np.inf, 0.0, 0.0, 0.0])
+    sizes = np.ceil(np.array([p.sizes for p in points]) / multiples) * multiples
+    ratios = sizes / (np.ceil(dense / multiples) * multiples)
+    own = ((ratios <= 1.001) & (ratios >= LEAST_SHARE)).all(axis=1)
+    weight = np.where(own, 1.0, 0.1 / (1 + (np.log2(ratios) ** 2).sum(axis=1)))
+    ms = np.log([p.ms for p in points])
+    level = float((weight * ms).sum() / weight.sum())
+    rows = np.concatenate([weight[:, None] * log_terms(sizes / dense), PULL * np.diag([0.0, 1.0, 1.0, 1.0])])
+    wanted = np.concatenate([weight * (ms - level), PULL * np.array([0.0, 1.0, 1.0, 0.0])])
+    found = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    found[1:3] = np.maximum(found[1:3], LEAST_POWER)
+    most = (found[1:3].min() - LEAST_POWER) / -math.log(LEAST_SHARE)
+    found[3] = np.clip(found[3], -0.3, most)
+    found[0] += level
+    return np.asarray(found)
 
 
 def fitted_whole(rows: np.ndarray, ms: np.ndarray) -> tuple[float, float, float]:
@@ -283,10 +313,9 @@ def fitted_whole(rows: np.ndarray, ms: np.ndarray) -> tuple[float, float, float]
     """
     from scipy.optimize import nnls
 
-    pull = 0.02
     size = np.maximum(np.abs(rows / ms[:, None]).max(axis=0), 1e-30)
-    table = np.concatenate([rows / ms[:, None] / size, pull * np.eye(3)])
-    wanted = np.concatenate([np.ones(len(ms)), [pull * size[0], 0.0, 0.0]])
+    table = np.concatenate([rows / ms[:, None] / size, PULL * np.eye(3)])
+    wanted = np.concatenate([np.ones(len(ms)), [PULL * size[0], 0.0, 0.0]])
     factor, per_element, rest = nnls(table, wanted)[0] / size
     return float(factor), float(per_element), float(rest)
 

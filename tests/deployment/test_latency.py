@@ -1,0 +1,86 @@
+"""measure_latency: one table from layers and whole networks, kept as it is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.networks import PATTERNS, images
+from support.plans import graph_of
+
+import narrower
+from narrower.deployment import latency, layer_times
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are not looked at here: no 64 MB before each call, no dozens of copies."""
+    monkeypatch.setattr(layer_times, "FLUSH_BYTES", 64)
+    monkeypatch.setattr(layer_times, "copies_of", lambda job: 1)
+
+
+def measured(**options: Any) -> narrower.LatencyTable:
+    return narrower.measure_latency(PATTERNS["residual"].make(), graph_of("residual"), images(batch=1), runtime="eager",
+                                    seconds=0.0, **options)
+
+
+def test_a_table_says_where_it_was_measured_and_plans_with_it() -> None:
+    before = torch.get_num_threads()
+    table = measured()
+    assert torch.get_num_threads() == before
+    assert table.place["runtime"] == "eager" and table.place["shape"] == [1, 3, 8, 8] and table.place["clock"] == "process"
+    assert len(table.layers) == 7 and len(table.networks) == 1 + len(latency.RATES)
+    assert all(p.ms > 0 for p in table.points) and all(n.ms > 0 for n in table.networks)
+    dense, *narrow = (sum(a * b for a, b in n.sizes.values()) for n in table.networks)
+    assert dense > narrow[0] > narrow[1]
+
+
+def test_a_second_call_measures_nothing_and_an_interrupted_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "deep" / "times.json"
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(text: str) -> None:
+        if text.startswith("layer 3 "):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        measured(cache=cache, progress=stop)
+    assert len(json.loads(cache.read_text())["layers"]) == 3
+    told: list[str] = []
+    first = measured(cache=cache, progress=told.append)
+    assert told[0].startswith("layer 4 ") and told[-1] == "3 whole networks"
+    monkeypatch.setattr(latency, "time_networks", None)
+    assert measured(cache=cache) == first
+
+
+def test_times_of_another_machine_or_damaged_ones_are_refused(tmp_path: Path) -> None:
+    cache = tmp_path / "times.json"
+    cache.write_text(json.dumps({"place": {"runtime": "onnxruntime"}, "layers": {}, "networks": {}}))
+    with pytest.raises(narrower.ConfigError, match="name another file"):
+        measured(cache=cache)
+    cache.write_text("{")
+    with pytest.raises(narrower.ConfigError, match="has no times of layers"):
+        measured(cache=cache)
+
+
+def test_a_runtime_of_ones_own_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Any] = []
+
+    def prepare(module: torch.nn.Module, inputs: Any, threads: int) -> Any:
+        prepared.append(module)
+        return lambda: module(inputs)
+
+    def fake(calls: Sequence[Any], clock: str, seconds: float) -> list[tuple[float, float]]:
+        return [(1.0, 0.0) for _ in calls]
+
+    monkeypatch.setattr(latency, "measure_networks", fake)
+    model = PATTERNS["plain"].make()
+    table = narrower.measure_latency(model, graph_of("plain"), images(batch=1), runtime=narrower.Runtime("mine", prepare),
+                                     seconds=0.0)
+    assert prepared[-3] is model and table.place["runtime"] == "mine" and len(prepared) > 10

@@ -1,0 +1,110 @@
+"""layer_times: differences of copies, the shortest of several counts, and a script that goes on where it stopped."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.latency import survey_of
+from torch import nn
+
+from narrower.deployment import layer_times
+
+PLACE = {"runtime": "x", "device": "cpu", "threads": 1, "dtype": "float32", "shape": [4, 3, 8, 8], "batch": 4, "clock": "fake"}
+
+
+def conv(n0: int, n1: int, **changed: Any) -> dict[str, Any]:
+    sides = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    return {"operator": "conv", **sides, "groups": 1, "size": [8, 8], "sizes": [n0, n1], **changed}
+
+
+class Machine:
+    """A runtime whose layers take a known time, on a clock that only they move."""
+
+    def __init__(self, per_copy: float, start: float) -> None:
+        self.now, self.per_copy, self.start = 0.0, per_copy, start
+        self.prepared = 0
+
+    def prepare(self, module: nn.Module, x: Any, threads: int) -> Callable[[], None]:
+        self.prepared += 1
+        assert isinstance(module, layer_times.Copies)
+        count = len(module.copies)
+
+        def run() -> None:
+            self.now += self.start + count * self.per_copy
+
+        return run
+
+
+def test_a_layer_takes_the_difference_of_more_and_fewer_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(per_copy=0.002, start=0.5)
+    monkeypatch.setattr(layer_times, "clock_named", lambda name: lambda: machine.now)
+    for job in (conv(8, 8), conv(16, 1, groups=0), conv(8, 4, stride=[2, 2])):
+        assert layer_times.layer_ms(job, machine.prepare, PLACE, 0.0) == pytest.approx(2.0)
+
+
+def test_what_disturbs_some_rounds_does_not_count() -> None:
+    now, count = [0.0], [0]
+
+    def run() -> None:
+        count[0] += 1
+        now[0] += 1.0 + (count[0] % 3 > 0)
+
+    assert layer_times.shortest([run, run], 0.0, lambda: now[0]) == [1.0, 1.0]
+
+
+def test_only_unknown_layers_are_measured_and_each_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(per_copy=0.002, start=0.0)
+    monkeypatch.setattr(layer_times, "clock_named", lambda name: lambda: machine.now)
+    jobs = [conv(8, 8), conv(4, 8), conv(8, 8), conv(2, 8)]
+    known = {layer_times.key_of(jobs[1]): 7.0}
+    told: list[tuple[int, int]] = []
+    layer_times.measure_layers(jobs, machine.prepare, PLACE, known, seconds=0.0, after_each=lambda *n: told.append(n))
+    assert told == [(2, 3), (3, 3)] and machine.prepared == 4
+    assert known[layer_times.key_of(jobs[1])] == 7.0 and known[layer_times.key_of(jobs[0])] == pytest.approx(2.0)
+
+
+def test_depthwise_copies_are_a_chain_and_others_a_sum() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 8, 8)
+    for job, chained in ((conv(6, 1, groups=0), True), (conv(6, 6), False), (conv(6, 1, groups=0, stride=[2, 2]), False)):
+        two = layer_times.Copies(job, 2)
+        a, b = two.copies
+        inner = torch.relu(b(torch.relu(a(x)))) if chained else torch.relu(a(x) + b(x))
+        assert torch.allclose(two(x), inner.mean((2, 3)), atol=1e-6)
+
+
+def test_the_clock_is_that_of_the_process_only_where_that_means_something() -> None:
+    assert layer_times.clock_for("cpu", 1) == "process"
+    assert layer_times.clock_for("cpu", 2) == layer_times.clock_for("cuda:0", 1) == "wall"
+
+
+def test_the_script_needs_nothing_of_narrower() -> None:
+    tree = ast.parse(Path(layer_times.__file__).read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    assert {name.partition(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}
+
+
+def test_the_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_times, "FLUSH_BYTES", 64)
+    jobs = list(survey_of("plain").jobs())[:2]
+    (tmp_path / "jobs.json").write_text(json.dumps(
+        {"dtype": "float32", "shape": [1, 3, 8, 8], "batch": 1, "jobs": jobs, "files": {}}))
+    arguments = [str(tmp_path / "jobs.json"), str(tmp_path / "times.json"), "--runtime", "eager", "--seconds", "0"]
+    layer_times.main(arguments)
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert set(times["layers"]) == {layer_times.key_of(job) for job in jobs} and times["place"]["runtime"] == "eager"
+    times["layers"] = dict.fromkeys(times["layers"], 5.0)
+    (tmp_path / "times.json").write_text(json.dumps(times))
+    layer_times.main(arguments)
+    assert json.loads((tmp_path / "times.json").read_text()) == times, "nothing is measured twice"
+    with pytest.raises(SystemExit, match="give another file"):
+        layer_times.main([*arguments, "--threads", "2"])
