@@ -43,7 +43,7 @@ MAX_PARAMETERS = 7
 MAX_TOP_MODULES = 8
 # Public functions with more options than that: keyword-only, and each documented in the docstring.
 PUBLIC_OPTIONS = {"planning/plan.py plan", "resrep/trainer.py __init__", "distillation/tuning.py tune",
-                  "soft/soft_pruning.py __init__"}
+                  "soft/soft_pruning.py __init__", "deployment/tabulating.py measure_latency"}
 # Modules without a test file of their own, and where they are tested. All others have `tests/<package>/test_<module>.py`.
 TESTED_ELSEWHERE = {
     "__main__.py": "app/test_cli.py",

@@ -4,8 +4,8 @@ from .benchmarking import Benchmark, Timing, benchmark
 from .elsewhere import read_latency_times, write_latency_jobs
 from .exporting import Exported, export
 from .fitting import LatencyFit, fit_latency
-from .latency import measure_latency
 from .runtimes import Runtime
+from .tabulating import measure_latency
 
 __all__ = [
     "Benchmark", "Exported", "LatencyFit", "Runtime", "Timing", "benchmark", "export", "fit_latency", "measure_latency",

@@ -15,8 +15,8 @@ from ..graph.types import Graph
 from ..planning.latency import LatencyTable, Whole, kind_from, layer_from
 from . import layer_times
 from .exporting import export
-from .latency import narrow_networks, place_of
 from .survey import Survey, sizes_in, survey
+from .tabulating import narrow_networks, place_of
 
 JOBS, TIMES, SCRIPT = "jobs.json", "times.json", "layer_times.py"
 

@@ -14,8 +14,8 @@ from ..narrowing import narrow
 from ..planning import Plan, plan
 from ..planning.latency import LatencyTable
 from ..planning.requests import Budget
-from .latency import place_of, time_networks
 from .runtimes import Runtime, runtime_named
+from .tabulating import place_of, time_networks
 
 NEAR = 0.02  # no second plan if the first is so near to the target, as a fraction of it
 

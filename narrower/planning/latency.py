@@ -106,10 +106,12 @@ class LatencyTable:
 
     @property
     def tensors(self) -> Sequence[str]:
+        """The weights of the layers."""
         return [layer.tensor for layer in self.layers]
 
     @property
     def rest_ms(self) -> float:
+        """What a forward takes apart from its layers."""
         return self.whole_fit[2]
 
     def times(self, layers: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ class Budget:
         for kind, value in wanted:
             if value is None:
                 continue
-            if isinstance(value, str):
+            if kind == "latency_ms" and isinstance(value, str):
                 value = fraction_of(value, dense[kind])
             if not (isinstance(value, (int, float)) and math.isfinite(value)) or value <= 0 or value == 1:
                 raise PlanError(f"{kind}={value}: give a fraction between 0 and 1, or an absolute number above 1")

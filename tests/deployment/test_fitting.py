@@ -13,8 +13,8 @@ from torch import nn
 
 import narrower
 from narrower.deployment import fitting
-from narrower.deployment.latency import place_of
 from narrower.deployment.survey import sizes_in
+from narrower.deployment.tabulating import place_of
 
 NAME = "residual"
 

@@ -114,7 +114,7 @@ def test_widths_that_a_runtime_likes_are_the_steps_of_a_plan() -> None:
     scores = narrower.random(graph)
     for request in ({"latency_ms": 0.6}, {"macs": 0.6, "round_to": "auto"},
                     {"remove": 0.4, "round_to": "auto"}):
-        plan = narrower.plan(graph, scores, latency=table, **request)  # type: ignore[arg-type]
+        plan = narrower.plan(graph, scores, latency=table, **request)
         assert all(w % 8 == 0 for w in widths(plan).values()), request
         small = narrower.narrow(model, plan)
         assert plan.latency_ms is not None

@@ -76,20 +76,19 @@ def measure_latency(
                        after_each=after_each)
         if progress:
             progress(f"{1 + len(RATES)} whole networks")
-        networks = whole_times(model, graph, example_inputs, place, where, times, seconds=20 * seconds)
-    wholes = [Whole(sizes_in(module, found), *times_and_spread) for module, times_and_spread in networks]
-    return found.table(where, times.layers, wholes)
+        modules = [model, *narrow_networks(model, graph)]
+        networks = whole_times(modules, example_inputs, place, where, times, 20 * seconds)
+    return found.table(where, times.layers, [Whole(sizes_in(m, found), *t) for m, t in zip(modules, networks, strict=True)])
 
 
-def whole_times(model: nn.Module, graph: Graph, example_inputs: Any, runtime: Runtime, where: Mapping[str, Any],
-                times: Times, *, seconds: float) -> list[tuple[nn.Module, tuple[float, float]]]:
-    """The dense network and narrow ones, each with its milliseconds and spread."""
-    modules = [model, *narrow_networks(model, graph)]
+def whole_times(modules: Sequence[nn.Module], example_inputs: Any, runtime: Runtime, where: Mapping[str, Any], times: Times,
+                seconds: float) -> list[tuple[float, float]]:
+    """Milliseconds and spread of the dense network and of narrow ones, if they are not known yet."""
     key = hashlib.sha256("\n".join([*map(repr, modules), str(where["shape"])]).encode()).hexdigest()[:16]
     if key not in times.networks:
         times.networks[key] = time_networks(modules, example_inputs, runtime, where, seconds)
         times.write()
-    return list(zip(modules, times.networks[key], strict=True))
+    return times.networks[key]
 
 
 def time_networks(modules: Sequence[nn.Module], example_inputs: Any, runtime: Runtime, where: Mapping[str, Any],

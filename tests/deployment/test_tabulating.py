@@ -13,7 +13,7 @@ from support.networks import PATTERNS, images
 from support.plans import graph_of
 
 import narrower
-from narrower.deployment import latency, layer_times
+from narrower.deployment import layer_times, tabulating
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_a_table_says_where_it_was_measured_and_plans_with_it() -> None:
     table = measured()
     assert torch.get_num_threads() == before
     assert table.place["runtime"] == "eager" and table.place["shape"] == [1, 3, 8, 8] and table.place["clock"] == "process"
-    assert len(table.layers) == 7 and len(table.networks) == 1 + len(latency.RATES)
+    assert len(table.layers) == 7 and len(table.networks) == 1 + len(tabulating.RATES)
     assert all(p.ms > 0 for p in table.points) and all(n.ms > 0 for n in table.networks)
     dense, *narrow = (sum(a * b for a, b in n.sizes.values()) for n in table.networks)
     assert dense > narrow[0] > narrow[1]
@@ -55,7 +55,7 @@ def test_a_second_call_measures_nothing_and_an_interrupted_one_goes_on(tmp_path:
     told: list[str] = []
     first = measured(cache=cache, progress=told.append)
     assert told[0].startswith("layer 4 ") and told[-1] == "3 whole networks"
-    monkeypatch.setattr(latency, "time_networks", None)
+    monkeypatch.setattr(tabulating, "time_networks", None)
     assert measured(cache=cache) == first
 
 
@@ -79,7 +79,7 @@ def test_a_runtime_of_ones_own_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     def fake(calls: Sequence[Any], clock: str, seconds: float) -> list[tuple[float, float]]:
         return [(1.0, 0.0) for _ in calls]
 
-    monkeypatch.setattr(latency, "measure_networks", fake)
+    monkeypatch.setattr(tabulating, "measure_networks", fake)
     model = PATTERNS["plain"].make()
     table = narrower.measure_latency(model, graph_of("plain"), images(batch=1), runtime=narrower.Runtime("mine", prepare),
                                      seconds=0.0)
