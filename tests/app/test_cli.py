@@ -21,6 +21,8 @@ pytest.importorskip("timm")
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 from PIL import Image
+from support.command_line import NETWORK as NET
+from support.command_line import rows, weights
 
 import narrower
 from narrower.app import cli, run_folder, terminal
@@ -28,26 +30,7 @@ from narrower.app.config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from narrower.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-NETWORK = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes=10):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
-        self.bn2 = nn.BatchNorm2d(16)
-        self.conv3 = nn.Conv2d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16, num_classes)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.bn2(self.conv2(x)))
-        x = torch.relu(x + self.conv3(x))
-        return self.head(x.mean((2, 3)))
-
+NETWORK = NET + """
 class Broken(Net):
     def forward(self, x):
         raise KeyError("oops")
@@ -75,16 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def weights(run: str, name: str = run_folder.MODEL) -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / name)
-
-
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-def rows(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / run_folder.METRICS).read_text().splitlines()]
 
 
 def snapshot(folder: str) -> dict[str, bytes]:

@@ -39,8 +39,8 @@ SMALL = ["--model", "net.py:Net", "--img-size", "8", "--device", "cpu", "--cache
 RESREP = ["--method", "resrep", "--scope", "all", "--macs", "0.5"]
 
 
-def weights(run: Path | str) -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / run_folder.MODEL)
+def weights(run: Path | str, name: str = run_folder.MODEL) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / name)
 
 
 def rows(run: Path | str) -> list[dict[str, Any]]:
