@@ -106,34 +106,37 @@ def test_patterns_are_measured_planned_and_repaired_or_left_with_a_reason(name: 
     assert errors[1] <= 1.2 * errors[0]
 
 
-class Block(nn.Module):
-    """A residual block whose shortcut loses channels as well."""
+class Blocks(nn.Module):
+    """Two residual blocks whose shortcut loses channels as well: the sum of the second has an error from the first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.a, self.head = unit(3, 12), unit(12, 24), Head(12)
-        self.b = nn.Sequential(nn.Conv2d(24, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+        self.stem, self.head = unit(3, 12), Head(12)
+        self.a, self.b = (nn.Sequential(unit(12, 24), nn.Conv2d(24, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12))
+                          for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        return self.head(torch.relu(x + self.b(self.a(x))))
+        x = torch.relu(x + self.a(x))
+        return self.head(torch.relu(x + self.b(x)))
 
 
 def test_a_sum_makes_up_for_what_its_other_summand_has_lost() -> None:
     """Stream targets reach the dense sum more nearly than each branch's own targets."""
-    model = randomised(Block()).eval()
+    torch.manual_seed(0)
+    model = randomised(Blocks()).eval()
     plan, small = cut(model, 0.5)
-    x = torch.randn(64, 3, 8, 8)
+    x = torch.randn(256, 3, 8, 8)
     errors = [difference(model, narrower.reconstruct(model, small, plan, batches(), stream_targets=s).model, x)
               for s in (True, False)]
-    assert errors[0] != errors[1] and max(errors) < difference(model, small, x)
+    assert errors[0] < 0.97 * errors[1] and max(errors) < difference(model, small, x)
 
 
 def test_images_that_nothing_was_fitted_on_decide_about_the_targets() -> None:
     kept = set()
-    for seed in range(4):
+    for seed in range(3):  # 14 % and 9 % for the stream, 1.7 % for the layers: rounding decides none
         torch.manual_seed(seed)
-        model = randomised(Block()).eval()
+        model = randomised(Blocks()).eval()
         plan, small = cut(model, 0.5)
         found = narrower.reconstruct(model, small, plan, batches())
         assert list(found.divergences) == ["cut", "layer targets", "stream targets"] and found.images == IMAGES // 8
@@ -224,8 +227,8 @@ def test_modes_are_put_back_and_the_repaired_network_has_those_of_the_cut_one() 
 
 def test_a_norm_that_hides_a_channel_does_not_ask_for_infinite_targets() -> None:
     """Behind a BatchNorm weight of zero, no output of the layer reaches the sum."""
-    model = randomised(Block()).eval()
-    hidden = named_tensors(model)["b.1.weight"]
+    model = randomised(Blocks()).eval()
+    hidden = named_tensors(model)["b.2.weight"]
     hidden.data[::2] = 0
     plan, small = cut(model, 0.5)
     found = narrower.reconstruct(model, small, plan, batches(), stream_targets=True)
