@@ -24,14 +24,15 @@ import narrower
 from ..training.accelerator import make_accelerator
 from ..training.agreement import first
 from ..training.config import TrainConfig
-from .config import BenchConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
+from .comparing import compare, write_comparison
+from .config import BenchConfig, CompareConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
 from .deploying import bench_networks, export_network
 from .job import Job, Settings, open_job
 from .networks import figures, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
-from .terminal import Terminal, comparison, costs, ending_together
+from .terminal import Terminal, comparison, costs, ending_together, grid
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -120,8 +121,20 @@ def run_bench(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     terminal.print(str(bench_networks(given.networks, settings, chosen, terminal)))
 
 
+def run_compare(settings: Settings, terminal: Terminal, given: Namespace) -> None:
+    chosen = CompareConfig(given.methods, given.budgets, given.seeds)
+    found = compare(settings, chosen, lambda one, command: begin(one, terminal, command), terminal)
+    terminal.run = None
+    terminal.print(grid(found))
+    for name, why in found.failed.items():
+        terminal.print(f"not done: {name}: {why}")
+    terminal.print(f"saved in {found.folder}: {', '.join(first(lambda: write_comparison(found, terminal.note)))}")
+
+
 EVALUATING = ("batch_size", "amp", "channels_last", "workers")
 MEASURING = ("method", "images", "allow_inexact")
+GRID = tuple(name for name in PruneConfig.__dataclass_fields__
+             if name not in ("method", "macs", "params", "remove", "dry_run", "sensitivity", "steps", "forgetting"))
 READING = ("batch_size", "workers", "held_out")
 COMMANDS = {
     "inspect": Command(
@@ -170,6 +183,16 @@ COMMANDS = {
         "narrower bench runs/20250101-120000-obs-cifar_resnet56 --runtimes eager onnxruntime",
         [(BenchConfig, ()), (ModelConfig, ("num_classes", "in_chans")), (DataConfig, ("img_size",)), (RunConfig, ("device",))],
         takes_networks=True,
+    ),
+    "compare": Command(
+        run_compare,
+        "run a grid of methods, budgets and seeds by one protocol; the same command goes on with one that was interrupted",
+        "narrower compare --model cifar_resnet20 --checkpoint resnet20.pt --data-dir cifar10 --methods obs resrep --seeds 0 1",
+        [(CompareConfig, ()), (ModelConfig, ()), (DataConfig, ()), (PruneConfig, GRID), (TrainConfig, ()),
+         (RunConfig, ("output", "device", "log_with"))],
+        titles={TrainConfig: "fine-tuning"},
+        defaults={"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2},
+        takes_config=True,
     ),
     "export": Command(
         run_export,

@@ -162,6 +162,25 @@ class RunConfig:
     ] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    """grid"""
+
+    methods: Annotated[
+        list[str], "as for --method, each with how it spreads the budget if wanted (resrep:norms, magnitude:share); "
+        "tp-magnitude and tp-group-norm: torch-pruning's"
+    ] = field(default_factory=lambda: ["obs", "magnitude", "hrank", "resrep"])
+    budgets: Annotated[list[float], "multiply-adds that may remain, as for --macs"] = field(default_factory=lambda: [0.5])
+    seeds: Annotated[list[int], "one run for each"] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "budgets", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name}: give one at least")
+        if min(self.budgets) <= 0:
+            raise ConfigError(f"--budgets {min(self.budgets):g}: give a fraction of the multiply-adds, or a number above 1")
+
+
 EXPORT_FORMATS = ("onnx", "openvino", "pt2", "torchscript")
 
 

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from ..errors import ConfigError, StorageError
 from ..training.agreement import LOST, is_of_another, local_rank, tells
+from .comparing import Comparison
 from .job import Reporter
 from .networks import Figures
 from .prune import Result
@@ -154,3 +155,15 @@ def costs(of: Figures) -> list[tuple[str, str]]:
 
 def ratios(dense: Figures, narrow: Figures) -> list[float]:
     return [getattr(narrow, key) / getattr(dense, key) for key in ("macs", "params", "size_mb", "latency_ms")]
+
+
+def grid(found: Comparison) -> Table:
+    """The table of `narrower compare`: a row for each method and budget, best last top-1 first within a budget."""
+    table = Table(title=f"{found.folder}: dense {found.dense:.2f} %")
+    for name in ("method", "budget", "n", "right after", "last", "MACs", "parameters", "latency", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for line in sorted(found.lines, key=lambda line: (-line.budget, -line.last)):
+        spread = "" if line.spread is None else f" ± {line.spread:.2f}"
+        table.add_row(line.method, f"{line.budget:g}", str(line.n), f"{line.right_after:.2f} %", f"{line.last:.2f}{spread} %",
+                      f"{line.macs:.1%}", f"{line.params:.1%}", f"x {line.latency:.2f}", f"{line.seconds:,.0f}")
+    return table

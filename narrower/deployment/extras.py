@@ -8,7 +8,8 @@ from types import ModuleType
 from ..errors import MissingExtraError
 
 # The extra of pyproject.toml that each package comes with.
-EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "openvino": "openvino"}
+EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "openvino": "openvino",
+          "torch_pruning": "compare", "matplotlib": "compare"}
 
 
 def optional(name: str) -> ModuleType:

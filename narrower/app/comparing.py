@@ -1,0 +1,240 @@
+"""`narrower compare`: a grid of methods, budgets and seeds, from the same dense network, by the same training."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from ..deployment.extras import optional
+from ..errors import ConfigError, MissingExtraError, NarrowerError
+from ..storage import write_whole
+from ..training.agreement import first
+from . import run_folder
+from .config import METHODS, CompareConfig
+from .external import EXTERNAL, prune_external
+from .job import Job, Reporter, Settings
+from .prune import prune, train_dense
+
+DENSE, TABLE, PICTURE = "dense", "compare.json", "compare.svg"
+Begin = Callable[[Settings, str], Job]
+"""Opens the job of a command (its name)."""
+
+
+class Cell(NamedTuple):
+    """One run of the grid. `method`: a method, optionally with how it spreads the budget (`resrep:norms`)."""
+
+    method: str
+    macs: float
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        return root / f"{self.method.replace(':', '-')}-{self.macs:g}-seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the grid came to.
+
+    Attributes:
+        dense, right_after, last: top-1 in percent: of the dense network, before the fine-tuning, and at the end.
+        macs, params, latency: of the narrow network as fractions of the dense one's; latency of one image, in this run.
+        seconds: of all stages and epochs.
+    """
+
+    cell: Cell
+    dense: float
+    right_after: float
+    last: float
+    macs: float
+    params: float
+    latency: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method at a budget: the mean of its seeds, and the standard deviation of the last top-1 (None where n = 1)."""
+
+    method: str
+    budget: float
+    n: int
+    right_after: float
+    last: float
+    spread: float | None
+    macs: float
+    params: float
+    latency: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The grid: the lines of its table, the dense top-1, and what failed with the reason."""
+
+    dense: float
+    lines: tuple[Line, ...]
+    failed: dict[str, str]
+    folder: Path
+
+
+def cells(given: CompareConfig) -> list[Cell]:
+    """All runs, seed by seed, so that a grid that is cut off has each method once before one has several."""
+    grid = itertools.product(given.seeds, given.budgets, given.methods)
+    return list(dict.fromkeys(Cell(method, budget, seed) for seed, budget, method in grid))
+
+
+def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Reporter) -> Comparison:
+    """Run what is not there yet, go on with what was interrupted, and put all together.
+
+    A run that cannot be done is reported and left out.
+
+    Raises:
+        ConfigError: the folder holds a grid by other settings, or nothing could be run.
+        KeyboardInterrupt: Ctrl-C. The same command goes on.
+    """
+    root = Path(settings.run.output or "runs/compare")
+    for cell in cells(given):  # all settings are checked before anything is trained
+        settings_of(cell, settings, root)
+    if not (settings.model.checkpoint or settings.model.pretrained):
+        settings = with_dense(settings, root, begin)
+    found, failed = [], {}
+    for cell in cells(given):
+        folder, name = cell.folder(root), cell.folder(Path()).name
+        if (done := outcome(cell, folder)) is None:
+            report.note(name)
+            try:
+                one = begin(settings_of(cell, settings, root), "prune")
+                prune_external(one, cell.method) if cell.method in EXTERNAL else prune(one)
+            except NarrowerError as error:
+                failed[name] = str(error)
+                report.note(f"{name}: {failed[name]}")
+                continue
+            done = outcome(cell, folder)
+        if done is not None:
+            found.append(done)
+    if not found:
+        raise ConfigError("none of the runs could be done: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+    return Comparison(found[0].dense, lines(found), failed, root)
+
+
+def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
+    """The settings of one run. What is in its folder already goes on.
+
+    Raises:
+        ConfigError: a method is not known, or does not go with the other settings.
+    """
+    method, _, allocate = cell.method.partition(":")
+    folder = cell.folder(root)
+    begun = (folder / run_folder.CONFIG).is_file()
+    run = replace(settings.run, seed=cell.seed, output=None if begun else str(folder), resume=str(folder) if begun else None)
+    if method in EXTERNAL:
+        return replace(settings, run=run, prune=replace(settings.prune, macs=cell.macs))
+    if method not in METHODS:
+        raise ConfigError(f"no method is called {method!r}: take some of {', '.join((*METHODS, *EXTERNAL))}")
+    prune = replace(settings.prune, method=method, macs=cell.macs, allocate=allocate or settings.prune.allocate)
+    return replace(settings, run=run, prune=prune)
+
+
+def with_dense(settings: Settings, root: Path, begin: Begin) -> Settings:
+    """The settings with the network that all runs start from, trained once in `root/dense`."""
+    folder = root / DENSE
+    given = settings.prune
+    begun = (folder / run_folder.CONFIG).is_file()
+    if not (folder / run_folder.MODEL).exists() or (folder / run_folder.CHECKPOINT).exists():
+        own = replace(settings.train, epochs=given.dense_epochs, lr=given.dense_lr)
+        run = replace(settings.run, output=None if begun else str(folder), resume=str(folder) if begun else None)
+        train_dense(begin(replace(settings, train=own, run=run), "train"))
+    return replace(settings, model=replace(settings.model, checkpoint=str(folder)))
+
+
+def outcome(cell: Cell, folder: Path) -> Outcome | None:
+    """What is in the folder of a run that has ended; None where it has not."""
+    def read() -> Outcome | None:
+        if not (folder / run_folder.CONFIG).is_file():
+            return None
+        run = run_folder.Run(folder, resume=True, writes=False)
+        if not (measured := run.last("measure")):
+            return None
+        dense, narrow = measured["dense"], measured["narrow"]
+        before = [top1 for stage, top1 in measured["stages"].items() if stage != "fine-tune"]
+        ratio = {key: narrow[key] / dense[key] for key in ("macs", "params", "latency_ms")}
+        return Outcome(cell, dense["top1"], (before or [narrow["top1"]])[-1], narrow["top1"], ratio["macs"], ratio["params"],
+                       ratio["latency_ms"], seconds_of(run.rows()))
+
+    return first(read)
+
+
+def seconds_of(rows: Sequence[dict[str, Any]]) -> float:
+    """Seconds of all stages. A stage with epochs counts by these, as its own row starts anew with every `--resume`."""
+    with_epochs = {row["stage"] for row in rows if "epoch" in row}
+    last = {(row["stage"], row.get("epoch")): row["seconds"] for row in rows if "seconds" in row}
+    return float(sum(seconds for (stage, epoch), seconds in last.items() if epoch is not None or stage not in with_epochs))
+
+
+def lines(found: Sequence[Outcome]) -> tuple[Line, ...]:
+    """One line for each method and budget, in the order of the grid."""
+    groups: dict[tuple[str, float], list[Outcome]] = {}
+    for one in found:
+        groups.setdefault((one.cell.method, one.cell.macs), []).append(one)
+    names = ("right_after", "last", "macs", "params", "latency", "seconds")
+    return tuple(
+        Line(method, budget, len(group), spread=stdev(o.last for o in group) if len(group) > 1 else None,
+             **{name: mean(getattr(o, name) for o in group) for name in names})
+        for (method, budget), group in groups.items()
+    )  # fmt: skip
+
+
+def write_comparison(found: Comparison, note: Callable[[str], None]) -> list[str]:
+    """Write `compare.json` and the picture `compare.svg` into the folder of the grid. Returns the names of the files."""
+    write_whole({found.folder / TABLE: (json.dumps(asdict(found) | {"folder": found.folder.name}, indent=1) + "\n").encode()})
+    try:
+        write_whole({found.folder / PICTURE: frontier(found)})
+    except MissingExtraError as error:
+        note(f"no picture: {error}")
+        return [TABLE]
+    return [TABLE, PICTURE]
+
+
+def frontier(found: Comparison) -> bytes:
+    """An SVG: top-1 at the end against MACs and against measured latency, one colour a method.
+
+    The line joins the best: no other is as accurate for less. Raises MissingExtraError without matplotlib.
+    """
+    optional("matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("macs", "latency"),
+                                ("MACs / dense", "latency / dense"), strict=True):
+        for method in dict.fromkeys(line.method for line in found.lines):
+            own = [line for line in found.lines if line.method == method]
+            axes.errorbar([getattr(line, key) for line in own], [line.last for line in own],
+                          yerr=[line.spread or 0 for line in own], fmt="o", capsize=3, label=method)
+        best = pareto([(getattr(line, key), line.last) for line in found.lines])
+        axes.plot(*zip(*best, strict=True), color="grey", linewidth=1, zorder=0)
+        axes.axhline(found.dense, color="black", linestyle=":", linewidth=1, label="dense" if key == "macs" else None)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        if key == "macs":
+            axes.set_ylabel("top-1 (%)")
+            axes.legend(fontsize="small")
+    out = io.BytesIO()
+    with rc_context({"svg.hashsalt": "narrower"}):  # the same picture, the same bytes
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, accuracy) points that none of lower or equal cost exceeds, by growing cost."""
+    best: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((cost, accuracy))
+    return best

@@ -1,0 +1,109 @@
+"""A grid of runs: each is one of `prune`, what is there is not done again, and the table and picture say what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("timm")
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+import torch
+from support.command_line import NETWORK, SMALL, at_batch, rows, weights
+
+from narrower.app import cli
+from narrower.app.comparing import Cell, Comparison, Outcome, cells, frontier, lines, pareto, seconds_of
+from narrower.app.config import CompareConfig
+
+GRID = ["compare", *SMALL, "--epochs", "1", "--output", "grid"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "net.py").write_text(NETWORK)
+    return tmp_path
+
+
+def test_a_grid_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All runs start from one dense network, and are those that `prune` makes with the same settings."""
+    grid = [*GRID, "--methods", "magnitude", "random:share", "--seeds", "1"]
+
+    with monkeypatch.context() as patch:
+        at_batch(patch, "fine-tune", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert cli.main(grid) == 130
+    first = Path("grid/magnitude-0.5-seed-1")
+    assert rows(first) and not Path("grid/random-share-0.5-seed-1").exists()
+    dense = weights("grid/dense")
+    assert cli.main(grid) == 0
+    shown = capsys.readouterr().out
+    assert "random:share" in shown and "magnitude" in shown and "compare.json" in shown
+    assert all(torch.equal(t, dense[n]) for n, t in weights("grid/dense").items())
+    assert cli.main(["prune", *SMALL, "--epochs", "1", "--checkpoint", "grid/dense", "--method", "magnitude", "--seed", "1",
+                     "--macs", "0.5", "--output", "alone"]) == 0
+    assert all(torch.equal(t, weights(first)[n]) for n, t in weights("alone").items())
+
+    found = json.loads(Path("grid/compare.json").read_text())
+    top1 = [row["top1"] for row in rows(first) if row["stage"] == "fine-tune"][-1]
+    assert [line["method"] for line in found["lines"]] == ["magnitude", "random:share"] and found["lines"][0]["last"] == top1
+    before = [len(rows(p)) for p in sorted(Path("grid").glob("*seed*"))]
+    assert cli.main(grid) == 0  # nothing is done twice
+    assert [len(rows(p)) for p in sorted(Path("grid").glob("*seed*"))] == before
+
+
+def test_what_cannot_be_done_is_named_and_the_rest_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*GRID, "--methods", "random:share", "--budgets", "0.5", "1e-9", "--epochs", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "not done: random-share-1e-09-seed-0: " in shown and "the least" in shown and "random:share" in shown
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--methods", "obs", "nope"], "no method is called 'nope'"),
+    (["--methods", "obs:norms"], "--allocate norms is for --method resrep"),
+    (["--budgets", "0"], "--budgets 0: give a fraction"),
+])
+def test_a_wrong_grid_is_refused_before_anything_is_trained(flags: list[str], says: str,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*GRID, *flags]) == 2
+    assert says in capsys.readouterr().err and not Path("grid").exists()
+
+
+def test_each_method_comes_once_before_one_comes_twice() -> None:
+    found = cells(CompareConfig(["a", "b"], [0.5, 0.3], [0, 1]))
+    assert len(found) == 8 and {c.method for c in found[:2]} == {"a", "b"} and {c.seed for c in found[:4]} == {0}
+
+
+def outcome(method: str, seed: int, last: float, latency: float = 0.5) -> Outcome:
+    return Outcome(Cell(method, 0.5, seed), 90.0, 80.0, last, 0.5, 0.6, latency, 10.0)
+
+
+def test_a_line_has_the_mean_and_the_standard_deviation_of_its_seeds() -> None:
+    found = lines([outcome("a", 0, 88.0), outcome("b", 0, 85.0), outcome("a", 1, 89.0)])
+    assert [(line.method, line.n, line.last) for line in found] == [("a", 2, 88.5), ("b", 1, 85.0)]
+    assert found[0].spread == pytest.approx(0.5**0.5) and found[1].spread is None
+
+
+def test_only_what_none_of_lower_cost_exceeds_is_at_the_frontier() -> None:
+    assert pareto([(0.5, 90), (0.4, 91), (0.6, 90.5), (0.3, 80), (0.3, 70), (0.9, 92)]) == [(0.3, 80), (0.4, 91), (0.9, 92)]
+
+
+def test_the_seconds_of_an_epoch_count_once_and_resuming_starts_no_stage_anew() -> None:
+    train = [{"stage": "fine-tune", "epoch": n, "seconds": 10.0} for n in (1, 2)]
+    found: list[dict[str, Any]] = [{"stage": "start"}, {"stage": "cut", "seconds": 3.0}, *train, {"stage": "fine-tune", "seconds": 11.0}]
+    assert seconds_of(found) == 23
+
+
+def test_the_picture_is_an_svg_with_every_method(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = Comparison(90.0, lines([outcome("obs", 0, 88.0), outcome("resrep", 0, 87.0, 0.4)]), {}, tmp_path)
+    picture = frontier(found)
+    assert picture.startswith(b"<?xml") and b"svg" in picture and picture == frontier(found)
+    for name in (b"obs", b"resrep", b"latency / dense"):
+        assert b"<!-- " + name + b" -->" in picture
