@@ -34,8 +34,8 @@ OUTSIDE_THE_CORE = {name for name, level in LEVELS.items() if level >= 7}
 # Third-party packages: those that the core needs, one that it uses where it is installed, and those of the extra `cli`.
 CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
 FAST = {"numba"}
-OPTIONAL_PACKAGES = {"numba", "timm", "jsonargparse", "torchvision", "accelerate", "rich", "sklearn", "matplotlib", "yaml", "PIL",
-                     "huggingface_hub", "onnx", "onnxscript", "onnxruntime", "openvino", "lightning", "pytorch_lightning"}
+OPTIONAL_PACKAGES = {"numba", "timm", "jsonargparse", "torchvision", "accelerate", "rich", "sklearn", "yaml", "PIL", "onnx",
+                     "onnxscript", "onnxruntime", "openvino", "lightning", "pytorch_lightning", "matplotlib", "huggingface_hub"}
 # Limits that keep the code readable.
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

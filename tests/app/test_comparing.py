@@ -96,7 +96,8 @@ def test_only_what_none_of_lower_cost_exceeds_is_at_the_frontier() -> None:
 
 def test_the_seconds_of_an_epoch_count_once_and_resuming_starts_no_stage_anew() -> None:
     train = [{"stage": "fine-tune", "epoch": n, "seconds": 10.0} for n in (1, 2)]
-    found: list[dict[str, Any]] = [{"stage": "start"}, {"stage": "cut", "seconds": 3.0}, *train, {"stage": "fine-tune", "seconds": 11.0}]
+    cut = {"stage": "cut", "seconds": 3.0}
+    found: list[dict[str, Any]] = [{"stage": "start"}, cut, *train, {"stage": "fine-tune", "seconds": 11.0}]
     assert seconds_of(found) == 23
 
 
