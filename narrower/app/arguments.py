@@ -21,7 +21,8 @@ from ..errors import ConfigError
 from ..training.config import TrainConfig
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .job import Settings
-from .run_folder import read_settings, read_yaml
+from .run_folder import read_settings
+from .shipped import config_file, read_config
 
 Group = TypeVar("Group")
 GROUPS = (ModelConfig, DataConfig, TrainConfig, RunConfig, PruneConfig)
@@ -110,7 +111,7 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
         inherited = {key: value for key, value in read_settings(Path(run)).items() if key in INHERITED}
         set_defaults(parsers[name], inherited | {"checkpoint": run, "pretrained": False}, run)
     if file := given.get("config"):
-        set_defaults(parsers[name], checked(read_yaml(Path(file)), parser.hints, file), file)
+        set_defaults(parsers[name], checked(read_config(config_file(file)), parser.hints, file), file)
     values = vars(parser.parse_args(texts)[name])
 
     def part(group: type[Group]) -> Group:
@@ -133,7 +134,8 @@ def make_parser(name: str, command: Command) -> Parser:
     if command.takes_networks:
         parser.add_argument("networks", nargs="+", help="run folders, and names of networks as for --model of other commands")
     if command.takes_config:
-        parser.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml")
+        parser.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml; "
+                            "or a name that `narrower configs` lists")
     sections = {group: parser.add_argument_group(command.titles.get(group, group.__doc__ or "")) for group, _ in command.groups}
     for key, (group, item) in command.flags().items():
         hint, text, *short = hint_of(group, key)

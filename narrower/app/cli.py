@@ -32,7 +32,7 @@ from .networks import figures, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
-from .terminal import Terminal, comparison, costs, ending_together, grid
+from .terminal import Terminal, comparison, costs, ending_together, grid, papers
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -111,6 +111,10 @@ def run_inspect(settings: Settings, terminal: Terminal, _: Namespace) -> None:
     terminal.print("  ".join(f"{name} {text}" for name, text in costs(found)))
 
 
+def run_configs(_: Settings, terminal: Terminal, __: Namespace) -> None:
+    terminal.print(papers())
+
+
 def run_export(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     chosen = ExportConfig(given.format, given.int8, given.calibration_images, given.output)
     terminal.print(str(export_network(settings, None if given.run is None else Path(given.run), chosen, terminal)))
@@ -169,6 +173,12 @@ COMMANDS = {
         [(ModelConfig, ()), (DataConfig, ()), (PruneConfig, MEASURING), (TrainConfig, READING), (RunConfig, ())],
         takes_run=True,
         takes_config=True,
+    ),
+    "configs": Command(
+        run_configs,
+        "list the settings of the papers that --config takes by name, with what the authors report",
+        "narrower configs",
+        [],
     ),
     "eval": Command(
         run_eval,

@@ -15,6 +15,7 @@ from ..training.config import check
 
 METHODS = ("obs", "hrank", "resrep", "magnitude", "fpgm", "bn_scale", "taylor", "random")
 LEAST_IMAGES = 16
+SCHEDULES = ("once", "layer")
 ALLOCATIONS = ("measured", "share", "norms")
 
 
@@ -103,6 +104,11 @@ class PruneConfig:
     sensitivity: Annotated[str | None, "measured before: the sensitivity.json of `narrower sensitivity`"] = None
     reconstruct: Annotated[bool, "after the cut, repair the weights that stay by least squares"] = True
     steps: Annotated[int, "cut towards the budget in so many steps: repair, score and measure again after each"] = 1
+    schedule: Annotated[
+        str, "once: cut all layers, repair, fine-tune for --epochs; layer (as HRank): plan once, then cut and fine-tune layer "
+        "after layer, without repair, and at the end for --epochs"
+    ] = "once"
+    epochs_per_layer: Annotated[int, "of --schedule layer"] = 1
     images: Annotated[int, "training images for scoring, measuring and repairing; their labels are not used"] = 512
     tune_steps: Annotated[int, "steps of label-free tuning on these images, after the repair"] = 0
     tune_lr: Annotated[float, "its learning rate"] = 2e-5
@@ -129,6 +135,11 @@ class PruneConfig:
         if self.steps > 1 and (self.method == "resrep" or self.remove is not None or self.sensitivity):
             raise ConfigError("--steps goes towards a budget (--macs, --params) and measures on the way: it takes no --remove, "
                               "no --sensitivity and no --method resrep")
+        check(self, epochs_per_layer=(0, inf))
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"--schedule {self.schedule}: take one of {', '.join(SCHEDULES)}")
+        if self.schedule == "layer" and self.method == "resrep":
+            raise ConfigError("--schedule layer is for methods that score and cut: resrep takes channels on its way")
         if self.images < LEAST_IMAGES and (self.reconstruct or self.allocate == "measured"):
             raise ConfigError(f"--images {self.images}: measuring and repairing need {LEAST_IMAGES} at least, better hundreds")
         if self.allocate not in ALLOCATIONS:

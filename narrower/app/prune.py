@@ -17,6 +17,7 @@ from ..models.checkpoints import load_checkpoint
 from ..training.agreement import first, share
 from . import run_folder
 from .job import Job
+from .layerwise import narrow_by_layers
 from .networks import (
     Figures,
     figures,
@@ -31,7 +32,7 @@ from .networks import (
 from .oneshot import check_plan, distilling, narrow_oneshot, planned, sample, saved_plan
 from .resrep_run import check, choose, train_resrep
 
-STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune")
+STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune", "layers")
 """Stages before the fine-tuning that a top-1 is taken after."""
 
 
@@ -127,10 +128,12 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
     trains = job.settings.prune.method == "resrep"
     dense_top1 = prepare_dense(job, model)
     if (found := restored(job, graph)) is None:
-        found = (train_resrep if trains else narrow_oneshot)(job, model, graph)
+        make = train_resrep if trains else narrow_by_layers if job.settings.prune.schedule == "layer" else narrow_oneshot
+        found = make(job, model, graph)
         if job.run.writes:
             with job.stage("save"):
                 narrower.save(found[0], job.run.folder)
+            (job.run.folder / run_folder.LAYERS).unlink(missing_ok=True)
     small, plan = found
     top1 = first(lambda: {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))})
     if job.settings.train.epochs and not trains:

@@ -12,6 +12,7 @@
 | `log.txt`             | what was printed                                                             |
 | `dense.safetensors`   | the dense network, where it was trained here                                 |
 | `*.checkpoint.pt`     | where training stopped, for `--resume`                                       |
+| `layers.pt`           | the network after the last layer that `--schedule layer` was done with       |
 | `previous/`           | the run that this one replaces (`--overwrite`), until this one has ended     |
 """
 
@@ -35,7 +36,9 @@ MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "con
 DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
 BEST = "best.safetensors"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
-FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT)
+LAYERS, LAYERS_CHECKPOINT = "layers.pt", "layers.checkpoint.pt"
+FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT, LAYERS,
+         LAYERS_CHECKPOINT)
 """In the order in which they are moved or removed: a folder without settings is no run that could go on."""
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"

@@ -17,7 +17,8 @@ from .comparing import Comparison
 from .job import Reporter
 from .networks import Figures
 from .prune import Result
-from .run_folder import Run
+from .run_folder import Run, read_yaml
+from .shipped import config_file, names, published
 
 NUMBERS = 39  # columns of a terminal that the numbers of a progress bar take
 
@@ -128,7 +129,7 @@ def stage_line(row: dict[str, Any]) -> str:
 
 
 NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "reconstructed", "tune": "tuned",
-         "fine-tune": "fine-tuned"}
+         "fine-tune": "fine-tuned", "layers": "layer by layer"}
 
 
 def comparison(result: Result) -> Table:
@@ -167,3 +168,22 @@ def grid(found: Comparison) -> Table:
         table.add_row(line.method, f"{line.budget:g}", str(line.n), f"{line.right_after:.2f} %", f"{line.last:.2f}{spread} %",
                       f"{line.macs:.1%}", f"{line.params:.1%}", f"x {line.latency:.2f}", f"{line.seconds:,.0f}")
     return table
+
+
+def papers() -> Table:
+    """The shipped settings, with what the authors report: figures before and after, and what share went."""
+    table = Table(title="settings of the papers, and what the authors report")
+    for name in ("name", "network", "data", "top-1 %", "MACs, M", "parameters, M", "source"):
+        table.add_column(name, no_wrap=name != "source", min_width=23 if name == "name" else None)
+    for name in names():
+        found, settings = published(name), read_yaml(config_file(name))
+        pairs = (change(found.macs) or f"{settings.get('macs', '')} of the dense", change(found.params))
+        table.add_row(name, settings["model"], found.data, change(found.top1, share=False), *pairs, found.source)
+    return table
+
+
+def change(pair: list[float | None], *, share: bool = True) -> str:
+    """Two figures, and what share of the first went. Empty where there are none."""
+    before, after = ("?" if value is None else f"{value:,.2f}" for value in pair)
+    gone = f" (-{1 - pair[1] / pair[0]:.1%})" if share and pair[0] and pair[1] else ""
+    return "" if pair == [None, None] else f"{before} -> {after}{gone}"
