@@ -2,6 +2,7 @@
 
 from .allocation import sensitivity
 from .batchnorm import recalibrate
+from .centripetal import CentripetalSGD
 from .deployment import (
     Benchmark,
     Exported,
@@ -42,9 +43,9 @@ from .tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "Benchmark", "BudgetError", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError", "Exported",
-    "Folded", "Forgetting", "Graph", "LatencyFit", "LatencyTable", "MissingExtraError", "NarrowerError", "Plan",
-    "PlanError", "Reconstruction", "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning", "StorageError",
+    "Benchmark", "BudgetError", "CentripetalSGD", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError",
+    "Exported", "Folded", "Forgetting", "Graph", "LatencyFit", "LatencyTable", "MissingExtraError", "NarrowerError",
+    "Plan", "PlanError", "Reconstruction", "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning", "StorageError",
     "Timing", "TraceError", "Tuned", "Verification", "VerifyError", "benchmark", "bn_scale", "compose", "export",
     "fit_latency", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "measure_latency", "narrow", "obs", "plan",
     "random", "read_latency_times", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "tune",

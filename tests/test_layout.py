@@ -21,7 +21,7 @@ LEVELS: dict[str, int] = {
     "planning": 2, "surgery": 2,
     "batchnorm": 3, "tracing": 3,
     "measuring": 4, "narrowing": 4,
-    "deployment": 5, "repair": 5, "resrep": 5, "soft": 5, "storage": 5,
+    "centripetal": 5, "deployment": 5, "repair": 5, "resrep": 5, "soft": 5, "storage": 5,
     "allocation": 6, "distillation": 6, "scores": 6,
     # Outside the core: networks, data, training, the command line.
     "data": 7, "lightning": 7, "models": 7,
@@ -43,7 +43,8 @@ MAX_PARAMETERS = 7
 MAX_TOP_MODULES = 8
 # Public functions with more options than that: keyword-only, and each documented in the docstring.
 PUBLIC_OPTIONS = {"planning/plan.py plan", "resrep/trainer.py __init__", "distillation/tuning.py tune",
-                  "soft/soft_pruning.py __init__", "deployment/tabulating.py measure_latency"}
+                  "soft/soft_pruning.py __init__", "centripetal/centripetal_sgd.py __init__",
+                  "deployment/tabulating.py measure_latency"}
 # Modules without a test file of their own, and where they are tested. All others have `tests/<package>/test_<module>.py`.
 TESTED_ELSEWHERE = {
     "__main__.py": "app/test_cli.py",

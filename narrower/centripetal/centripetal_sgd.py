@@ -1,0 +1,302 @@
+"""Centripetal SGD: the filters of a cluster are trained to become identical, then one of them stays.
+
+Ding et al., "Centripetal SGD for Pruning Very Deep Convolutional Networks With Complicated Structure" (CVPR 2019). Channels
+that are identical are merged without a loss: one of them stays, and what read the others is added to what reads it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, PlanError, StorageError
+from ..graph.types import ChannelGroup, Graph, Slice
+from ..narrowing.narrow import narrow
+from ..planning.plan import Plan, costed_plan
+from ..planning.plan import plan as plan_widths
+from ..planning.requests import excluded
+from ..surgery.copying import duplicate, fresh_copy, same_tensors
+from ..surgery.walk import named_tensors
+from .clusters import cluster_means, cluster_sums, even_clusters, nearest_clusters
+
+FORMAT = 1
+IDENTICAL = 1e-4
+"""Filters of a cluster whose distance to their mean, relative to its norm, is no larger are merged without a warning."""
+
+Clustering = Literal["kmeans", "even"]
+Scope = Literal["inner", "all"]
+
+
+class CentripetalSGD:
+    """Train the filters of each cluster towards each other, and merge them in the end.
+
+    Train the model as usual, with an optimizer that was passed to `attach`. `merge` then returns the narrow network. Example:
+    `csgd = CentripetalSGD(model, graph, macs=0.5, steps=len(loader) * epochs)`.
+
+    In each step the filters of a cluster get the mean of their gradients (eq. 4 of the paper), and so do their biases and
+    BatchNorms. What they differ by shrinks. By default it falls linearly to zero, until the time `together`, a fraction of the
+    steps. From then on they are identical, so `merge` loses nothing, and what is trained is the narrow network. As published,
+    `strength=3e-3` adds the pull to the gradient instead: differences then fall with the learning rate, and never end.
+
+    `macs`, `params`: the budget, as for `plan`; all groups lose the same share. Instead `remove`, as for `plan`, or `plan`, of
+    which only the widths count. `scope`: "inner" for channels that one layer makes, "all" for residual streams too: all layers
+    that write there have the same clusters. `clustering`: "kmeans" of the filters as they are now (of the first layer that
+    writes, the pacesetter of the paper), or "even" numbers of neighbours. `exclude`: patterns of groups to leave alone;
+    `reasons` says why others are. `seed`: of k-means.
+
+    Raises PlanError if the model is not the traced one, has nothing to merge, or does not fit the plan, BudgetError for a
+    budget that cannot be reached, ConfigError for settings out of range.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
+                 remove: float | Mapping[str, float] | None = None, plan: Plan | None = None, steps: int,
+                 scope: Scope = "inner", exclude: Sequence[str] = (), clustering: Clustering = "kmeans",
+                 strength: float | None = None, together: float = 0.5, seed: int = 0) -> None:
+        if type(steps) is not int or steps < 1:
+            raise ConfigError(f"steps={steps!r}: give the number of optimizer steps of the training")
+        if clustering not in ("kmeans", "even") or scope not in ("inner", "all"):
+            raise ConfigError(f"clustering={clustering!r}, scope={scope!r}: give 'kmeans' or 'even', 'inner' or 'all'")
+        if not 0 < together <= 1 or (strength is not None and not strength > 0):
+            raise ConfigError(f"together={together!r}, strength={strength!r}: give a fraction of the steps, a number above 0")
+        tensors = same_tensors(model, graph)
+        self.model, self.graph, self.steps, self.step = model, graph, steps, 0
+        self.strength, self.together = strength, together
+        self.reasons = {**unmergeable(graph, scope), **dict.fromkeys(excluded(graph, exclude), "excluded")}
+        if plan is None:
+            if len(self.reasons) == len(graph.free):
+                why = "; ".join(f"{n}: {w}" for n, w in list(self.reasons.items())[:4])
+                raise PlanError(f"there is nothing to merge: {why or 'nothing is free'}")
+            ones = {g.name: torch.ones(g.size) for g in graph.free}
+            plan = plan_widths(graph, ones, macs=macs, params=params, remove=remove, exclude=[*self.reasons])
+        elif not (macs is params is remove is None):
+            raise PlanError("a plan= says what remains: give it no macs=, params= or remove=")
+        widths = widths_of(plan, graph, self.reasons)
+        self.clusters: dict[str, np.ndarray] = {}
+        for name, count in widths.items():
+            filters = rows_of(tensors, maker(graph[name])).double().cpu().numpy()
+            size = graph[name].size
+            self.clusters[name] = even_clusters(size, count) if clustering == "even" else nearest_clusters(filters, count, seed)
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    # ------------------------------------------------------------------------------------------------ the user's side
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Apply the rule in every step of `optimizer`, by hooks. Raises ConfigError if an optimizer was attached before."""
+        if self.optimizer is not None:
+            raise ConfigError("attach was called before: a CentripetalSGD has one optimizer")
+        self.optimizer = optimizer
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan whose channels stay: the first of each cluster. The others are merged into it, so `verify`, which compares
+        with the network without them, does not apply."""
+        keep = {g.name: np.arange(g.size) for g in self.graph.free}
+        keep |= {name: first_of(clusters) for name, clusters in self.clusters.items()}
+        return costed_plan(self.graph, keep, {"centripetal": len(self.clusters)})
+
+    def merge(self, model: nn.Module | None = None) -> nn.Module:
+        """The narrow network. With the filters of each cluster identical it computes what the trained one does, to rounding.
+
+        `model`: an averaged copy to merge instead. Neither is changed. Warns if filters still differ; their means are taken.
+        """
+        source = self.model if model is None else model
+        if (left := spread(named_tensors(source), self.graph, self.clusters)) > IDENTICAL:
+            warnings.warn(f"filters that are merged still differ, by {left:.1e} of their norm: train longer (step {self.step} "
+                          f"of {self.steps})", stacklevel=2)
+        whole = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
+        tensors = named_tensors(whole)
+        pull(tensors, self.graph, self.clusters, 0.0)
+        add_readers(tensors, self.graph, self.clusters)
+        return narrow(whole, self.plan)
+
+    def progress(self) -> dict[str, float]:
+        """Figures for a log. `merged`: the multiply-adds after the merge, as a share of the dense network's. `spread`: the
+        largest distance of a filter to the mean of its cluster, relative to the norm of the mean."""
+        dense, now = self.plan.macs
+        return {"merged": now / dense, "spread": spread(named_tensors(self.model), self.graph, self.clusters)}
+
+    def __str__(self) -> str:
+        p = self.progress()
+        channels = sum(len(c) for c in self.clusters.values())
+        left = sum(int(c.max()) + 1 for c in self.clusters.values())
+        line = (f"step {self.step} of {self.steps}: {channels} channels become {left}, with {p['merged']:.1%} of the "
+                f"multiply-adds; those of a cluster differ by {p['spread']:.1e} of their norm")
+        return "\n".join([line, *(f"left alone: {n}: {why}" for n, why in self.reasons.items())])
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, counter and clusters, as plain values. Weights are in the model's own state dict."""
+        return {"format": FORMAT, "steps": self.steps, "strength": self.strength, "together": self.together,
+                "groups": {g.name: g.size for g in self.graph.free}, "step": self.step,
+                "clusters": {name: c.tolist() for name, c in self.clusters.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`, with its clusters. The state dicts of model and optimizer are loaded beside it.
+
+        Raises StorageError for another format, setting or model.
+        """
+        for key, value in self.state_dict().items():
+            if key not in ("step", "clusters") and state.get(key) != value:
+                what = "the model" if key == "groups" else key
+                raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")
+        self.step = state["step"]
+        self.clusters = {name: np.array(c, dtype=np.int64) for name, c in state["clusters"].items()}
+
+    # ------------------------------------------------------------------------------------------------ the rule
+
+    @torch.no_grad()
+    def before_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
+        """The optimizer's pre-hook: gradients are averaged, and as published the pull is added."""
+        tensors = named_tensors(self.model)
+        for s, clusters in made_by(self.graph, self.clusters):
+            t = tensors[s.tensor]
+            if t.grad is None:
+                continue
+            index = torch.as_tensor(clusters, device=t.device)
+            mean = cluster_means(rows_at(t.grad, s), index)
+            if self.strength is not None:
+                rows = rows_at(t, s)
+                mean += self.strength * (rows - cluster_means(rows, index))
+            put_rows(t.grad, s, mean)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
+        """The optimizer's post-hook: unless as published, differences shrink in proportion to the steps that are left."""
+        self.step += 1
+        if self.strength is None:
+            left = self.together * self.steps - self.step
+            pull(named_tensors(self.model), self.graph, self.clusters, max(0.0, left / (left + 1)) if left > 0 else 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ which channels
+
+
+def unmergeable(graph: Graph, scope: Scope = "all") -> dict[str, str]:
+    """The free groups whose channels cannot be merged, or not in this scope, with the reasons."""
+    computed = set(graph.computed.values())
+    products = {m.group for p in graph.products for m in p.members}
+    tied = {name for tie in graph.ties for block in tie.blocks for name in block}
+    reasons = {}
+    for g in graph.free:
+        readers = [s for s in g.slices if s.role == "in"]
+        if not g.exact:
+            reasons[g.name] = "a layer computes across its channels, and would see one where it saw several"
+        elif scope == "inner" and sum(s.role == "out" and not depthwise(s, graph) for s in g.slices) > 1:
+            reasons[g.name] = "several layers make it"
+        elif g.name in tied or any(s.blocks > 1 for s in g.slices):
+            reasons[g.name] = "its channels are in groups of a convolution or in pieces, which read different things"
+        elif g.name in products or not readers:
+            reasons[g.name] = "it is read by something else than weights"
+        elif any(s.tensor in computed for s in g.slices):
+            reasons[g.name] = "weights that make or read it are computed from parameters"
+        elif not all(alike(s, g.size) for s in g.slices):
+            reasons[g.name] = "its channels lie in tensors in different orders"
+    return reasons
+
+
+def depthwise(s: Slice, graph: Graph) -> bool:
+    """Whether a filter reads one channel only, of its own group."""
+    shape = graph.shapes[s.tensor]
+    return len(shape) > 2 and shape[1] == 1 and (s.tensor, 1) not in graph.by_axis
+
+
+def alike(s: Slice, size: int) -> bool:
+    """Whether each channel has equally many positions, at the same distances from its first."""
+    if len(s.positions) % size or (np.bincount(s.channels, minlength=size) != len(s.positions) // size).any():
+        return False
+    at = positions(s)
+    return bool((at - at[:, :1] == at[:1] - at[0, 0]).all())
+
+
+def positions(s: Slice) -> np.ndarray:
+    """The positions of each channel, ascending. Shape (size, positions of a channel)."""
+    order = np.lexsort((s.positions, s.channels))
+    return s.positions[order].reshape(int(s.channels.max()) + 1, -1)
+
+
+def widths_of(plan: Plan, graph: Graph, reasons: Mapping[str, str]) -> dict[str, int]:
+    """How many clusters each group gets that loses channels. Raises PlanError if the plan does not fit."""
+    if {g.name: g.size for g in plan.graph.free} != {g.name: g.size for g in graph.free}:
+        raise PlanError("the plan is of another network: its groups differ")
+    losing = {g.name: len(plan.keep[g.name]) for g in graph.free if len(plan.keep[g.name]) < g.size}
+    for name in losing:
+        if name in reasons:
+            raise PlanError(f"the plan removes channels of {name}, which cannot be merged: {reasons[name]}; plan with "
+                            f"exclude=[{name!r}]")
+    if not losing:
+        raise PlanError("the plan removes nothing")
+    return losing
+
+
+def first_of(clusters: np.ndarray) -> np.ndarray:
+    """The first channel of each cluster."""
+    return np.sort(np.unique(clusters, return_index=True)[1])
+
+
+def maker(group: ChannelGroup) -> Slice:
+    """The slice of the weight that makes the channels."""
+    return next(s for s in group.slices if s.role == "out")
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+def made_by(graph: Graph, clusters: Mapping[str, np.ndarray]) -> Iterator[tuple[Slice, np.ndarray]]:
+    """The slices of what makes the channels of clusters: filters, biases, BatchNorms, depthwise filters."""
+    return ((s, c) for name, c in clusters.items() for s in graph[name].slices if s.role != "in")
+
+
+def rows_at(t: Tensor, s: Slice) -> Tensor:
+    """The part of a tensor that belongs to each channel. Shape (size, positions of a channel, ...)."""
+    return t.detach().movedim(s.dim, 0)[torch.as_tensor(positions(s), device=t.device)]
+
+
+def rows_of(tensors: Mapping[str, Tensor], s: Slice) -> Tensor:
+    return rows_at(tensors[s.tensor], s)
+
+
+@torch.no_grad()
+def put_rows(t: Tensor, s: Slice, rows: Tensor) -> None:
+    """Replace what `rows_at` gives, in place."""
+    t.movedim(s.dim, 0)[torch.as_tensor(positions(s), device=t.device)] = rows
+
+
+@torch.no_grad()
+def pull(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[str, np.ndarray], factor: float) -> None:
+    """Multiply what the channels of a cluster differ by, in all that makes them, by `factor`, in place."""
+    for s, c in made_by(graph, clusters):
+        rows = rows_of(tensors, s)
+        mean = cluster_means(rows, torch.as_tensor(c, device=rows.device))
+        put_rows(tensors[s.tensor], s, mean + factor * (rows - mean) if factor else mean)
+
+
+@torch.no_grad()
+def add_readers(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[str, np.ndarray]) -> None:
+    """Add what reads the channels of a cluster to what reads its first, in place. The others become zero."""
+    done = set()
+    for name, c in clusters.items():
+        for s in graph[name].slices:
+            t = tensors[s.tensor]
+            if s.role == "in" and (id(t), s.dim, name) not in done:
+                done.add((id(t), s.dim, name))
+                index, first = (torch.as_tensor(a, device=t.device) for a in (c, np.unique(c, return_index=True)[1]))
+                put_rows(t, s, cluster_sums(rows_at(t, s), index, first))
+
+
+@torch.no_grad()
+def spread(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[str, np.ndarray]) -> float:
+    """The largest distance of a filter, bias or BatchNorm entry to the mean of its cluster, relative to the largest norm."""
+    found = [0.0]
+    for s, c in made_by(graph, clusters):
+        rows = rows_of(tensors, s).flatten(1).double()
+        mean = cluster_means(rows, torch.as_tensor(c, device=rows.device))
+        found.append(float((rows - mean).norm(dim=1).max() / mean.norm(dim=1).max().clamp_min(1e-12)))
+    return max(found)
