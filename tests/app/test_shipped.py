@@ -5,6 +5,7 @@ The support code counts as the authors do. What a network of ours costs at these
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cache
 from pathlib import Path
@@ -252,3 +253,11 @@ def test_configs_lists_all_with_the_figures_of_the_papers(
     row = next(line for line in page.splitlines() if "hrank-resnet56-50" in line)
     parts = ("cifar_resnet56", "CIFAR-10", "93.26 -> 93.17", "125.49 -> 62.72 (-50.0%)", "0.85 -> 0.49")
     assert all(part in row for part in parts)
+
+
+@pytest.mark.parametrize(("name", "images", "batch"), [("resrep-resnet56-53", 50000, 64), ("resrep-resnet50-55", 1281167, 256)])
+def test_resrep_has_the_published_schedule(name: str, images: int, batch: int) -> None:
+    """The warm-up is 5 epochs of the images, in steps as the authors round them."""
+    found = narrower.Forgetting(**settings(name)["forgetting"])
+    assert found.warmup_steps == 5 * images // batch and settings(name)["batch_size"] == batch
+    assert dataclasses.replace(found, warmup_steps=5) == narrower.Forgetting.published(1)
