@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.networks import PATTERNS, Head, unit
+from hypothesis import given
+from hypothesis import strategies as st
+from support import networks, random_networks
+from support.networks import PATTERNS, TRAPS, Head, unit
 from support.plans import graph_of
+from support.random_networks import Block, Random, examples
 from support.resrep_training import called, difference, outputs, randomised
 from torch import nn
 
@@ -67,6 +72,32 @@ def test_the_merged_network_is_the_trained_one(name: str, scope: Any) -> None:
     assert narrower.measure(small, inputs)["macs"] == csgd.plan.macs[1] < csgd.plan.macs[0]
     lost = narrower.narrow(model, csgd.plan)  # the same channels cut, and not merged
     assert difference(outputs(model, inputs), outputs(lost, inputs)) > 1e-4
+
+
+def examined(make: Callable[[], nn.Module], inputs: torch.Tensor) -> None:
+    """Merged is trained, in residual streams too, or nothing can be merged."""
+    model = randomised(make()).double()
+    try:
+        csgd = narrower.CentripetalSGD(model, narrower.trace(model, inputs), remove=0.5, steps=3, scope="all")
+    except narrower.PlanError:
+        return
+    optimizer = sgd(model, lr=1e-3)
+    csgd.attach(optimizer)
+    train(model, optimizer, 3, inputs)
+    if all(bool(t.isfinite().all()) for t in outputs(model, inputs)):
+        assert difference(outputs(model, inputs), outputs(csgd.merge(), inputs)) < 1e-9
+
+
+@given(random_networks.recipes(), st.integers(0, 3))
+@examples(8)
+def test_random_networks(recipe: list[Block], head: int) -> None:
+    examined(lambda: Random(recipe, head), networks.images(size=12)[:, :, :8].double())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAPS)
+def test_no_trap_is_merged_wrongly(name: str) -> None:
+    examined(TRAPS[name].make, networks.images().double())
 
 
 @pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)])
