@@ -50,6 +50,18 @@ def test_segmentation() -> None:
     assert list(result) == ["dense", "cut", "repaired", "trained"] and all(0 < value <= 1 for value in result.values())
 
 
+def test_segmentation_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("rich", "timm", "accelerate", "jsonargparse"):
+        pytest.importorskip(package)
+    from narrower.app import cli
+
+    file = ROOT / "examples" / "segmentation_task.py"
+    where = ["--task", f"{file}:Shapes", "--model", f"{file}:network", "--output", str(tmp_path / "run"), "--device", "cpu"]
+    short = ["--dense-epochs", "1", "--epochs", "0", "--images", "16", "--no-reconstruct", "--recalibrate", "0", "-j", "0"]
+    assert cli.main(["prune", *where, *short, "--method", "magnitude", "--allocate", "share"]) == 0
+    assert "miou" in capsys.readouterr().out
+
+
 def test_timm_train() -> None:
     small, average = main_of("timm_train", "timm")()
     assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in average.named_parameters()}

@@ -5,19 +5,19 @@ network is evaluated dense, after the cut, and at the end.
 """
 
 from .job import Job, Reporter, Settings, open_images, open_job
-from .networks import Figures, check_outputs, dense_network, figures, from_run, inspect_network, load_dense
+from .networks import Costs, check_outputs, costs_of, dense_network, from_run, inspect_network, load_dense
 from .oneshot import make_plan, score
 from .prune import Result, prune, train_dense
 
 __all__ = [
-    "Figures",
+    "Costs",
     "Job",
     "Reporter",
     "Result",
     "Settings",
     "check_outputs",
+    "costs_of",
     "dense_network",
-    "figures",
     "from_run",
     "inspect_network",
     "load_dense",

@@ -28,11 +28,11 @@ from .comparing import compare, write_comparison
 from .config import BenchConfig, CompareConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
 from .deploying import bench_networks, export_network
 from .job import Job, Settings, open_job
-from .networks import figures, inspect_network, load_dense
+from .networks import costs_of, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
-from .terminal import Terminal, comparison, costs, ending_together, grid, papers
+from .terminal import TITLES, Terminal, comparison, costs, ending_together, grid, headline_of, papers, titled
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -52,8 +52,8 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     job = open_job(settings, run, accelerator, terminal)
     size = "x".join(map(str, job.data.input_size))
     terminal.print(
-        f"narrower {narrower.__version__}  {settings.model.model}  {job.data.name}: {job.data.num_classes} classes, "
-        f"{size}  {accelerator.device}  {folder}"
+        f"narrower {narrower.__version__}  {settings.model.model}  {job.data.name}: "
+        f"{f'{job.data.num_classes} classes, ' if job.data.num_classes else ''}{size}  {accelerator.device}  {folder}"
     )
     return job
 
@@ -70,8 +70,8 @@ def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
 
 def run_train(settings: Settings, terminal: Terminal, _: Namespace) -> None:
     job = begin(settings, terminal, "train")
-    top1 = train_dense(job)
-    terminal.print(f"top-1 {top1:.2f} %, saved in {job.run.folder}")
+    found = train_dense(job)
+    terminal.print(f"{headline_of(found)}, saved in {job.run.folder}")
 
 
 def run_sensitivity(settings: Settings, terminal: Terminal, _: Namespace) -> None:
@@ -90,15 +90,16 @@ def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     if not (settings.model.checkpoint or settings.model.pretrained):
         raise ConfigError("say what to evaluate: a run folder, or --model with --checkpoint or --pretrained")
     model = load_dense(job)
-    found = job.evaluate_all(model)
-    measured = figures(job.example, (model, found["top1"]))[0]
+    found = job.evaluate(model)
+    measured = costs_of(job.example, model)[0]
     name = given.run or settings.model.model
     if given.json:
         facts = {"network": name, "data": job.data.name, "images": len(job.data.val), **found, **asdict(measured)}
         terminal.print(json.dumps(facts))
         return
     table = Table(title=f"{name} on {job.data.name}, {len(job.data.val):,} images")
-    cells = {"top-1": f"{found['top1']:.2f} %", "top-5": f"{found['top5']:.2f} %", "loss": f"{found['loss']:.4f}"}
+    percent = (next(iter(found)), *TITLES)  # other figures of a task may be anything
+    cells = {titled(key): f"{value:.2f} %" if key in percent else f"{value:.4f}" for key, value in found.items()}
     for title in (*cells, *(title for title, _ in costs(measured))):
         table.add_column(title, justify="right")
     table.add_row(*cells.values(), *(text for _, text in costs(measured)))

@@ -162,9 +162,10 @@ def outcome(cell: Cell, folder: Path) -> Outcome | None:
         if not (measured := run.last("measure")):
             return None
         dense, narrow = measured["dense"], measured["narrow"]
-        before = [top1 for stage, top1 in measured["stages"].items() if stage != "fine-tune"]
+        name = next(iter(dense))  # of the figure that the task reports first
+        before = [value for stage, value in measured["stages"].items() if stage != "fine-tune"]
         ratio = {key: narrow[key] / dense[key] for key in ("macs", "params", "latency_ms")}
-        return Outcome(cell, dense["top1"], (before or [narrow["top1"]])[-1], narrow["top1"], ratio["macs"], ratio["params"],
+        return Outcome(cell, dense[name], (before or [narrow[name]])[-1], narrow[name], ratio["macs"], ratio["params"],
                        ratio["latency_ms"], seconds_of(run.rows()))
 
     return first(read)

@@ -53,6 +53,9 @@ class DataConfig:
     dataset: Annotated[
         str, "digits (embedded; the default without --data-dir), or a name of timm's: torch/cifar10, hfds/..., wds/..."
     ] = ""
+    task: Annotated[
+        str | None, "instead of images with classes: your own data, loss and figures, package.module:Task or file.py:Task"
+    ] = None
     dataset_download: Annotated[bool, "let timm download the data set"] = False
     img_size: Annotated[int | None, "pixels; default: images up to 64 px as they are, else what the network expects"] = None
     mean: Annotated[list[float] | None, "mean per channel, of pixels in [0, 1]; default: the network's, else ImageNet's"] = None

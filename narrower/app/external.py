@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +13,11 @@ import narrower
 from ..deployment.extras import optional
 from ..errors import NarrowerError
 from ..measuring import macs_of
-from ..training.agreement import first
 from . import run_folder
 from .job import Job
-from .networks import figures, load_dense, save_weights
+from .networks import load_dense, save_weights
 from .oneshot import distilling
-from .prune import Result, save_at_end
+from .prune import Result, measured, save_at_end
 
 EXTERNAL = ("tp-magnitude", "tp-group-norm")
 """The same share of every group by L2 norms; and the lowest norms of all groups together, without its sparse training."""
@@ -37,22 +35,20 @@ def prune_external(job: Job, method: str) -> Result:
     _ = job.data.train, job.data.val
     with job.claimed(model):
         with job.stage("evaluate dense") as facts:
-            dense_top1 = facts["top1"] = job.evaluate(model)
+            facts |= (before := job.headline(model))
         with job.stage("cut") as facts:
             small = narrowed(model, job.example, method, job.settings.prune.macs or 0.5)
-            facts |= {"method": method, "top1": job.evaluate(small)}
-        top1 = {"cut": facts["top1"]}
+            facts |= {"method": method, **job.headline(small)}
+        name = before["headline"]
+        stages = {"cut": facts[name]}
         if job.settings.train.epochs:
-            distillation = distilling(job.settings.prune, model, small)
+            distillation = distilling(job, model, small)
             with save_at_end(job, lambda: save_weights(small, job.run.folder / run_folder.MODEL)):
-                top1["fine-tune"] = job.train(small, "fine-tune", run_folder.CHECKPOINT, job.settings.train,
-                                              distillation=distillation)
+                stages["fine-tune"] = job.train(small, "fine-tune", run_folder.CHECKPOINT, job.settings.train,
+                                                distillation=distillation)[name]
             if distillation is not None:
                 distillation.close()
-        with job.stage("measure", busy="measuring") as facts:
-            dense, narrow = first(lambda: figures(job.example, (model, dense_top1), (small, [*top1.values()][-1])))
-            facts |= {"dense": asdict(dense), "narrow": asdict(narrow), "stages": top1}
-    return Result(dense, narrow, top1, job.run.folder)
+        return measured(job, model, small, before, stages)
 
 
 def narrowed(model: nn.Module, example: Tensor, method: str, macs: float) -> nn.Module:

@@ -23,9 +23,10 @@ from ..models import expected_images
 from ..training.accelerator import shard_of
 from ..training.agreement import check_same
 from ..training.config import TrainConfig
-from ..training.evaluate import evaluate
+from ..training.evaluate import evaluate, headline
 from ..training.train import TrainContext, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from .own_task import open_task
 from .resuming import WHERE, changes, check_start, fingerprint, named
 from .run_folder import Run
 
@@ -146,11 +147,11 @@ class Job:
             yield facts
         self.tell({"stage": name, **facts, "seconds": time.perf_counter() - begin})
 
-    def evaluate(self, model: nn.Module) -> float:
-        """The top-1 (percent)."""
-        return self.evaluate_all(model)["top1"]
+    def headline(self, model: nn.Module) -> dict[str, Any]:
+        """The first figure of the task, top-1 for images with classes, and its name as "headline"."""
+        return headline(self.evaluate(model))
 
-    def evaluate_all(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
         """As `evaluate` of the training."""
         return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)
 
@@ -160,23 +161,24 @@ class Job:
         return hold_out(self.data.train, self.settings.train.held_out, self.settings.run.seed)
 
     def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig, *, best: Callable[[], None] | None = None,
-              **methods: Any) -> float:
-        """Train in place, or continue from the checkpoint `file`, with `methods` of `train`. Returns the top-1 (percent).
+              **methods: Any) -> dict[str, Any]:
+        """Train in place, or continue from the checkpoint `file`, with `methods` of `train`. Returns the headline.
 
         `best` is called, in the process that writes, after each epoch that is the best so far on the images held out.
         """
         last: dict[str, Any] = {}
 
         def log(row: dict[str, Any]) -> None:
-            last.update({key: row[key] for key in ("top1",) if key in row})
+            if "headline" in row:
+                last.update(headline(row))
             self.tell(row)
 
         with self.stage(stage) as facts:
             context = TrainContext(self.accelerator, stage, self.run.folder / file, log, self.report.watch,
                                    best if self.run.writes else None)
             train(model, self.data, config, context, seed=self.settings.run.seed, **methods)
-            facts["top1"] = last["top1"] if last else self.evaluate(model)  # zero epochs
-        return facts["top1"]
+            facts |= last or self.headline(model)  # zero epochs
+        return headline(facts)
 
 
 def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Reporter) -> Job:
@@ -188,10 +190,9 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     """
     if (start := absolute(settings.model.checkpoint)) and run.writes and Path(start) == run.folder.absolute():
         raise ConfigError(f"--output {run.folder} is the run whose network is taken: give it another folder")
-    data = open_images(settings, report)
+    data, reading = open_images(settings, report)
     check_classes(settings.model.num_classes, data, report)
     channels, height, width = data.input_size
-    reading = reading_of(settings)
     sensitivity = absolute(settings.prune.sensitivity)
     unlimited = settings.prune.macs is None and settings.prune.params is None and settings.prune.remove is None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -211,9 +212,10 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
         data=replace(
             settings.data,
             data_dir=absolute(settings.data.data_dir),
+            task=settings.data.task and absolute_factory(settings.data.task),
             img_size=height if height == width else None,
-            mean=list(reading.mean),
-            std=list(reading.std),
+            mean=list(reading.mean) if reading else None,
+            std=list(reading.std) if reading else None,
         ),
         prune=replace(settings.prune, sensitivity=sensitivity, macs=0.5 if unlimited else settings.prune.macs),
     )
@@ -229,7 +231,7 @@ def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:
     Raises:
         ConfigError: there would be labels without an output.
     """
-    if given is None or not data.labelled or given == data.num_classes:
+    if given is None or not data.num_classes or given == data.num_classes:
         return
     if given < data.num_classes:
         raise ConfigError(f"--num-classes {given}: the images of {data.name} have {data.num_classes} classes")
@@ -238,7 +240,7 @@ def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:
 
 
 def absolute_factory(name: str) -> str:
-    """The name of a network, `file.py:factory` with the whole path of the file."""
+    """The name of a network or a task, `file.py:factory` with the whole path of the file."""
     file, _, factory = name.rpartition(":")
     return f"{absolute(file)}:{factory}" if file.endswith(".py") else name
 
@@ -275,10 +277,13 @@ def reading_of(settings: Settings) -> Reading:
     )
 
 
-def open_images(settings: Settings, report: Reporter) -> ImageData:
-    """The images that the settings name. The default is the digits."""
+def open_images(settings: Settings, report: Reporter) -> tuple[ImageData, Reading | None]:
+    """The images that the settings name, and how they are read where no task does that. The default is the digits."""
     given = settings.data
+    if given.task:
+        return open_task(given, settings.train), None
+    reading = reading_of(settings)
     return open_data(
-        given.dataset or ("" if given.data_dir else "digits"), given.data_dir, reading_of(settings),
+        given.dataset or ("" if given.data_dir else "digits"), given.data_dir, reading,
         download=given.dataset_download, num_classes=settings.model.num_classes, watch=report.watch,
-    )  # fmt: skip
+    ), reading  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialize
@@ -21,11 +22,13 @@ from ..models.checkpoints import load_checkpoint
 from ..narrowing.narrow import RECORD
 from ..storage import META, WEIGHTS, write_whole
 from ..surgery.walk import in_eval_mode
-from ..training.accelerator import make_accelerator
+from ..training.accelerator import make_accelerator, to_device
 from ..training.agreement import check_same, first, several
+from ..training.checking import try_task
 from . import run_folder
 from .config import ModelConfig
 from .job import Job, Reporter, Settings
+from .own_task import first_batch
 
 
 def dense_network(config: ModelConfig, *, pretrained: bool = False) -> nn.Module:
@@ -49,20 +52,19 @@ def with_weights(config: ModelConfig) -> nn.Module:
     return load_checkpoint(model, config.checkpoint) if config.checkpoint else model
 
 
-def check_outputs(model: nn.Module, example: Tensor, num_classes: int | None) -> None:
-    """Run the network once. Any number of classes is right where `num_classes` is None.
-
-    Raises:
-        TraceError: it fails on images of this shape.
-        ConfigError: its output is not one logit per class.
-    """
-    shape = tuple(example.shape)
+def outputs_of(model: nn.Module, images: Tensor) -> Any:
+    """What the network gives, in eval mode. Raises TraceError where it fails on images of this shape."""
     try:
         with in_eval_mode(model), torch.inference_mode():
-            output = model.to(example.device)(example)
+            return model.to(images.device)(images)
     except Exception as error:  # whatever the user's network raises
         reason = str(error).splitlines()[0] if str(error) else ""
+        shape = tuple(images.shape)
         raise TraceError(f"the network fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
+
+
+def check_outputs(output: Any, shape: tuple[int, ...], num_classes: int | None) -> None:
+    """Raise ConfigError unless the output for an image is one logit per class: any number where `num_classes` is None."""
     right = isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] == (num_classes or output.shape[1])
     if not right:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -71,11 +73,19 @@ def check_outputs(model: nn.Module, example: Tensor, num_classes: int | None) ->
 
 
 def load_dense(job: Job) -> nn.Module:
-    """The dense network, with the weights that the settings name, on the device. Raises as `check_outputs`."""
+    """The dense network, with the weights that the settings name, on the device.
+
+    Raises as `outputs_of`, and ConfigError where its outputs are not what the task takes.
+    """
     given = job.settings.model
     torch.manual_seed(job.settings.run.seed)
     model = with_weights(given)
-    check_outputs(model, job.example, given.num_classes or job.data.num_classes or None)
+    if job.settings.data.task:
+        images, targets = to_device(*first_batch(job.settings.data.task, job.data), job.settings.train, job.accelerator.device)
+        try_task(job.data.task, outputs_of(model, images), (images, targets))
+    else:
+        classes = given.num_classes or job.data.num_classes or None
+        check_outputs(outputs_of(model, job.example), tuple(job.example.shape), classes)
     return model.to(job.accelerator.device)
 
 
@@ -163,27 +173,26 @@ def read_run(folder: Path, config: ModelConfig) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Accuracy and costs of a network: top-1 in percent, MACs, parameters, MB of weights, ms for one image."""
+class Costs:
+    """What a network costs: MACs, parameters, MB of weights, ms for one image."""
 
-    top1: float
     macs: float
     params: float
     size_mb: float
     latency_ms: float
 
 
-def figures(example: Tensor, *networks: tuple[nn.Module, float], rounds: int = 3) -> list[Figures]:
-    """The figures of networks with known top-1.
+def costs_of(example: Tensor, *networks: nn.Module, rounds: int = 3) -> list[Costs]:
+    """The costs of networks.
 
     Latency is the minimum of `rounds` measurements. The networks take turns, so that other load affects all of them equally.
     """
-    costs = [[narrower.measure(model, example, seconds=0.3) for model, _ in networks] for _ in range(rounds)]
+    costs = [[narrower.measure(model, example, seconds=0.3) for model in networks] for _ in range(rounds)]
     found = []
-    for (model, top1), cost in zip(networks, zip(*costs, strict=True), strict=True):
+    for model, cost in zip(networks, zip(*costs, strict=True), strict=True):
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         latency = min(round["latency_ms"] for round in cost)
-        found.append(Figures(top1, cost[0]["macs"], cost[0]["params"], size / 1e6, latency))
+        found.append(Costs(cost[0]["macs"], cost[0]["params"], size / 1e6, latency))
     return found
 
 
@@ -194,7 +203,7 @@ def expected_size(config: ModelConfig) -> int:
 
 def inspect_network(
     settings: Settings, report: Reporter | None = None
-) -> tuple[narrower.Graph, Figures]:
+) -> tuple[narrower.Graph, Costs]:
     """`narrower inspect`: the groups and costs of a network. Needs no images."""
     given = settings.model
     size = settings.data.img_size or expected_size(given)
@@ -202,7 +211,7 @@ def inspect_network(
     example = torch.zeros(1, given.in_chans, size, size, device=accelerator.device)
     model = with_weights(given)
     graph = narrower.trace(model.to(accelerator.device), example, progress=(report or Reporter()).note)
-    return graph, figures(example, (model, float("nan")))[0]
+    return graph, costs_of(example, model)[0]
 
 
 def is_narrow(model: nn.Module) -> bool:

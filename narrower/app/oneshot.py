@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import nn
 
 import narrower
 
 from ..data.images import Batch, batches, mix
+from ..data.task import CLASSIFICATION, Task, has_logits
 from ..errors import ConfigError
 from ..graph.cost import CostKind, CostModel
+from ..inputs import map_tensors
 from ..storage import write_whole
 from ..training.agreement import first
 from ..training.settle import renew, settle
@@ -29,13 +30,14 @@ SAMPLED = 128  # images in a batch to score, measure and repair with, at most
 
 
 def score(
-    given: PruneConfig, model: nn.Module, graph: narrower.Graph, images: Iterable[Batch], seed: int = 0
+    given: PruneConfig, model: nn.Module, graph: narrower.Graph, images: Iterable[Batch], seed: int = 0,
+    task: Task = CLASSIFICATION,
 ) -> narrower.Scores:
-    """The scores of the configured method. `images` are read only if it needs them."""
+    """The scores of the configured method. `images` are read only if it needs them, the loss of the task by `taylor`."""
     methods: dict[str, Callable[[], narrower.Scores]] = {
         "hrank": lambda: narrower.hrank(model, graph, images, macs=given.macs, params=given.params),
         "obs": lambda: narrower.obs(model, graph, images),
-        "taylor": lambda: narrower.taylor(model, graph, images, F.cross_entropy),
+        "taylor": lambda: narrower.taylor(model, graph, images, task.loss),
         "magnitude": lambda: narrower.magnitude(model, graph),
         "fpgm": lambda: narrower.fpgm(model, graph),
         "bn_scale": lambda: narrower.bn_scale(model, graph),
@@ -58,13 +60,15 @@ def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores
     )  # fmt: skip
 
 
-def distilling(given: PruneConfig, model: nn.Module, student: nn.Module,
+def distilling(job: Job, model: nn.Module, student: nn.Module,
                plan: narrower.Plan | None = None) -> narrower.Distillation | None:
     """The distillation of the settings, None where they want none. Features are compared where there is a plan."""
+    given = job.settings.prune
     if not given.distill:
         return None
+    temperature = given.distill_temperature if has_logits(job.data.task) else None
     return narrower.Distillation(
-        model, student, plan, temperature=given.distill_temperature, weight=given.distill_weight,
+        model, student, plan, temperature=temperature, weight=given.distill_weight,
         features=given.distill_features if plan is not None else 0.0,
     )  # fmt: skip
 
@@ -82,10 +86,11 @@ def sample(job: Job, count: int) -> Iterator[Batch]:
     """
     config = job.settings.train
     order, size = mix(job.settings.run.seed, "sample"), min(config.batch_size * job.shard[1], SAMPLED, count)
-    for x, y in batches(job.fit_and_held[0], size, order=order, workers=config.workers):
-        x, y = x[:count], y[:count]
-        yield x.to(job.accelerator.device), y.to(job.accelerator.device)
-        count -= len(y)
+    for x, y in batches(job.fit_and_held[0], size, order=order, workers=config.workers, limit=count):
+        if len(x) > count:  # of a stream
+            x, y = x[:count], y[:count]
+        yield map_tensors((x, y), lambda t: t.to(job.accelerator.device))
+        count -= len(x)
         if count <= 0:
             return
 
@@ -96,7 +101,7 @@ def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[B
     with job.stage("score") as facts:
         watched = job.report.watch(images, f"scoring ({given.method})", given.images)
         facts["method"] = given.method
-        return score(given, model, graph, watched, job.settings.run.seed)
+        return score(given, model, graph, watched, job.settings.run.seed, job.data.task)
 
 
 def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower.Scores,
@@ -229,7 +234,7 @@ def narrowed(job: Job, model: nn.Module, plan: narrower.Plan) -> nn.Module:
     with job.stage("verify", busy="verifying") as facts:
         facts["error"] = first(lambda: narrower.verify(model, small, plan, next(sample(job, 4))[0]).error)
     with job.stage("cut") as facts:
-        facts["top1"] = job.evaluate(small)
+        facts |= job.headline(small)
     return small
 
 
@@ -242,7 +247,7 @@ def reconstructed(job: Job, model: nn.Module, small: nn.Module, plan: narrower.P
             return found.model
 
         repaired = from_first(job, repair)
-        facts["top1"] = job.evaluate(repaired)
+        facts |= job.headline(repaired)
     return repaired
 
 
@@ -257,7 +262,7 @@ def tuned(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, ima
             return found.model
 
         better = from_first(job, train)
-        facts["top1"] = job.evaluate(better)
+        facts |= job.headline(better)
     return better
 
 
@@ -271,5 +276,5 @@ def recalibrated(job: Job, small: nn.Module) -> nn.Module:
                 facts["images"] = renew(small, fit, config, job.accelerator, seed)
             else:
                 facts["kept"] = settle(small, fit, held, config, job.accelerator, seed=seed).kept
-            facts["top1"] = job.evaluate(small)
+            facts |= job.headline(small)
     return small

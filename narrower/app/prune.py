@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,12 +15,13 @@ import narrower
 from ..errors import ConfigError
 from ..models.checkpoints import load_checkpoint
 from ..training.agreement import first, share
+from ..training.evaluate import headline
 from . import run_folder
 from .job import Job
 from .layerwise import narrow_by_layers
 from .networks import (
-    Figures,
-    figures,
+    Costs,
+    costs_of,
     from_first,
     from_run,
     is_narrow,
@@ -33,25 +34,28 @@ from .oneshot import check_plan, distilling, narrow_oneshot, planned, sample, sa
 from .resrep_run import check, choose, train_resrep
 
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune", "layers")
-"""Stages before the fine-tuning that a top-1 is taken after."""
+"""Stages before the fine-tuning after which the network is evaluated."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of the network before and after, and `stages`: top-1 of the narrow network after each stage, in their order.
+    """Costs of the network before and after, and how good they are: by the figure `headline` of the task, in percent.
 
-    `start` says what the first one is: "dense", or "given" where it was narrow already.
+    `before`: that of the first. `stages`: that of the narrow network after each stage, in their order. `start` says what the
+    first one is: "dense", or "given" where it was narrow already.
     """
 
-    dense: Figures
-    narrow: Figures
+    dense: Costs
+    narrow: Costs
+    headline: str
+    before: float
     stages: dict[str, float]
     folder: Path
     start: str = "dense"
 
 
-def train_dense(job: Job) -> float:
-    """`narrower train`: train a dense network, or further that of a run, and save it. Returns its top-1."""
+def train_dense(job: Job) -> dict[str, Any]:
+    """`narrower train`: train a dense network, or further that of a run, and save it. Returns its headline."""
     if not job.data.labelled:
         raise ConfigError(f"the images of {job.data.name} have no classes, so no network can be trained on them")
     model = load_dense(job)
@@ -126,7 +130,8 @@ def plan_only(job: Job) -> narrower.Plan:
 def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
     """From the dense network to the saved narrow one. What the folder of a run that goes on has is not done again."""
     trains = job.settings.prune.method == "resrep"
-    dense_top1 = prepare_dense(job, model)
+    before = prepare_dense(job, model)
+    name = before["headline"]
     if (found := restored(job, graph)) is None:
         make = train_resrep if trains else narrow_by_layers if job.settings.prune.schedule == "layer" else narrow_oneshot
         found = make(job, model, graph)
@@ -135,21 +140,27 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
                 narrower.save(found[0], job.run.folder)
             (job.run.folder / run_folder.LAYERS).unlink(missing_ok=True)
     small, plan = found
-    top1 = first(lambda: {name: row["top1"] for name in STAGES if "top1" in (row := job.run.last(name))})
+    stages = first(lambda: {stage: row[name] for stage in STAGES if name in (row := job.run.last(stage))})
     if job.settings.train.epochs and not trains:
-        distillation = distilling(job.settings.prune, model, small, plan)
+        distillation = distilling(job, model, small, plan)
         with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
-            top1["fine-tune"] = job.train(
+            stages["fine-tune"] = job.train(
                 small, "fine-tune", run_folder.CHECKPOINT, job.settings.train, distillation=distillation,
                 best=lambda: save_best(job, small),
-            )  # fmt: skip
+            )[name]  # fmt: skip
         if distillation is not None:
             distillation.close()
-    final = [*top1.values()][-1] if top1 else job.evaluate(small)
+    return measured(job, model, small, before, stages or {"narrow": job.headline(small)[name]})
+
+
+def measured(job: Job, model: nn.Module, small: nn.Module, before: Mapping[str, Any], stages: dict[str, float]) -> Result:
+    """The last stage: both networks measured. `before`: the headline of the first, `stages`: those of the second."""
+    name = before["headline"]
     with job.stage("measure", busy="measuring") as facts:
-        dense, narrow = first(lambda: figures(job.example, (model, dense_top1), (small, final)))
-        facts |= {"dense": asdict(dense), "narrow": asdict(narrow), "stages": top1}
-    return Result(dense, narrow, top1, job.run.folder, "given" if is_narrow(model) else "dense")
+        dense, narrow = first(lambda: costs_of(job.example, model, small))
+        last = {name: [*stages.values()][-1]}
+        facts |= {"dense": {name: before[name], **asdict(dense)}, "narrow": last | asdict(narrow), "stages": stages}
+    return Result(dense, narrow, name, before[name], stages, job.run.folder, "given" if is_narrow(model) else "dense")
 
 
 def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:
@@ -160,22 +171,22 @@ def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan 
     return from_first(job, lambda: from_run(job, job.run.folder)), narrower.Plan.from_json(text, graph) if text else None
 
 
-def prepare_dense(job: Job, model: nn.Module) -> float:
+def prepare_dense(job: Job, model: nn.Module) -> dict[str, Any]:
     """Give the dense network its weights: load those that this run has trained, or train it if the settings name none.
 
-    Returns its top-1.
+    Returns its headline.
     """
     given, file = job.settings.model, job.run.folder / run_folder.DENSE
     if not given.checkpoint and not given.pretrained:
         if not first(lambda: job.run.resume and file.exists()):
             own = replace(job.settings.train, epochs=job.settings.prune.dense_epochs, lr=job.settings.prune.dense_lr)
-            top1 = job.train(model, "train dense", run_folder.DENSE_CHECKPOINT, own)
+            found = job.train(model, "train dense", run_folder.DENSE_CHECKPOINT, own)
             if job.run.writes:
                 save_weights(model, file)
                 (job.run.folder / run_folder.DENSE_CHECKPOINT).unlink(missing_ok=True)
-            return top1
+            return found
         first(lambda: bool(load_checkpoint(model, file)))
         share(model)
     with job.stage("evaluate dense") as facts:
-        facts["top1"] = job.evaluate(model)
-    return facts["top1"]
+        facts |= job.headline(model)
+    return headline(facts)

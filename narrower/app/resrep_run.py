@@ -14,6 +14,7 @@ import narrower
 
 from ..data.images import batches
 from ..errors import ConfigError, VerifyError
+from ..inputs import flatten_tensors
 from ..training.agreement import first
 from ..training.optimizing import updates_per_epoch
 from . import run_folder
@@ -93,7 +94,7 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
     resrep = compacted(given, training, graph, max(1, config.epochs * updates_per_epoch(steps, config)), choice)
     try:
         job.train(training, "resrep", run_folder.CHECKPOINT, config, resrep=resrep,
-                  distillation=distilling(given, model, training))
+                  distillation=distilling(job, model, training))
     except KeyboardInterrupt:
         if job.run.writes:
             narrower.save(resrep.merge(), job.run.folder)
@@ -104,7 +105,7 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
             small = resrep.merge()
         facts["error"] = first(lambda: difference(training, small, next(sample(job, 16))[0]))
         facts["text"] = "\n".join([str(resrep), *(f"warning: {w.message}" for w in said)])
-        facts["top1"] = job.evaluate(small)
+        facts |= job.headline(small)
     return recalibrated(job, small), choice.plan
 
 
@@ -115,8 +116,9 @@ def difference(trained: nn.Module, merged: nn.Module, images: Any) -> float:
     Raises:
         VerifyError: the difference is too large for rounding.
     """
-    want, have = (net.to(images.device).eval()(images).float() for net in (trained, merged))
-    error = float((want - have).abs().max() / want.abs().max().clamp_min(1e-12))
+    want, have = (flatten_tensors(net.to(images.device).eval()(images)) for net in (trained, merged))
+    error = max(float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp_min(1e-12))
+                for a, b in zip(want, have, strict=True))
     if not error <= MERGED:
         raise VerifyError(f"the merged network differs from the trained one by {error:.1e} of its outputs (at most "
                           f"{MERGED:.0e} is rounding): narrower is at fault, please report it; the checkpoint is kept")

@@ -15,7 +15,7 @@ from ..errors import ConfigError, StorageError
 from ..training.agreement import LOST, is_of_another, local_rank, tells
 from .comparing import Comparison
 from .job import Reporter
-from .networks import Figures
+from .networks import Costs
 from .prune import Result
 from .run_folder import Run, read_yaml
 from .shipped import config_file, names, published
@@ -104,12 +104,25 @@ class Rate(ProgressColumn):
         return f"{task.speed or 0:,.0f}/s"
 
 
+TITLES = {"top1": "top-1", "top5": "top-5"}
+
+
+def titled(name: str) -> str:
+    """The name of a figure, for people."""
+    return TITLES.get(name, name)
+
+
+def headline_of(row: dict[str, Any]) -> str:
+    name = row["headline"]
+    return f"{titled(name)} {row[name]:.2f} %"
+
+
 def epoch_line(row: dict[str, Any]) -> str:
     forgetting = ""
     if "masked" in row:
         forgetting = f"masked {row['masked']:.1%}  reached {row['reached']:.1%}  {row['zero']:.0f} channels at zero  "
     return (
-        f"{row['stage']}  epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}  top-1 {row['top1']:.2f} %  "
+        f"{row['stage']}  epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}  {headline_of(row)}  "
         f"{forgetting}lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
     )
 
@@ -117,19 +130,19 @@ def epoch_line(row: dict[str, Any]) -> str:
 def stage_line(row: dict[str, Any]) -> str:
     parts = [f"{row['stage']:<14}"]
     for key, value in row.items():
-        if key == "top1":
-            parts.append(f"top-1 {value:.2f} %")
+        if key == "headline":
+            parts.append(headline_of(row))
         elif key == "error":
             parts.append(f"largest relative difference {value:.1e}")
         elif key in ("macs", "params"):
             parts.append(f"{key} {value[0]:,.0f} -> {value[1]:,.0f} ({value[1] / value[0]:.1%})")
-        elif isinstance(value, (str, int)) and key not in ("stage", "text"):
+        elif isinstance(value, (str, int)) and key not in ("stage", "text", row.get("headline")):
             parts.append(f"{key} {value}")
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
 NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "reconstructed", "tune": "tuned",
-         "fine-tune": "fine-tuned", "layers": "layer by layer"}
+         "fine-tune": "fine-tuned", "layers": "layer by layer", "narrow": "narrow"}
 
 
 def comparison(result: Result) -> Table:
@@ -138,14 +151,14 @@ def comparison(result: Result) -> Table:
     table = Table(title=f"{result.start} against narrow")
     for name in ("", result.start, *(NAMES[stage] for stage in result.stages), "change"):
         table.add_column(name, justify="right" if name else "left")
-    stages = [f"{top1:.2f} %" for top1 in result.stages.values()]
-    table.add_row("top-1", f"{dense.top1:.2f} %", *stages, f"{narrow.top1 - dense.top1:+.2f}")
+    values = [result.before, *result.stages.values()]
+    table.add_row(titled(result.headline), *(f"{value:.2f} %" for value in values), f"{values[-1] - values[0]:+.2f}")
     for (name, one), (_, two), ratio in zip(costs(dense), costs(narrow), ratios(dense, narrow), strict=True):
-        table.add_row(name, one, *[""] * (len(stages) - 1), two, f"x {ratio:.3f}")
+        table.add_row(name, one, *[""] * (len(result.stages) - 1), two, f"x {ratio:.3f}")
     return table
 
 
-def costs(of: Figures) -> list[tuple[str, str]]:
+def costs(of: Costs) -> list[tuple[str, str]]:
     return [
         ("MACs", f"{of.macs / 1e6:,.2f} M"),
         ("parameters", f"{of.params / 1e6:,.3f} M"),
@@ -154,7 +167,7 @@ def costs(of: Figures) -> list[tuple[str, str]]:
     ]
 
 
-def ratios(dense: Figures, narrow: Figures) -> list[float]:
+def ratios(dense: Costs, narrow: Costs) -> list[float]:
     return [getattr(narrow, key) / getattr(dense, key) for key in ("macs", "params", "size_mb", "latency_ms")]
 
 

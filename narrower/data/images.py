@@ -11,7 +11,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..errors import DataError
+from .task import CLASSIFICATION, OwnTask, Task
 
-Batch = tuple[Tensor, Tensor]
-"""Images `[N, C, H, W]`, normalised floats, and labels `[N]`."""
+Batch = tuple[Tensor, Any]
+"""Images `[N, C, H, W]`, normalised floats, and labels `[N]` or the targets of a user's task."""
 
 
 class Source(Protocol):
@@ -50,6 +51,7 @@ class TensorImages(Dataset[Batch]):
     moves: Tensor | None = None
     augment: Callable[[Any], Any] | None = None
     key: tuple[int, int] = (0, 0)
+    task: ClassVar[Task] = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,6 +114,7 @@ class LazyImages(Dataset[Batch]):
     training: Callable[[Any], Tensor]
     mode: str = "RGB"
     key: tuple[int, int] | None = None
+    task: ClassVar[Task] = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.source)
@@ -119,7 +122,7 @@ class LazyImages(Dataset[Batch]):
     def augmented(self, seed: int, epoch: int) -> LazyImages:
         return replace(self, key=(seed, epoch))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.source[index]
         image = image.convert(self.mode)
         if self.key is None:
@@ -134,6 +137,7 @@ class StreamImages(IterableDataset[Batch]):
 
     plain: Any
     training: Any
+    task: ClassVar[Task] = CLASSIFICATION
 
     def augmented(self, seed: int, epoch: int) -> StreamImages:
         if hasattr(self.training, "set_epoch"):
@@ -147,7 +151,26 @@ class StreamImages(IterableDataset[Batch]):
         return iter(self.plain)
 
 
-Images = TensorImages | LazyImages | StreamImages
+@dataclass(frozen=True)
+class OwnImages(Dataset[Batch]):
+    """The samples of a user's task. `key` = (seed, epoch) seeds what is random about them in training."""
+
+    source: Any
+    task: OwnTask
+    key: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def augmented(self, seed: int, epoch: int) -> OwnImages:
+        return replace(self, key=(seed, epoch))
+
+    def __getitem__(self, index: int) -> Any:
+        seed_all(mix(self.key, index))
+        return self.source[index]
+
+
+Images = TensorImages | LazyImages | StreamImages | OwnImages
 
 HELD_OUT_SHARE = 0.05  # of the training images, at most
 
@@ -210,6 +233,7 @@ def batches(
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
     workers: int = 0,
+    limit: int | None = None,
 ) -> DataLoader[Batch]:
     """Batches of `images`, in their own order or shuffled by the seed `order`.
 
@@ -221,6 +245,7 @@ def batches(
         start: number of batches to skip, for a resumed epoch.
         shard: (rank, number of processes). Each process takes every n-th image.
         workers: number of reader processes. Not used for images in memory.
+        limit: number of images, the first of the order. A stream has no limit.
     """
     if isinstance(images, StreamImages):
         return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_signals_of_a_worker)
@@ -229,10 +254,12 @@ def batches(
         index = torch.arange(count)
     else:
         index = torch.randperm(count, generator=torch.Generator().manual_seed(order))[: trained_on(count, batch_size, shard[1])]
-    chunks = [chunk.tolist() for chunk in index[shard[0] :: shard[1]].split(batch_size)]
+    chunks = [chunk.tolist() for chunk in index[:limit][shard[0] :: shard[1]].split(batch_size)]
     if isinstance(images, TensorImages):
         return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is)
-    return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_signals_of_a_worker)
+    collate = getattr(images.task, "collate", None)
+    return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_signals_of_a_worker,
+                      collate_fn=collate)
 
 
 def trained_on(count: int, batch_size: int, processes: int = 1) -> int:

@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
 from .images import Files, Images, LazyImages, Source, StreamImages, TensorImages, mix
+from .task import CLASSIFICATION, Task
 from .unlabelled import unlabelled_files
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -75,7 +76,8 @@ class Reading:
 class ImageData:
     """Images for training and evaluation. Pixels are read at the first access of `train` or `val`.
 
-    Where images have no classes, `labelled` is False, `num_classes` is 0 and labels mean nothing.
+    Where images have no classes, `labelled` is False, `num_classes` is 0 and labels mean nothing. Of a user's `task`,
+    `num_classes` is 0 too.
     """
 
     name: str
@@ -83,6 +85,7 @@ class ImageData:
     input_size: tuple[int, int, int]
     read: Callable[[str], Images] = field(repr=False)
     labelled: bool = True
+    task: Task = CLASSIFICATION
 
     @cached_property
     def train(self) -> Images:

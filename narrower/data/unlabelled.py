@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .images import Files, Images, StreamImages, TensorImages
+from .images import Files, Images, LazyImages, TensorImages
 
 EVALUATED = 5
 """Without a folder for evaluation every fifth image is kept for it."""
@@ -40,6 +40,6 @@ def relabelled(images: Images, labels: Tensor) -> Images:
     """The same images with other labels `(N,)`. Raises DataError for a stream."""
     if isinstance(images, TensorImages):
         return replace(images, labels=labels)
-    if isinstance(images, StreamImages) or not isinstance(images.source, Files):
+    if not isinstance(images, LazyImages) or not isinstance(images.source, Files):
         raise DataError("these images cannot be given labels: only those of a folder can")
     return replace(images, source=replace(images.source, labels=torch.as_tensor(labels).tolist()))

@@ -27,7 +27,7 @@ class Distillation:
         teacher: the dense network. It runs in eval mode, without gradients, and is never changed.
         student: the narrow network, or the one in training that will be narrow.
         plan: which channels the student has; needed for `features`.
-        temperature: divides the logits of both.
+        temperature: divides the logits of both. None: outputs are no logits, and are compared by their squared difference.
         weight: of the divergence in [0, 1]; the task's loss has the rest. 1 needs no labels.
         features: weight of the squared difference of features at the end of each stage, relative to their variance.
 
@@ -35,11 +35,11 @@ class Distillation:
         ConfigError: a setting is out of range, or the networks share parameters.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan | None = None, *, temperature: float = 4.0,
+    def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan | None = None, *, temperature: float | None = 4.0,
                  weight: float = 0.9, features: float = 0.0) -> None:
         for name, value, low, high in (("temperature", temperature, 1e-3, 1e3), ("weight", weight, 0, 1),
                                        ("features", features, 0, 1e6)):
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name}={value!r}: give a number between {low:g} and {high:g}")
         shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
         if teacher is student or shared:
@@ -82,12 +82,12 @@ class Distillation:
         self.watched.close()
 
 
-def divergence(wanted: Any, outputs: Any, temperature: float = 1.0) -> Tensor:
+def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0) -> Tensor:
     """How far outputs are from those that are wanted.
 
     For class scores `(N, K)` or `(N, K, H, W)` KL(wanted || outputs) over K at a temperature, times its square: the mean over
-    images and positions, in nats. For other outputs, in any nesting, the squared error relative to the variance of what is
-    wanted, averaged over floating tensors.
+    images and positions, in nats. For other outputs, in any nesting, and without a temperature, the squared error relative to
+    the variance of what is wanted, averaged over floating tensors.
 
     Raises ConfigError if there are none, or their number or shapes differ.
     """
@@ -95,8 +95,9 @@ def divergence(wanted: Any, outputs: Any, temperature: float = 1.0) -> Tensor:
     have = [t for t in flatten_tensors(outputs) if t.is_floating_point()]
     if not want or [t.shape for t in want] != [t.shape for t in have]:
         raise ConfigError(f"the dense network returns {[tuple(t.shape) for t in want]}, the narrow one "
-                          f"{[tuple(t.shape) for t in have]}: distillation compares equal outputs")
-    if len(want) == 1 and want[0].ndim in (2, 4) and want[0].shape[1] > 1:
+                          f"{[tuple(t.shape) for t in have]}: distillation compares equal outputs, "
+                          "train without it (--no-distill)")
+    if temperature is not None and len(want) == 1 and want[0].ndim in (2, 4) and want[0].shape[1] > 1:
         p, q = ((t.float() / temperature).log_softmax(1) for t in (want[0], have[0]))
         return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * temperature**2
     return torch.stack([relative_error(a, b) for a, b in zip(want, have, strict=True)]).mean()

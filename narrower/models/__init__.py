@@ -28,7 +28,7 @@ from .mobilenet import cifar_mobilenet_v1
 from .resnet import cifar_resnet20, cifar_resnet32, cifar_resnet44, cifar_resnet56, cifar_resnet110
 from .vgg import cifar_vgg16_bn
 
-__all__ = ["CIFAR_MODELS", "expected_images", "make_model"]
+__all__ = ["CIFAR_MODELS", "expected_images", "import_named", "make_model"]
 
 HUB_SECONDS = 10
 CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -178,7 +178,7 @@ def _new_head(name: str, model: nn.Module, num_classes: int) -> nn.Module:
 
 def _own(name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]) -> nn.Module:
     """Call the user's factory with those of our arguments that its signature accepts."""
-    factory = _import(name)
+    factory = import_named(name)
     parameters = inspect.signature(factory).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     ours = _given(num_classes=num_classes, in_channels=in_channels)
@@ -189,7 +189,12 @@ def _own(name: str, num_classes: int | None, pretrained: bool, in_channels: int,
     return _call(name, factory, {key: value for key, value in ours.items() if takes_all or key in parameters} | kwargs)
 
 
-def _import(name: str) -> Callable[..., Any]:
+def import_named(name: str, flag: str = "--model") -> Callable[..., Any]:
+    """What is called `package.module:name` or `file.py:name`: a function or a class.
+
+    Raises:
+        ConfigError: it cannot be imported, or is not there. The message names the flag.
+    """
     where, _, attribute = name.rpartition(":")
     try:
         if where.endswith(".py"):
@@ -207,9 +212,10 @@ def _import(name: str) -> Callable[..., Any]:
                 sys.path.insert(0, "")  # a console script does not import from the current folder
             module = importlib.import_module(where)
     except Exception as error:  # the user's file may raise anything
-        raise ConfigError(f"cannot import {where!r} for --model {name}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"cannot import {where!r} for {flag} {name}: {type(error).__name__}: {error}") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"{where!r} has no function {attribute!r}; it has {', '.join(names) or 'none'}")
+        raise ConfigError(f"{flag} {name}: {where!r} has no function or class {attribute!r}; it has "
+                          f"{', '.join(names) or 'none'}")
     return factory

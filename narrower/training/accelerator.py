@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.images import Batch
 from ..errors import ConfigError
+from ..inputs import map_tensors
 from .agreement import meeting, several
 from .config import TrainConfig
 
@@ -65,10 +67,11 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype), enabled=config.amp)
 
 
-def to_device(x: Tensor, y: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(x: Tensor, y: Any, config: TrainConfig, device: torch.device) -> Batch:
     """A batch on the device, in the memory format of the settings."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True)
+    return (x.to(device, memory_format=layout, non_blocking=True),
+            map_tensors(y, lambda t: t.to(device, non_blocking=True)))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, NarrowerError
 from ..surgery.walk import named_tensors
@@ -98,6 +98,16 @@ def check_same(facts: Mapping[str, Any]) -> None:
             if other.get(key) != value:
                 raise ConfigError(f"the processes disagree on {key}: {value} in process 0, {other.get(key)} in process "
                                   f"{number}; give all of them the same command, files and version of narrower")
+
+
+def added(mine: Tensor | None) -> Tensor | None:
+    """The sum of a tensor over the processes, in all of them. None counts as nothing; the shapes must be the same."""
+    if not several():
+        return mine
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if mine is None else mine.cpu(), group=meeting())
+    parts = [part for part in found if part is not None]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 @torch.no_grad()

@@ -1,17 +1,20 @@
-"""Top-1, top-5 and loss of a network."""
+"""The figures of a network on images: those of their task, and the loss."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.images import Images, batches
 from ..data.sources import Watch, silent
+from ..errors import DataError
 from ..surgery.walk import in_eval_mode
 from .accelerator import autocast, make_accelerator, shard_of, to_device
+from .agreement import added
+from .checking import check_figures, check_loss, check_statistic, in_float32
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -24,21 +27,31 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """`{"top1": percent, "top5": percent, "loss": mean cross-entropy}` of `model` on `images`, in eval mode (put back after).
 
-    With several processes each takes a part, and all get the figures of the whole.
+    Of a user's task: its figures, the headline first, and the mean of its loss. With several processes each takes a part, and
+    all get the figures of the whole.
     """
     config = config or TrainConfig()
     accelerator = accelerator or make_accelerator()
-    shard = shard_of(accelerator)
+    shard, task = shard_of(accelerator), images.task
     loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
     model.to(accelerator.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    losses = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total: Tensor | None = None
     with in_eval_mode(model), torch.inference_mode(), autocast(config, accelerator.device):
         for x, y in watch(loader, "evaluating", len(images) // shard[1]):
             x, y = to_device(x, y, config, accelerator.device)
-            logits = model(x).float()
-            loss = F.cross_entropy(logits, y, reduction="sum")
-            first = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
-            sums += torch.stack((loss, first[:, 0].sum(), first.sum(), torch.tensor(len(y), device=x.device)))
-    loss, right, among, count = accelerator.reduce(sums).tolist()
-    count = max(1, count)
-    return {"top1": 100 * right / count, "top5": 100 * among / count, "loss": loss / count}
+            outputs = in_float32(model(x))
+            losses += torch.stack((check_loss(task.loss(outputs, y)).double() * len(x), losses.new_tensor(len(x))))
+            statistic = check_statistic(task.measure(outputs, y), total).double()
+            total = statistic if total is None else total + statistic
+    loss, count = accelerator.reduce(losses).tolist()
+    total = added(total)
+    if total is None:
+        raise DataError("there are no images to evaluate on")
+    return {**check_figures(task.figures(total)), "loss": loss / count}
+
+
+def headline(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The first of the figures, and its name as "headline": for a row of the metrics. Of a row that has them, the same."""
+    name = figures.get("headline", next(iter(figures)))
+    return {"headline": name, name: figures[name]}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.images import seed_all
+from ..data.images import Batch, seed_all
 from ..errors import ConfigError
 from .config import TrainConfig
 
@@ -34,16 +34,17 @@ class Mixing:
         if config.reprob:
             self.erasing = RandomErasing(config.reprob, mode="pixel", device=str(device))
 
-    def __call__(self, x: Tensor, y: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, y: Any, classes: int | None, seed: int) -> Batch:
         """The batch, and its targets: as they are, or, where images are mixed, the share of each class, `[N, classes]`.
 
-        Images are mixed in pairs, so one of an odd number is left out. The images given may be changed.
+        Images are mixed in pairs, so one of an odd number is left out. The images given may be changed. `classes`: None for
+        those of the batch.
         """
         seed_all(seed)
         if self.erasing is not None:
             x = self.erasing(x)
         if self.mixup is not None:
-            self.mixup.num_classes = classes
+            self.mixup.num_classes = int(y.max()) + 1 if classes is None else classes
             even = len(y) - len(y) % 2
             x, y = self.mixup(x[:even], y[:even])
         return x, y

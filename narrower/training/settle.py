@@ -27,7 +27,7 @@ CLEARLY = 0.95  # what is kept instead must have at most this share of the loss:
 
 @dataclass(frozen=True)
 class Settled:
-    """What was kept, and the cross-entropy of each candidate on the held-out images."""
+    """What was kept, and the loss of each candidate on the held-out images."""
 
     kept: str = TRAINED
     losses: dict[str, float] = field(default_factory=dict)
@@ -43,7 +43,7 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
 
     Running statistics lag behind the weights, by much after few steps. Statistics of images that were not augmented as in
     training may be worse still. So `config.recalibrate` images of `fit` are. The values as trained stay, unless others have a
-    clearly lower cross-entropy on the images of `held`, which this training has not seen.
+    clearly lower loss on the images of `held`, which this training has not seen.
     """
     values: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, float] = {}
@@ -84,7 +84,7 @@ def train_batches(fit: Images, config: TrainConfig, accelerator: Accelerator, se
     mixing = Mixing(config, accelerator.device)
     for step, (x, y) in enumerate(loader):
         x, y = to_device(x, y, config, accelerator.device)
-        yield mixing(x, y, int(y.max()) + 1, mix(seed, "settle", step, shard[0]))[0], y
+        yield mixing(x, y, None, mix(seed, "settle", step, shard[0]))[0], y
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import Images, StreamImages, batches, hold_out, mix, trained_on
@@ -28,8 +27,9 @@ from ..resrep.trainer import ResRep
 from ..storage import write_whole
 from .accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
 from .agreement import anywhere, first, share
+from .checking import task_in_training
 from .config import TrainConfig
-from .evaluate import evaluate
+from .evaluate import evaluate, headline
 from .mixing import Mixing
 from .optimizing import make_average, make_optimizer, make_schedule, updates_per_epoch
 from .settle import settle
@@ -55,8 +55,8 @@ class TrainContext:
         accelerator: from `make_accelerator`; made by `train` if not given.
         stage: name of the training in the rows of `log`.
         checkpoint: file that is replaced after every epoch. If it exists, training resumes from it.
-        log: takes a row per epoch: stage, epoch, lr, loss, top1, val_loss, seconds, images_per_second, and with ResRep what
-            its `progress` returns.
+        log: takes a row per epoch: stage, epoch, lr, loss, figures of the task, val_loss, seconds, images_per_second, and
+            with ResRep what its `progress` returns.
         watch: shows progress.
         best: called after an epoch whose loss on the images held out is the lowest so far, in order to save the network.
     """
@@ -102,14 +102,14 @@ def train(
     after the merge.
 
     Args:
-        model: images `[N, C, H, W]` to logits `[N, num_classes]`.
+        model: images `[N, C, H, W]` to logits `[N, num_classes]`, or to what the task of the data takes.
         data: training images, and those to evaluate on after every epoch.
         config: the settings.
         context: device, checkpoint, log and progress.
         seed: of order, augmentation and dropout.
         resrep: compactors on the model, trained along with it. After an epoch, channels at zero leave the model if that saves
             at least `WORTH_SHRINKING` of the dense network.
-        distillation: the loss against the dense network, which takes the cross-entropy as the task.
+        distillation: the loss against the dense network, beside the loss of the task.
 
     Raises:
         ConfigError: the loss is not finite or above `DIVERGED`, or the checkpoint belongs to other settings.
@@ -145,6 +145,7 @@ class TrainLoop:
         model.to(self.accelerator.device)
         if self.distillation is not None:
             self.distillation.teacher.to(self.accelerator.device)
+        self.task = task_in_training(data.task, config)
         self.fit, self.held = hold_out(data.train, config.held_out, seed)
         self.average = make_average(model, config, self.resrep)
         self.mixing = Mixing(config, self.accelerator.device)
@@ -177,8 +178,8 @@ class TrainLoop:
         with collect_interrupts() as interrupted:
             watched = self.context.watch(loader, self.title(start.epoch), count // self.shard[1])
             for step, (x, y) in enumerate(watched, start.step):
-                loss_sum += self.run_step(start.epoch, step, x, y) * len(y)
-                seen += len(y)
+                loss_sum += self.run_step(start.epoch, step, x, y) * len(x)
+                seen += len(x)
                 if anywhere(bool(interrupted)) and step + 1 < self.steps and self.moves(step):
                     self.save(Position(start.epoch, step + 1, float(self.accelerator.reduce(loss_sum))))
                     raise KeyboardInterrupt
@@ -198,17 +199,15 @@ class TrainLoop:
         speed = {"seconds": seconds, "images_per_second": seen * self.shard[1] / seconds}
         self.context.log(self.evaluated(start.epoch, loss) | speed)
 
-    def run_step(self, epoch: int, step: int, x: Tensor, y: Tensor) -> Tensor:
+    def run_step(self, epoch: int, step: int, x: Tensor, y: Any) -> Tensor:
         """Forward and backward of a batch, and a step of the optimizer if it is the last one of the step; the mean loss."""
         x, y = to_device(x, y, self.config, self.accelerator.device)
-        count, moves = len(y), self.moves(step)
+        count, moves = len(x), self.moves(step)
         x, y = self.mixing(x, y, self.data.num_classes, mix(self.seed, epoch, step, self.shard[0]))  # seeds dropout too
         with nullcontext() if moves else self.accelerator.no_sync(self.wrapped):
             with autocast(self.config, self.accelerator.device), self.batchnorm():
                 outputs = self.wrapped(x)
-                if y.ndim == 2:  # shares of classes; the network may have more outputs than there are classes
-                    y = F.pad(y, (0, outputs.shape[1] - y.shape[1]))
-                loss = F.cross_entropy(outputs, y, label_smoothing=self.config.smoothing)
+                loss = self.task.loss(outputs, y)
                 if self.distillation is not None:
                     loss = self.distillation.loss(x, outputs, loss)
             self.accelerator.backward(self.scaler.scale(loss * self.weight(step, count)))
@@ -283,7 +282,8 @@ class TrainLoop:
         row: dict[str, Any] = {"stage": "settle", "kept": found.kept, "held_out": len(self.held), "losses": found.losses,
                                "best_epoch": self.best.epoch}
         if found.changed:
-            row |= evaluate(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
+            result = evaluate(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
+            row |= headline(result) | result
         self.context.log(row | {"seconds": time.perf_counter() - began})
 
     def evaluated(self, epoch: int, loss: float) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class TrainLoop:
         row = {
             "stage": self.context.stage, "epoch": epoch + 1, "epochs": self.config.epochs,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": loss, "top1": result["top1"], "val_loss": result["loss"],
+            **headline(result), **result, "loss": loss, "val_loss": result["loss"],
         }
         if self.held is not None and self.resrep is None:  # the network of ResRep changes its widths on the way
             row["held_loss"] = evaluate(self.model, self.held, self.config, self.accelerator)["loss"]

@@ -1,0 +1,79 @@
+"""What is asked of a network on its images: a loss to train with, and figures to report. Classification, or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Task(Protocol):
+    """Loss and figures of a network's outputs against targets, which may be any nesting of tensors.
+
+    A task may also have `logits = True`: outputs `(N, K, ...)` are class scores, and are distilled as such. Other outputs are
+    drawn to the dense ones by their squared difference.
+    """
+
+    def loss(self, outputs: Any, targets: Any, /) -> Tensor:
+        """The mean loss over the images of a batch: a scalar."""
+        ...
+
+    def measure(self, outputs: Any, targets: Any, /) -> Tensor:
+        """What the figures are made of: counts, sums, a confusion matrix. Of one shape; added over batches and processes."""
+        ...
+
+    def figures(self, total: Tensor, /) -> Mapping[str, float]:
+        """The figures from the sum (float64) over all images. The first is the headline: in percent, higher is better."""
+        ...
+
+
+class OwnTask(Task, Protocol):
+    """A task with images of its own, for `--task file.py:Task`. It is made without arguments, or with `data_dir`.
+
+    It may also have `collate`, which makes a batch `(images, targets)` of a list of samples.
+    """
+
+    input_size: tuple[int, int, int]
+    """Of an image: (C, H, W)."""
+
+    def data(self, split: str, /) -> Any:
+        """Samples `(image [C, H, W], targets)` of the split "train" or "val": a map-style data set.
+
+        Python's, NumPy's and torch's random numbers are seeded before each sample is taken: by the run's seed, the epoch and
+        the index in training, by the index alone otherwise.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy, top-1 and top-5 of logits `[N, K]`. Targets: classes `[N]`, or the share of each class `[N, <= K]`."""
+
+    smoothing: float = 0.0
+    logits = True
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        if targets.ndim == 2:  # shares; the network may have more outputs than there are classes
+            targets = F.pad(targets, (0, outputs.shape[1] - targets.shape[1]))
+        return F.cross_entropy(outputs, targets, label_smoothing=self.smoothing)
+
+    def measure(self, outputs: Any, targets: Any) -> Tensor:
+        """(images, right, right among five)."""
+        first = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
+        return torch.stack((torch.tensor(len(targets), device=outputs.device), first[:, 0].sum(), first.sum()))
+
+    def figures(self, total: Tensor) -> dict[str, float]:
+        count, right, among = total.tolist()
+        return {"top1": 100 * right / max(1, count), "top5": 100 * among / max(1, count)}
+
+
+CLASSIFICATION = Classification()
+
+
+def has_logits(task: Task) -> bool:
+    """Whether the outputs are class scores."""
+    return bool(getattr(task, "logits", False))
