@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import narrower
 
-from ..data.images import Images, StreamImages, hold_out
+from ..data.images import Images, hold_out
 from ..data.sources import ImageData, Reading, open_data
+from ..data.streams import StreamImages
 from ..errors import ConfigError
 from ..models import expected_images
 from ..training.accelerator import shard_of

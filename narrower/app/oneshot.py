@@ -11,7 +11,8 @@ from torch import nn
 
 import narrower
 
-from ..data.images import Batch, batches, mix
+from ..data.images import Batch, batches
+from ..data.seeding import mix
 from ..data.task import CLASSIFICATION, Task, has_logits
 from ..errors import ConfigError
 from ..graph.cost import CostKind, CostModel

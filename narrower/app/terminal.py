@@ -27,8 +27,8 @@ class Terminal(Reporter):
     """Prints lines on stdout and into the run's log. Shows progress on stderr."""
 
     def __init__(self) -> None:
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.run: Run | None = None
         self.quiet = False  # set in all processes except the first
         self.silent = local_rank() > 0  # errors are told by another process
@@ -39,7 +39,7 @@ class Terminal(Reporter):
             (self.err if error else self.out).print(what, markup=False)
         if self.run is not None:
             text = io.StringIO()
-            Console(file=text, width=200, highlight=False, soft_wrap=True).print(what, markup=False)
+            Console(file=text, width=200, highlight=False, soft_wrap=True, emoji=False).print(what, markup=False)
             with suppress(StorageError) if error else nullcontext():  # that the disk is full, say
                 self.run.print(text.getvalue())
 

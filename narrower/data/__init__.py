@@ -1,7 +1,9 @@
 """Images for training, scoring and evaluation."""
 
-from .images import Batch, Images, LazyImages, OwnImages, StreamImages, TensorImages, batches, hold_out, mix
+from .images import Batch, Images, LazyImages, OwnImages, TensorImages, batches, hold_out
+from .seeding import mix
 from .sources import ImageData, Reading, digits, folder, from_timm, open_data
+from .streams import StreamImages
 from .task import CLASSIFICATION, Classification, OwnTask, Task
 
 __all__ = [

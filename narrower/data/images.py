@@ -6,10 +6,7 @@ was never interrupted.
 
 from __future__ import annotations
 
-import hashlib
-import random
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
@@ -17,9 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError
+from .seeding import mix, seed_all
+from .streams import StreamImages, signals_of_a_worker, stream_batches
 from .task import CLASSIFICATION, OwnTask, Task
 
 Batch = tuple[Tensor, Any]
@@ -87,13 +86,6 @@ class TensorImages(Dataset[Batch]):
         return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
 
 
-def seed_all(seed: int) -> None:
-    """Seed the generators that transforms use: of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def move(images: Tensor, moves: Tensor, pad: int) -> Tensor:
     """Pad `[N, C, H, W]` with zeros, crop `H x W` at (y, x) = `moves[:, :2]`, mirror if `moves[:, 2]`. One gather for all."""
     count, _, height, width = images.shape
@@ -129,26 +121,6 @@ class LazyImages(Dataset[Batch]):
             return self.transform(image), label
         seed_all(mix(*self.key, index))
         return self.training(image), label
-
-
-@dataclass(frozen=True)
-class StreamImages(IterableDataset[Batch]):
-    """A data set of timm that can only be iterated (webdataset, tfds). It decides the order itself."""
-
-    plain: Any
-    training: Any
-    task: ClassVar[Task] = CLASSIFICATION
-
-    def augmented(self, seed: int, epoch: int) -> StreamImages:
-        if hasattr(self.training, "set_epoch"):
-            self.training.set_epoch(epoch)
-        return replace(self, plain=self.training)
-
-    def __len__(self) -> int:
-        return len(self.plain)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.plain)
 
 
 @dataclass(frozen=True)
@@ -220,11 +192,6 @@ class Files:
             ) from error
 
 
-def mix(*parts: object) -> int:
-    """A seed computed from any values, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
-
-
 def batches(
     images: Images,
     batch_size: int,
@@ -248,7 +215,7 @@ def batches(
         limit: number of images, the first of the order. A stream has no limit.
     """
     if isinstance(images, StreamImages):
-        return DataLoader(images, batch_size, num_workers=workers, worker_init_fn=_signals_of_a_worker)
+        return stream_batches(images, batch_size, order=order, start=start, shard=shard, workers=workers)
     count = len(images)
     if order is None:
         index = torch.arange(count)
@@ -258,7 +225,7 @@ def batches(
     if isinstance(images, TensorImages):
         return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is)
     collate = getattr(images.task, "collate", None)
-    return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=_signals_of_a_worker,
+    return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=signals_of_a_worker,
                       collate_fn=collate)
 
 
@@ -275,8 +242,3 @@ def trained_on(count: int, batch_size: int, processes: int = 1) -> int:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _signals_of_a_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one handles it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # undo the handler that training has installed

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
-from .images import Files, Images, LazyImages, Source, StreamImages, TensorImages, mix
+from .images import Files, Images, LazyImages, Source, TensorImages
+from .seeding import mix
+from .streams import StreamImages, shards_of
 from .task import CLASSIFICATION, Task
 from .unlabelled import unlabelled_files
 
@@ -253,8 +255,7 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
                                 augment=augmentation(reading))
         plain, training = _transforms((reading.channels, height, width), reading)
         if stream:
-            parts["val"].transform, parts["train"].transform = plain, training
-            return StreamImages(parts[split], parts["train"])
+            return StreamImages(parts[split], plain, training, shards_of(parts[split].reader))
         return LazyImages(parts[split], plain, training, reading.mode)
 
     return ImageData(name, num_classes, (reading.channels, height, width), read)

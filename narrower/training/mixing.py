@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.images import Batch, seed_all
+from ..data.images import Batch
+from ..data.seeding import seed_all
 from ..errors import ConfigError
 from .config import TrainConfig
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm import recalibrate
-from ..data.images import Batch, Images, batches, mix
+from ..data.images import Batch, Images, batches
+from ..data.seeding import mix
 from ..surgery.walk import named_tensors
 from .accelerator import shard_of, to_device
 from .config import TrainConfig

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.images import Images, StreamImages, batches, hold_out, mix, trained_on
+from ..data.images import Images, batches, hold_out, trained_on
+from ..data.seeding import mix
 from ..data.sources import ImageData, Watch, silent
+from ..data.streams import StreamImages
 from ..distillation.distill import Distillation
 from ..errors import ConfigError, StorageError
 from ..resrep.trainer import ResRep
@@ -240,7 +242,7 @@ class TrainLoop:
     def count(self, images: Images) -> int:
         """How many images all processes train on in an epoch."""
         if isinstance(images, StreamImages):
-            return len(images) * self.shard[1]
+            return self.steps * self.config.batch_size * self.shard[1]  # all batches are full
         return trained_on(len(images), self.config.batch_size, self.shard[1])
 
     def weight(self, step: int, count: int) -> float:

@@ -73,7 +73,7 @@ def test_prune_trains_its_own_dense_network(capsys: pytest.CaptureFixture[str]) 
     assert not shown.err
     for words in ("dense against narrow", "reconstructed", "fine-tuned", "MACs", "parameters", "size", "latency", "saved"):
         assert words in shown.out
-    names = set(run_folder.FILES) - {run_folder.DENSE_CHECKPOINT}
+    names = set(run_folder.FILES) - {run_folder.DENSE_CHECKPOINT, run_folder.LAYERS, run_folder.LAYERS_CHECKPOINT}
     assert {path.name for path in Path("one").iterdir()} == names
     assert (Path("one") / run_folder.LOG).read_text() == shown.out
 
@@ -419,7 +419,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--model", "net.py:Broken"], "the network fails on images of shape (1, 3, 8, 8): KeyError: 'oops'", nothing),
     (["--model", "net.py:Single"], "nothing is free in this network (only: network output", nothing),
     (["--model", "net.py:seven"], "(1, 7) instead of (1, 10)", nothing),
-    (["--model", "net.py:nine"], "no function 'nine'", nothing),
+    (["--model", "net.py:nine"], "no function or class 'nine'", nothing),
     (["--model", "other.py:Net"], "other.py' for --model", nothing),
     (["--model", "cifar_resnet20", "--pretrained"], "no published weights", nothing),
     (["--model-kwargs", '{"depth": 3}'], "unexpected keyword argument 'depth'", nothing),
