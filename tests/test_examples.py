@@ -55,7 +55,7 @@ def test_segmentation_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         pytest.importorskip(package)
     from narrower.app import cli
 
-    file = ROOT / "examples" / "segmentation_task.py"
+    file = (ROOT / "examples" / "segmentation_task").with_suffix(".py")
     where = ["--task", f"{file}:Shapes", "--model", f"{file}:network", "--output", str(tmp_path / "run"), "--device", "cpu"]
     short = ["--dense-epochs", "1", "--epochs", "0", "--images", "16", "--no-reconstruct", "--recalibrate", "0", "-j", "0"]
     assert cli.main(["prune", *where, *short, "--method", "magnitude", "--allocate", "share"]) == 0
