@@ -33,3 +33,12 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed also notes the whole stack for each kind of device
+
+
+@pytest.fixture(autouse=True)
+def no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report at the end of each run would take seconds: only the tests of `reporting` write any."""
+    if request.path.parent.name == "app" and "reporting" not in request.path.name:
+        from narrower.app import cli
+
+        monkeypatch.setattr(cli, "report_at_end", lambda *_: None)

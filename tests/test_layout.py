@@ -25,7 +25,7 @@ LEVELS: dict[str, int] = {
     "allocation": 6, "distillation": 6, "scores": 6,
     # Outside the core: networks, data, training, the command line.
     "data": 7, "lightning": 7, "models": 7,
-    "training": 8,
+    "report": 8, "training": 8,
     "app": 9,
     "__main__": 10,
 }
@@ -35,7 +35,8 @@ OUTSIDE_THE_CORE = {name for name, level in LEVELS.items() if level >= 7}
 CORE_PACKAGES = {"torch", "numpy", "scipy", "safetensors"}
 FAST = {"numba"}
 OPTIONAL_PACKAGES = {"numba", "timm", "jsonargparse", "torchvision", "accelerate", "rich", "sklearn", "yaml", "PIL", "onnx",
-                     "onnxscript", "onnxruntime", "openvino", "lightning", "pytorch_lightning", "matplotlib", "huggingface_hub"}
+                     "onnxscript", "onnxruntime", "openvino", "lightning", "pytorch_lightning", "matplotlib", "huggingface_hub",
+                     "jinja2"}
 # Limits that keep the code readable.
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -62,6 +63,7 @@ TESTED_ELSEWHERE = {
     "models/mobilenet.py": "models/test_models.py",
     "models/resnet.py": "models/test_models.py",
     "models/vgg.py": "models/test_models.py",
+    "report/facts.py": "report/test_sections.py",
     "scores/matrix_rank_numba.py": "scores/test_matrix_rank.py: both forms pass the same tests",
     "tracing/probe.py": "tracing/test_trials.py: a probe is one trial",
     "training/evaluate.py": "training/test_train.py",

@@ -29,7 +29,7 @@ README = ROOT / "README.md"
 TINY = {
     "train": ["--epochs", "1", "--img-size", "8", "-b", "16", "--workers", "0", "--cache-dir", "none"],
     "prune": ["--epochs", "1", "--dense-epochs", "1", "--img-size", "8", "-b", "16", "--images", "16", "--recalibrate", "64"]
-    + ["--workers", "0", "--cache-dir", "none"],
+    + ["--workers", "0", "--cache-dir", "none", "--no-report"],
     "sensitivity": ["--img-size", "8", "--images", "16", "--workers", "0", "--cache-dir", "none"],
     "eval": ["--workers", "0", "--cache-dir", "none"],
     "bench": ["--seconds", "0"],

@@ -46,6 +46,7 @@ class Command:
         takes_run: its first argument may be a run folder: its network, and the `INHERITED` settings.
         takes_config: it has `--config`.
         takes_networks: its arguments are run folders and names of networks.
+        takes_runs: its arguments are run folders.
     """
 
     run: Callable[..., None]
@@ -57,6 +58,7 @@ class Command:
     takes_run: bool = False
     takes_config: bool = False
     takes_networks: bool = False
+    takes_runs: bool = False
 
     def flags(self) -> dict[str, tuple[type, Field[Any]]]:
         """{name: (its dataclass, its field)} of all flags."""
@@ -118,12 +120,13 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
         return group(**{item.name: values[item.name] for item in fields(group) if item.name in values})  # type: ignore[arg-type]
 
     settings = Settings(part(ModelConfig), part(DataConfig), part(TrainConfig), part(RunConfig), part(PruneConfig))
-    return name, settings, Namespace(**{"run": None, "networks": [], **values})
+    return name, settings, Namespace(**{"run": None, "networks": [], "runs": [], **values})
 
 
 def make_parser(name: str, command: Command) -> Parser:
     """The parser of one command."""
     first = "[RUN] " if command.takes_run else "network [network ...] " if command.takes_networks else ""
+    first = "RUN [RUN ...] " if command.takes_runs else first
     parser = Parser(
         prog=f"narrower {name}", usage=f"narrower {name} {first}[options]", allow_abbrev=False,
         description=f"{command.summary}. Example: {command.example}",
@@ -133,6 +136,8 @@ def make_parser(name: str, command: Command) -> Parser:
         parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run: its network and images are taken")
     if command.takes_networks:
         parser.add_argument("networks", nargs="+", help="run folders, and names of networks as for --model of other commands")
+    if command.takes_runs:
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs that have ended")
     if command.takes_config:
         parser.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml; "
                             "or a name that `narrower configs` lists")

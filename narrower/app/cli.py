@@ -25,12 +25,23 @@ from ..training.accelerator import make_accelerator
 from ..training.agreement import first
 from ..training.config import TrainConfig
 from .comparing import compare, write_comparison
-from .config import BenchConfig, CompareConfig, DataConfig, EvalConfig, ExportConfig, ModelConfig, PruneConfig, RunConfig
+from .config import (
+    BenchConfig,
+    CompareConfig,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    PruneConfig,
+    ReportConfig,
+    RunConfig,
+)  # fmt: skip
 from .deploying import bench_networks, export_network
 from .job import Job, Settings, open_job
 from .networks import costs_of, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
+from .reporting import report_at_end, write_reports
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
 from .terminal import TITLES, Terminal, comparison, costs, ending_together, grid, headline_of, papers, titled
 
@@ -66,6 +77,13 @@ def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
     result = prune(job)
     terminal.print(comparison(result))
     terminal.print(f"saved in {result.folder}; evaluate it again with: narrower eval {result.folder}")
+    if settings.prune.report and job.run.writes:
+        report_at_end(result.folder, terminal.print)
+
+
+def run_report(_: Settings, terminal: Terminal, given: Namespace) -> None:
+    for page in write_reports([Path(run) for run in given.runs], svg=given.svg):
+        terminal.print(str(page))
 
 
 def run_train(settings: Settings, terminal: Terminal, _: Namespace) -> None:
@@ -139,7 +157,7 @@ def run_compare(settings: Settings, terminal: Terminal, given: Namespace) -> Non
 EVALUATING = ("batch_size", "amp", "channels_last", "workers")
 MEASURING = ("method", "images", "allow_inexact")
 GRID = tuple(name for name in PruneConfig.__dataclass_fields__
-             if name not in ("method", "macs", "params", "remove", "dry_run", "sensitivity", "steps", "forgetting"))
+             if name not in ("method", "macs", "params", "remove", "dry_run", "sensitivity", "steps", "forgetting", "report"))
 READING = ("batch_size", "workers", "held_out")
 COMMANDS = {
     "inspect": Command(
@@ -204,6 +222,13 @@ COMMANDS = {
         titles={TrainConfig: "fine-tuning"},
         defaults={"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2},
         takes_config=True,
+    ),
+    "report": Command(
+        run_report,
+        "write report.html into the folder of each run: its stages, widths, damage, training and settings on one page",
+        "narrower report runs/20250101-120000-obs-cifar_resnet56 --svg",
+        [(ReportConfig, ())],
+        takes_runs=True,
     ),
     "export": Command(
         run_export,

@@ -128,6 +128,7 @@ class PruneConfig:
     ] = field(default_factory=dict)
     dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 25
     dense_lr: Annotated[float, "its learning rate"] = 0.1
+    report: Annotated[bool, "write report.html at the end, where matplotlib and jinja2 are installed"] = True
 
     def __post_init__(self) -> None:
         check(self, steps=(1, inf), images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf))
@@ -193,6 +194,13 @@ class CompareConfig:
                 raise ConfigError(f"--{name}: give one at least")
         if min(self.budgets) <= 0:
             raise ConfigError(f"--budgets {min(self.budgets):g}: give a fraction of the multiply-adds, or a number above 1")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """report"""
+
+    svg: Annotated[bool, "also write the pictures, into report/ of the run folder"] = False
 
 
 EXPORT_FORMATS = ("onnx", "openvino", "pt2", "torchscript")

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .run_folder import START, Run, read_settings
 
 WHERE = ("device", "workers", "amp", "channels_last", "data_dir", "dataset_download", "cache_dir", "checkpoint", "amp_dtype",
-         "torchcompile")
+         "torchcompile", "report")
 """Settings that may always change: where and how to compute, and where the same images and weights are."""
 TRAINING = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "sched", "decay_epochs", "decay_milestones", "decay_rate",
             "smoothing", "clip_grad", "mixup", "cutmix", "reprob")

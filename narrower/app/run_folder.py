@@ -13,6 +13,7 @@
 | `dense.safetensors`   | the dense network, where it was trained here                                 |
 | `*.checkpoint.pt`     | where training stopped, for `--resume`                                       |
 | `layers.pt`           | the network after the last layer that `--schedule layer` was done with       |
+| `report.html`         | what came of it, to look at                                                  |
 | `previous/`           | the run that this one replaces (`--overwrite`), until this one has ended     |
 """
 
@@ -35,10 +36,11 @@ from ..training.agreement import is_of_another
 MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
 DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
 BEST = "best.safetensors"
+REPORT = "report.html"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
 LAYERS, LAYERS_CHECKPOINT = "layers.pt", "layers.checkpoint.pt"
 FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT, LAYERS,
-         LAYERS_CHECKPOINT)
+         LAYERS_CHECKPOINT, REPORT)
 """In the order in which they are moved or removed: a folder without settings is no run that could go on."""
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"

@@ -1,0 +1,120 @@
+"""`narrower report`: a page for each run, written into its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import narrower
+
+from ..errors import ConfigError, MissingExtraError, NarrowerError
+from ..planning.damage import Sensitivity
+from ..report import Facts, Layer, render
+from ..storage import read_meta, write_whole
+from . import run_folder
+from .config import ModelConfig
+from .networks import dense_network, expected_size
+from .resuming import ENDS
+
+PICTURES = "report"
+NO_CLASSES = "the images have no classes: top-1 is"
+
+
+def write_reports(folders: Sequence[Path], *, svg: bool = False) -> list[Path]:
+    """Write `report.html` into each run folder, and on request its pictures into `report/`. Returns the pages.
+
+    Raises:
+        ConfigError: one of them is no run, or one that has not ended. Then nothing is written.
+        MissingExtraError: the extra `report` is not installed.
+    """
+    contents: dict[Path, bytes] = {}
+    pages = []
+    for folder in folders:
+        page, drawn = render(facts_of(folder))
+        pages.append(folder / run_folder.REPORT)
+        contents[pages[-1]] = page.encode()
+        contents |= {folder / PICTURES / name: picture for name, picture in drawn.items() if svg}
+    write_whole(contents)
+    return pages
+
+
+def report_at_end(folder: Path, tell: Callable[[str], None]) -> None:
+    """Write the report of a run that has just ended, and tell where it is. Without the extra there is none."""
+    try:
+        tell(f"report: {write_reports([folder])[0]}")
+    except MissingExtraError:
+        return
+    except NarrowerError as error:
+        tell(f"no report: {error}")
+
+
+def facts_of(folder: Path) -> Facts:
+    """What the folder of a run knows. What cannot be read is absent, with the reason.
+
+    Raises:
+        ConfigError: it is no run, or one that has not ended.
+    """
+    settings = run_folder.read_settings(folder)
+    run = run_folder.Run(folder, resume=True, writes=False)
+    if not any(run.last(stage) for stage in ENDS):
+        command = run.last(run_folder.START).get("command", "prune")
+        if command == "sensitivity":
+            raise ConfigError(f"{folder} is a measurement of damage, not a run that narrowed or trained: nothing to report")
+        raise ConfigError(f"the run in {folder} has not ended: go on with it by narrower {command} --resume {folder}")
+    parts: dict[str, Any] = {}
+    absent: dict[str, str] = {}
+    for name, read in (("layers", layers_of), ("widths", widths_of), ("sensitivity", sensitivity_of)):
+        try:
+            parts[name] = read(folder)
+        except (NarrowerError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # a damaged file
+            absent[name] = reason(error)
+    try:
+        parts["graph"] = graph_of(settings)
+    except Exception as error:  # whatever the factory of a network raises
+        absent["graph"] = f"the network cannot be made again ({reason(error)})"
+    log = folder / run_folder.LOG
+    agreement = log.is_file() and NO_CLASSES in " ".join(log.read_text(encoding="utf-8", errors="replace").split())
+    return Facts(folder.absolute().name, settings, run.rows(), **parts, absent=absent, agreement=agreement)
+
+
+def reason(error: Exception) -> str:
+    """One line of an error."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, NarrowerError) else f"{type(error).__name__}: {text}"[:300]
+
+
+def layers_of(folder: Path) -> list[Layer]:
+    """The weights of convolutions and linear layers. Raises StorageError where the network is not narrow."""
+    if not (folder / run_folder.NARROW).is_file():
+        raise ConfigError("the network was not narrowed")
+    record = read_meta(folder)[0]
+    return [Layer(name, tuple(shape), tuple(record.shapes[name])) for name, shape in record.dense.items()
+            if len(shape) > 1 and name.endswith("weight")]
+
+
+def widths_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """The widths of the plan."""
+    if not (folder / run_folder.PLAN).is_file():
+        raise ConfigError("the run has no plan")
+    plan = json.loads((folder / run_folder.PLAN).read_text(encoding="utf-8"))
+    return {str(name): (int(size), len(plan["keep"].get(name, range(size)))) for name, size in plan["groups"].items()}
+
+
+def sensitivity_of(folder: Path) -> Sensitivity:
+    """The damage curves."""
+    if not (folder / run_folder.SENSITIVITY).is_file():
+        raise ConfigError("no damage was measured in this run")
+    return Sensitivity.from_json((folder / run_folder.SENSITIVITY).read_text(encoding="utf-8"))
+
+
+def graph_of(settings: dict[str, Any]) -> narrower.Graph:
+    """The graph of the dense network: its weights do not matter."""
+    config = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
+    size = settings.get("img_size") or expected_size(config)
+    return narrower.trace(dense_network(config), torch.zeros(1, config.in_chans, size, size),
+                          allow_inexact=settings.get("allow_inexact", True))

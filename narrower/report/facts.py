@@ -1,0 +1,73 @@
+"""What a report is made of: the contents of a run folder, and what follows from its network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..graph.types import Graph
+from ..planning.damage import Sensitivity
+
+Row = Mapping[str, Any]
+TITLES = {"top1": "top-1", "top5": "top-5"}
+
+
+class Layer(NamedTuple):
+    """A layer by the name of its weight, with the shapes of the weight before and after."""
+
+    name: str
+    dense: tuple[int, ...]
+    narrow: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What is known of a run.
+
+    Attributes:
+        name: of its folder.
+        settings: those of its `config.yaml`.
+        rows: its metrics.
+        layers: convolutions and linear layers in the order of the network; empty for a dense network.
+        widths: {group: (channels, those that the plan keeps)}.
+        sensitivity: the damage curves.
+        graph: of the dense network.
+        absent: {"layers", "widths", "sensitivity" or "graph": why it is not there}.
+        agreement: whether the images have no classes, so that accuracy is the share on which the dense network agrees.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    rows: Sequence[Row]
+    layers: Sequence[Layer] = ()
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    graph: Graph | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
+    agreement: bool = False
+
+    def last(self, stage: str) -> Row:
+        """The last row of a stage, or an empty one."""
+        return next((row for row in reversed(self.rows) if row.get("stage") == stage and "epoch" not in row), {})
+
+    @property
+    def epochs(self) -> list[Row]:
+        """The rows of epochs."""
+        return [row for row in self.rows if "epoch" in row]
+
+    @property
+    def headline(self) -> str:
+        """The name of the figure that says how good the network is."""
+        return str(next((row["headline"] for row in reversed(self.rows) if "headline" in row), "top1"))
+
+    @property
+    def headline_title(self) -> str:
+        if self.agreement:
+            return "agreement with the dense network"
+        return TITLES.get(self.headline, self.headline)
+
+    @property
+    def removed(self) -> dict[str, float]:
+        """{group: the share of its channels that the plan removes}."""
+        return {name: 1 - kept / size for name, (size, kept) in self.widths.items()}

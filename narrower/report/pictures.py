@@ -1,0 +1,135 @@
+"""The pictures of a report, as SVG files, and as SVG within a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..planning.drawing import DENSE, NARROW, draw_bars, draw_damage, matplotlib, width_for
+from .facts import Facts, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEXT, ACCENT, THIRD = "#1f2328", "#d9480f", "#7c55b8"
+"""Colours. That of the text becomes the page's own; the others can be seen on a light and on a dark ground."""
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": TEXT, "axes.edgecolor": TEXT,
+    "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
+}  # fmt: skip
+LINES = {"train": NARROW, "train dense": DENSE, "fine-tune": NARROW, "resrep": THIRD}
+
+
+class Picture(NamedTuple):
+    """An SVG file. `name`: without its ending. `text`: what it shows, in a sentence."""
+
+    name: str
+    text: str
+    svg: bytes
+
+    @property
+    def inline(self) -> str:
+        """The SVG as a part of an HTML page: no header, identifiers that no other picture has, text in the page's colour."""
+        svg = self.svg.decode()
+        svg = svg[svg.index("<svg") :].replace(TEXT, "currentColor")
+        svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{self.name}-", svg)
+        height, width = (float(found[1]) for key in ("height", "width") if (found := re.search(rf'\b{key}="([\d.]+)pt"', svg)))
+        svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+        least = round(min(width, 900))
+        return svg.replace("<svg", f'<svg role="img" style="aspect-ratio:{width:g}/{height:g};min-width:{least}px"', 1)
+
+
+@contextmanager
+def figure(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
+    """A figure of so many inches, and the file that it is written to at the end."""
+    matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE | {"svg.hashsalt": "narrower"}):  # the same picture, the same bytes
+        out = io.BytesIO()
+        made = Figure(figsize=(width, height), layout="constrained")
+        yield made, out
+        made.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+
+
+def bars(name: str, text: str, label: str, rows: Sequence[tuple[str, float, float]]) -> Picture:
+    """A bar for each (name, dense, narrow)."""
+    with figure(width_for(len(rows)), 4.2) as (made, out):
+        names, dense, narrow = zip(*rows, strict=True)
+        draw_bars(made.subplots(), names, dense, narrow, label)
+    return Picture(name, text, out.getvalue())
+
+
+def damage(facts: Facts) -> Picture:
+    """The damage curves with the chosen points."""
+    assert facts.sensitivity is not None
+    with figure(8, 4.6) as (made, out):
+        axes = made.subplots()
+        draw_damage(axes, facts.sensitivity, facts.removed)
+    return Picture("damage", "Damage of each group against the share of its channels removed", out.getvalue())
+
+
+def training(facts: Facts) -> Picture:
+    """Loss and headline over the epochs of all trainings, one after the other."""
+    rows = facts.epochs
+    dense = facts.last("evaluate dense").get(facts.headline)
+    with figure(10, 3.6) as (made, out):
+        left, right = made.subplots(1, 2)
+        start = 0
+        for stage in dict.fromkeys(row["stage"] for row in rows):
+            own = [row for row in rows if row["stage"] == stage]
+            at = [start + k + 1 for k in range(len(own))]
+            colour = LINES.get(stage, THIRD)
+            line(left, at, own, "loss", color=colour, label=stage)
+            line(left, at, own, "val_loss", color=colour, linestyle=":", label=f"{stage}, test images")
+            line(right, at, own, facts.headline, color=colour, label=stage)
+            start += len(own)
+        if dense is not None:
+            right.axhline(dense, color=ACCENT, linestyle="--", linewidth=1, label="dense, as given")
+        for axes, label in ((left, "loss"), (right, f"{facts.headline_title} (%)")):
+            over_epochs(axes, label, start)
+    return Picture("training", f"Loss and {facts.headline_title} over the epochs", out.getvalue())
+
+
+def resrep(facts: Facts) -> Picture:
+    """What ResRep's masks and zeros come to over the epochs, and the norms of the rows that stay."""
+    rows = [row for row in facts.epochs if "masked" in row]
+    at = [row["epoch"] for row in rows]
+    with figure(12, 3.4) as (made, out):
+        macs, channels, norms = made.subplots(1, 3)
+        for key, label, colour in (("masked", "chosen rows masked", NARROW), ("reached", "zeros gone", THIRD)):
+            line(macs, at, [{key: 100 * row[key]} for row in rows], key, color=colour, label=label)
+        if isinstance(budget := facts.settings.get("macs"), (int, float)) and 0 < budget <= 1:
+            macs.axhline(100 * budget, color=ACCENT, linestyle="--", linewidth=1, label="budget")
+        for key, label, colour in (("chosen", "chosen", NARROW), ("zero", "at zero", THIRD)):
+            line(channels, at, rows, key, color=colour, label=label)
+        for key, label, colour in (("mean_norm", "mean", NARROW), ("least_norm", "least", THIRD)):
+            line(norms, at, rows, key, color=colour, label=label)
+        for axes, label in ((macs, "MACs / dense (%)"), (channels, "channels"), (norms, "norm of the rows that stay")):
+            over_epochs(axes, label, len(rows))
+    text = "Masked and reached MACs, channels chosen and at zero, and row norms over the epochs"
+    return Picture("resrep", text, out.getvalue())
+
+
+def line(axes: Any, at: Sequence[int], rows: Sequence[Row], key: str, **style: Any) -> None:
+    """A line through what the rows have of `key`."""
+    points = [(x, row[key]) for x, row in zip(at, rows, strict=True) if isinstance(row.get(key), (int, float))]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=".", markersize=4, linewidth=1.5, **style)
+
+
+def over_epochs(axes: Any, label: str, epochs: int) -> None:
+    """Name the axes, at whole epochs, and the lines."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(min(8, max(1, epochs)), integer=True))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")

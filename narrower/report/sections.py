@@ -1,0 +1,177 @@
+"""The sections of a report: each is made from the facts of a run, or says why it is left out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from . import pictures
+from .facts import Facts, Row
+from .pictures import Picture
+
+NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "repaired", "tune": "tuned",
+         "fine-tune": "fine-tuned", "layers": "layer by layer"}  # fmt: skip
+
+
+class Table(NamedTuple):
+    """Cells as text. The first column is left-aligned, the others are right-aligned where they are `numbers`."""
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    numbers: bool = True
+
+
+class Section(NamedTuple):
+    """A part of the page. `absent`: why it has no more than its title."""
+
+    title: str
+    text: str = ""
+    picture: Picture | None = None
+    table: Table | None = None
+    folded: bool = False
+    absent: str = ""
+
+
+def stages(facts: Facts) -> Section:
+    """The table of the network after each stage."""
+    title = "Stages"
+    measured = facts.last("measure")
+    if not measured:
+        found = facts.last("train")
+        rows = [("trained", percent(found.get(facts.headline)), seconds(found))] if found else []
+        return Section(title, table=Table(("", facts.headline_title, "seconds"), rows))
+    dense, narrow = measured["dense"], measured["narrow"]
+    header = ("", facts.headline_title, "MACs", "parameters", "size", "latency", "seconds")
+    lines = [("dense", percent(dense.get(facts.headline)), *costs(dense), "")]
+    names = list(measured["stages"])
+    for name in names:
+        last = name == names[-1]
+        shown = costs(narrow) if last else (*costs(narrow)[:3], "")
+        lines.append((NAMES.get(name, name), percent(measured["stages"][name]), *shown, seconds(facts.last(name))))
+    if not names:
+        lines.append(("narrow", percent(narrow.get(facts.headline)), *costs(narrow), ""))
+    change = narrow.get(facts.headline, 0.0) - dense.get(facts.headline, 0.0)
+    ratios = [f"× {narrow[key] / dense[key]:.3f}" if dense.get(key) else "" for key in COSTS]
+    lines.append(("change", f"{change:+.2f}", *ratios, ""))
+    return Section(title, "Latency: one image, measured in turn on the machine of the run, at its end.",
+                   table=Table(header, lines))
+
+
+COSTS: dict[str, Callable[[float], str]] = {
+    "macs": lambda n: f"{n / 1e6:,.2f} M",
+    "params": lambda n: f"{n / 1e6:,.3f} M",
+    "size_mb": lambda n: f"{n:,.3f} MB",
+    "latency_ms": lambda n: f"{n:,.2f} ms",
+}
+
+
+def costs(of: Row) -> tuple[str, ...]:
+    return tuple(show(of[key]) if key in of else "" for key, show in COSTS.items())
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} %"
+
+
+def seconds(row: Row) -> str:
+    return f"{row['seconds']:,.1f}" if "seconds" in row else ""
+
+
+def widths(facts: Facts) -> Section:
+    """Output channels of each layer."""
+    title = "Widths by layer"
+    if not facts.layers:
+        return Section(title, absent=facts.absent.get("layers", "the network was not narrowed"))
+    rows = [(short(layer.name), float(layer.dense[0]), float(layer.narrow[0])) for layer in facts.layers]
+    picture = pictures.bars("widths", "Output channels of each layer, dense and kept", "output channels", rows)
+    return Section(title, picture=picture)
+
+
+def short(weight: str) -> str:
+    """The layer of a weight."""
+    return weight.removesuffix(".weight")
+
+
+def macs(facts: Facts) -> Section:
+    """Multiply-adds of each layer."""
+    title = "Multiply-adds by layer"
+    if not facts.layers:
+        return Section(title, absent=facts.absent.get("layers", "the network was not narrowed"))
+    if facts.graph is None:
+        return Section(title, absent=facts.absent.get("graph", "the network was not traced"))
+    uses = facts.graph.uses
+    rows = [(short(name), uses[name] * prod(dense) / 1e6, uses[name] * prod(narrow) / 1e6)
+            for name, dense, narrow in facts.layers if name in uses]
+    if not rows:
+        return Section(title, absent="no layer of the run is one of the traced network")
+    return Section(title, picture=pictures.bars("macs", "Multiply-adds of each layer, dense and narrow", "MACs (M)", rows))
+
+
+def damage(facts: Facts) -> Section:
+    """Damage curves, and the point of each group that the plan chose."""
+    title = "Damage curves"
+    if facts.sensitivity is None:
+        return Section(title, absent=facts.absent.get("sensitivity", "no damage was measured"))
+    text = (f"Each line is a group of channels, from the first of the network (blue) to the last (orange). Damage is that of "
+            f"removing the lowest channels of this group alone, its readers repaired, on {facts.sensitivity.images} images.")
+    no_plan = f" No chosen points: {facts.absent.get('widths', 'no plan')}."
+    text += " Circles: what the plan removes." if facts.widths else no_plan
+    rows = []
+    for curve in facts.sensitivity.curves:
+        for name in curve.groups:
+            size, kept = facts.widths.get(name, (0, 0))
+            share = facts.removed.get(name, 0.0)
+            rows.append((name, str(size or ""), str(kept or ""), f"{share:.0%}" if size else "",
+                         f"{facts.sensitivity.damage(curve.groups, share):.4f}" if size else ""))
+    table = Table(("group", "channels", "kept", "removed", "damage"), rows)
+    return Section(title, text, pictures.damage(facts), table, folded=True)
+
+
+def training(facts: Facts) -> Section:
+    """Loss and accuracy over the epochs."""
+    title = "Training"
+    if not facts.epochs:
+        return Section(title, absent="nothing was trained in this run")
+    return Section(title, picture=pictures.training(facts))
+
+
+def resrep(facts: Facts) -> Section | None:
+    """How ResRep went."""
+    if facts.settings.get("method") != "resrep" or not facts.last("measure"):
+        return None
+    title = "ResRep: from masks to zeros"
+    if not any("masked" in row for row in facts.epochs):
+        return Section(title, absent="the run has recorded no masks")
+    return Section(title, picture=pictures.resrep(facts))
+
+
+def pins(facts: Facts) -> Section:
+    """The groups that no channel can be removed from."""
+    title = "Pinned groups"
+    if facts.graph is None:
+        return Section(title, absent=facts.absent.get("graph", "the network was not traced"))
+    rows = [(g.name, str(g.size), str(g.pinned)) for g in facts.graph if g.pinned]
+    text = f"{facts.graph.summary[0].upper()}{facts.graph.summary[1:]}."
+    return Section(title, text, table=Table(("group", "channels", "why"), rows, numbers=False) if rows else None)
+
+
+def made_by(facts: Facts) -> Section:
+    """The command, the versions and all settings."""
+    start = facts.last("start")
+    command = start.get("command", "prune" if facts.last("measure") else "train")
+    text = f"Again: narrower {command} --config {facts.name}/config.yaml. Seed {facts.settings.get('seed', 'unknown')}. "
+    text += f"Run by narrower {start.get('narrower', 'of a version that was not recorded')}"
+    text += f", torch {start['torch']}, Python {start['python']}. " if {"torch", "python"} <= start.keys() else ". "
+    text += f"Page by torch {torch.__version__}, Python {sys.version.split()[0]}."
+    rows = [(str(key), str(value)) for key, value in facts.settings.items()]
+    return Section("Command, versions and settings", text, table=Table(("setting", "value"), rows, numbers=False), folded=True)
+
+
+def sections(facts: Facts) -> list[Section]:
+    """All sections of a report."""
+    made = (part(facts) for part in (stages, widths, macs, damage, training, resrep, pins, made_by))
+    return [section for section in made if section is not None]

@@ -1,0 +1,74 @@
+"""Sections: what each says of a run."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("matplotlib")
+from support.run_folders import DENSE, NARROW, ROWS, make_facts, resrep_facts
+
+from narrower.report import pictures, sections
+
+
+def cells(section: sections.Section | None) -> list[tuple[str, ...]]:
+    assert section is not None and section.table is not None
+    return list(section.table.rows)
+
+
+def test_each_stage_has_a_row_and_only_what_was_timed_a_latency() -> None:
+    rows = cells(sections.stages(make_facts()))
+    assert [row[0] for row in rows] == ["dense", "cut", "repaired", "fine-tuned", "change"]
+    assert [row[1] for row in rows] == ["88.29 %", "23.93 %", "81.27 %", "86.51 %", "-1.78"]
+    assert [row[5] for row in rows] == ["2.00 ms", "", "", "1.50 ms", "× 0.750"]
+
+
+def test_another_headline_than_top1_is_shown_by_its_name() -> None:
+    measured = {"stage": "measure", "dense": {"miou": 70.0, **{k: v for k, v in DENSE.items() if k != "top1"}},
+                "narrow": {"miou": 68.5, **{k: v for k, v in NARROW.items() if k != "top1"}}, "stages": {"cut": 68.5}}
+    found = sections.stages(make_facts(rows=[{"stage": "cut", "headline": "miou", "miou": 68.5, "seconds": 1.0}, measured]))
+    assert found.table and found.table.header[1] == "miou"
+    assert [row[1] for row in cells(found)] == ["70.00 %", "68.50 %", "-1.50"]
+
+
+def test_multiply_adds_are_those_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[tuple[str, float, float]]] = []
+    monkeypatch.setattr(pictures, "bars", lambda *args: given.append(args[-1]))
+    sections.macs(make_facts())
+    assert given[0] == [("conv1", 64 * 216 / 1e6, 64 * 162 / 1e6), ("conv2", 64 * 1152 / 1e6, 64 * 432 / 1e6),
+                        ("head", 160 / 1e6, 80 / 1e6)]
+
+
+def test_the_chosen_points_stand_on_the_curves() -> None:
+    facts = make_facts()
+    assert facts.sensitivity is not None
+    assert cells(sections.damage(facts)) == [
+        ("conv1", "8", "6", "25%", f"{facts.sensitivity.damage(('conv1',), 0.25):.4f}"), ("conv2", "16", "8", "50%", "0.1000")]
+
+
+def test_pinned_groups_are_listed_with_their_reason() -> None:
+    facts = make_facts()
+    assert facts.graph is not None
+    rows = cells(sections.pins(facts))
+    assert [row[0] for row in rows] == [g.name for g in facts.graph if g.pinned] != []
+    assert all(reason for *_, reason in rows)
+
+
+def test_resrep_has_a_section_only_in_its_own_runs() -> None:
+    assert sections.resrep(make_facts()) is None
+    found = sections.resrep(resrep_facts())
+    assert found is not None and found.picture is not None
+    rows = [row for row in resrep_facts().rows if "masked" not in row]
+    found = sections.resrep(make_facts(rows=rows, settings={"method": "resrep"}))
+    assert found is not None and found.picture is None and found.absent
+
+
+def test_settings_and_seed_are_all_there() -> None:
+    facts = make_facts()
+    found = sections.made_by(facts)
+    assert "Seed 7." in found.text and "--config run <1>/config.yaml" in found.text
+    assert cells(found) == [(key, str(value)) for key, value in facts.settings.items()]
+
+
+def test_a_training_has_its_accuracy() -> None:
+    rows = [*[r for r in ROWS if "epoch" in r], {"stage": "train", "top1": 90.5, "seconds": 3.0}]
+    assert cells(sections.stages(make_facts(rows=rows))) == [("trained", "90.50 %", "3.0")]
