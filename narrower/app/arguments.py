@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
@@ -213,7 +213,8 @@ def parts(hint: Any) -> set[Any]:
 def wanted(hint: Any) -> str:
     """What may be given for a setting of this type."""
     members = [kind for kind in kinds(hint) if kind is not types.NoneType]
-    return " or ".join(WANTED[get_args(kind)[0] if get_origin(kind) is list else get_origin(kind) or kind] for kind in members)
+    return " or ".join(" or ".join(get_args(kind)) if get_origin(kind) is Literal else
+                       WANTED[get_args(kind)[0] if get_origin(kind) is list else get_origin(kind) or kind] for kind in members)
 
 
 def checked(settings: Mapping[str, Any], known: Iterable[str], file: str) -> Mapping[str, Any]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from ..errors import ConfigError
+from ..deployment.layer_times import PREPARE
+from ..errors import ConfigError, PlanError
+from ..planning.requests import read_latency
 from ..training.config import check
 
 METHODS = ("obs", "hrank", "resrep", "magnitude", "fpgm", "bn_scale", "taylor", "random")
@@ -87,11 +89,27 @@ class PruneConfig:
     ] = "obs"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
+    latency: Annotated[
+        float | str | None,
+        "time of a forward that may remain: 0.6x (of the dense time), 12.5ms, or a number: a fraction, above 1 milliseconds",
+    ] = None
+    runtime: Annotated[
+        str | None, "for --latency and --round-to auto, what is timed: onnxruntime (default), openvino, eager, compile"
+    ] = None
+    threads: Annotated[int | None, "for the same, threads of the runtime (default 1)"] = None
+    latency_table: Annotated[
+        str | None, "for the same, times measured before: latency.json of a run, or the folder that `write_latency_jobs` made "
+        "for another machine and its times were added to"
+    ] = None
     remove: Annotated[
         float | dict[str, float] | None,
         "instead of a budget: fraction of channels to take from each group, or JSON {pattern: fraction}",
     ] = None
-    round_to: Annotated[int, "kept widths are multiples of this (8 suits most hardware)"] = 1
+    round_to: Annotated[
+        int | Literal["auto"] | None,
+        "kept widths are multiples of this (8 suits most hardware); auto: of what the runtime computes in; default 1, with "
+        "--latency auto",
+    ] = None
     dry_run: Annotated[bool, "plan only: nothing is cut, trained or written"] = False
     exclude: Annotated[list[str], "patterns of groups or layers to leave alone, such as layer1.* fc"] = field(
         default_factory=list
@@ -134,8 +152,9 @@ class PruneConfig:
         check(self, steps=(1, inf), images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf))
         check(self, dense_epochs=(0, inf), dense_lr=(0, inf))
         check(self, distill_temperature=(1e-3, 1e3), distill_weight=(0, 1), distill_features=(0, 1e6))
+        self.check_times()
         if self.sensitivity and (self.remove is not None or self.allocate != "measured"):
-            raise ConfigError("--sensitivity spreads a budget (--macs, --params) with --allocate measured")
+            raise ConfigError("--sensitivity spreads a budget (--macs, --params, --latency) with --allocate measured")
         if self.steps > 1 and (self.method == "resrep" or self.remove is not None or self.sensitivity):
             raise ConfigError("--steps goes towards a budget (--macs, --params) and measures on the way: it takes no --remove, "
                               "no --sensitivity and no --method resrep")
@@ -156,11 +175,38 @@ class PruneConfig:
             raise ConfigError(f"--forgetting is for --method resrep, and the method is {self.method}")
         if self.allocate == "norms" and self.method != "resrep":
             raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
-        if self.allocate == "norms" and (self.remove is not None or self.round_to > 1 or self.min_channels > 1):
+        if self.allocate == "norms" and (
+                self.remove is not None or self.round_to not in (None, 1) or self.min_channels > 1):
             raise ConfigError("--allocate norms works towards a budget (--macs, --params): it takes no --remove, --round-to or "
                               "--min-channels")
         if self.allocate != "norms" and self.method == "resrep" and self.prior == "none":
             raise ConfigError("--prior none leaves the choice to the norms of the rows: give --allocate norms too")
+
+    @property
+    def timed(self) -> bool:
+        """Whether the plan needs a table of times."""
+        return self.latency is not None or self.round_to == "auto"
+
+    def check_times(self) -> None:
+        """Raises ConfigError for contradictions among --latency, --round-to auto and what goes with them."""
+        check(self, threads=(1, inf))
+        if self.runtime is not None and self.runtime not in PREPARE:
+            raise ConfigError(f"--runtime {self.runtime}: take one of {', '.join(PREPARE)}")
+        named = {"--runtime": self.runtime, "--threads": self.threads, "--latency-table": self.latency_table}
+        if not self.timed and (surplus := [name for name, value in named.items() if value is not None]):
+            raise ConfigError(f"{surplus[0]} is for --latency or --round-to auto, and neither is given")
+        if self.timed and self.steps > 1:
+            raise ConfigError("--steps takes no --latency and no --round-to auto: times are those of the dense layers")
+        if self.latency is None:
+            return
+        try:
+            read_latency(self.latency)
+        except PlanError:
+            raise ConfigError(f"--latency {self.latency}: give 0.6x for a fraction of the dense time (below 1), 12.5ms or a "
+                              "number above 1 for milliseconds") from None
+        if self.remove is not None or self.allocate == "norms":
+            other = "--allocate norms works towards --macs or --params" if self.remove is None else "--remove is no budget"
+            raise ConfigError(f"--latency is a budget of its own, {other}: give one or the other")
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,17 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Job:
-    """The context of one command: settings, images, run folder, device and reporter."""
+    """The context of one command: settings, images, run folder, device and reporter.
+
+    `times`: the latency table of the dense network, where the settings ask for one and it is known.
+    """
 
     settings: Settings
     data: ImageData
     run: Run
     accelerator: Accelerator
     report: Reporter
+    times: narrower.LatencyTable | None = None
 
     @property
     def example(self) -> Tensor:
@@ -194,8 +198,8 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     data, reading = open_images(settings, report)
     check_classes(settings.model.num_classes, data, report)
     channels, height, width = data.input_size
-    sensitivity = absolute(settings.prune.sensitivity)
-    unlimited = settings.prune.macs is None and settings.prune.params is None and settings.prune.remove is None
+    wishes = settings.prune
+    unlimited = all(wish is None for wish in (wishes.macs, wishes.params, wishes.latency, wishes.remove))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if (workers := settings.train.workers) > max(cores, TrainConfig.workers):
         report.note(f"warning: --workers {workers}: this machine has {cores} cores, {cores} workers read as fast")
@@ -218,7 +222,12 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
             mean=list(reading.mean) if reading else None,
             std=list(reading.std) if reading else None,
         ),
-        prune=replace(settings.prune, sensitivity=sensitivity, macs=0.5 if unlimited else settings.prune.macs),
+        prune=replace(
+            wishes,
+            macs=0.5 if unlimited else wishes.macs,
+            sensitivity=absolute(wishes.sensitivity),
+            latency_table=absolute(wishes.latency_table),
+        ),
     )
     if run.resume and (changed := changes(run, settings.flat())):
         report.note(f"changed from here on: {named(changed, list(changed))}")

@@ -14,6 +14,7 @@ import narrower
 from ..data.images import Batch, batches
 from ..data.seeding import mix
 from ..data.task import CLASSIFICATION, Task, has_logits
+from ..deployment.fitting import elsewhere
 from ..errors import ConfigError
 from ..graph.cost import CostKind, CostModel
 from ..inputs import map_tensors
@@ -53,12 +54,18 @@ def trial_scores(given: PruneConfig, model: nn.Module, graph: narrower.Graph) ->
 
 
 def make_plan(given: PruneConfig, graph: narrower.Graph, scores: narrower.Scores,
-              damage: narrower.Sensitivity | None = None) -> narrower.Plan:
+              damage: narrower.Sensitivity | None = None, times: narrower.LatencyTable | None = None) -> narrower.Plan:
     """The plan for the configured request."""
-    return narrower.plan(
-        graph, scores, macs=given.macs, params=given.params, remove=given.remove, round_to=given.round_to,
-        exclude=given.exclude, min_channels=given.min_channels, sensitivity=damage,
-    )  # fmt: skip
+    return narrower.plan(graph, scores, **request_of(given, damage, times))
+
+
+def request_of(given: PruneConfig, damage: narrower.Sensitivity | None, times: narrower.LatencyTable | None) -> dict[str, Any]:
+    """The configured request, as `plan` takes it."""
+    return {
+        "macs": given.macs, "params": given.params, "latency_ms": given.latency, "remove": given.remove,
+        "round_to": given.round_to, "exclude": given.exclude, "min_channels": given.min_channels, "sensitivity": damage,
+        "latency": times,
+    }  # fmt: skip
 
 
 def distilling(job: Job, model: nn.Module, student: nn.Module,
@@ -74,10 +81,10 @@ def distilling(job: Job, model: nn.Module, student: nn.Module,
     )  # fmt: skip
 
 
-def check_plan(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> None:
+def check_plan(given: PruneConfig, model: nn.Module, graph: narrower.Graph, times: narrower.LatencyTable | None = None) -> None:
     """Make a plan of other scores, to fail before anything is trained. Raises as `make_plan` and `read_sensitivity`."""
     damage = read_sensitivity(Path(given.sensitivity)) if given.sensitivity else None
-    make_plan(given, graph, trial_scores(given, model, graph), damage)
+    make_plan(given, graph, trial_scores(given, model, graph), damage, times)
 
 
 def sample(job: Job, count: int) -> Iterator[Batch]:
@@ -171,8 +178,15 @@ def planned_once(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequ
     if given.allocate == "measured" and given.remove is None:
         damage = measured(job, model, graph, scores, images, again=again)
     with job.stage("plan") as facts:
-        plan = make_plan(given, graph, scores, damage)
-        facts |= {"macs": plan.macs, "params": plan.params, "text": str(plan)}
+        if given.latency is None or job.times is None or elsewhere(job.times, model, job.example):
+            plan, trials = make_plan(given, graph, scores, damage, job.times), ""
+        else:
+            found = narrower.fit_latency(model, graph, scores, job.example, **request_of(given, damage, job.times))
+            plan, trials = found.plan, f"\n{found}"
+            facts["trials"] = [{**t._asdict(), "error": t.error} for t in found.trials]
+        facts |= {"macs": plan.macs, "params": plan.params, "text": f"{plan}{trials}"}
+        if plan.latency_ms:
+            facts["predicted_ms"] = plan.latency_ms
     return plan
 
 

@@ -30,8 +30,9 @@ from .networks import (
     save_network,
     save_weights,
 )  # fmt: skip
-from .oneshot import check_plan, distilling, narrow_oneshot, planned, sample, saved_plan
-from .resrep_run import check, choose, train_resrep
+from .oneshot import distilling, narrow_oneshot, planned, sample, saved_plan
+from .resrep_run import choose, train_resrep
+from .timing import Timed, check_request, timed, with_given_times, with_times
 
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune", "layers")
 """Stages before the fine-tuning after which the network is evaluated."""
@@ -42,7 +43,7 @@ class Result:
     """Costs of the network before and after, and how good they are: by the figure `headline` of the task, in percent.
 
     `before`: that of the first. `stages`: that of the narrow network after each stage, in their order. `start` says what the
-    first one is: "dense", or "given" where it was narrow already.
+    first one is: "dense", or "given" where it was narrow already. `timed`: with `--latency`.
     """
 
     dense: Costs
@@ -52,6 +53,7 @@ class Result:
     stages: dict[str, float]
     folder: Path
     start: str = "dense"
+    timed: Timed | None = None
 
 
 def train_dense(job: Job) -> dict[str, Any]:
@@ -102,10 +104,8 @@ def prepared(job: Job) -> tuple[Job, nn.Module, narrower.Graph]:
             model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note
         )  # fmt: skip
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
-    if job.settings.prune.method == "resrep":
-        check(job, model, graph)
-    else:
-        check_plan(job.settings.prune, model, graph)
+    job = with_given_times(job, graph)
+    check_request(job, model, graph)
     _ = job.data.train, job.data.val
     return job, model, graph
 
@@ -122,6 +122,7 @@ def plan_only(job: Job) -> narrower.Plan:
     if given.prune.allocate == "norms":
         raise ConfigError("--dry-run has nothing to show for --allocate norms: the training decides")
     job, model, graph = prepared(job)
+    job = with_times(job, model, graph)
     if given.prune.method == "resrep":
         return cast(narrower.Plan, choose(job, model, graph).plan)
     return planned(job, model, graph, list(sample(job, given.prune.images)))
@@ -130,6 +131,7 @@ def plan_only(job: Job) -> narrower.Plan:
 def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
     """From the dense network to the saved narrow one. What the folder of a run that goes on has is not done again."""
     trains = job.settings.prune.method == "resrep"
+    job = with_times(job, model, graph)
     before = prepare_dense(job, model)
     name = before["headline"]
     if (found := restored(job, graph)) is None:
@@ -150,7 +152,8 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
             )[name]  # fmt: skip
         if distillation is not None:
             distillation.close()
-    return measured(job, model, small, before, stages or {"narrow": job.headline(small)[name]})
+    times = timed(job, model, small, plan) if plan is not None else None
+    return replace(measured(job, model, small, before, stages or {"narrow": job.headline(small)[name]}), timed=times)
 
 
 def measured(job: Job, model: nn.Module, small: nn.Module, before: Mapping[str, Any], stages: dict[str, float]) -> Result:

@@ -56,7 +56,8 @@ def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     given = job.settings.prune
     if job.settings.train.epochs < 1:
         raise ConfigError("--method resrep needs --epochs: it works by training")
-    plan = None if given.allocate == "norms" else make_plan(compactable(given, model, graph), graph, narrower.random(graph))
+    plan = None if given.allocate == "norms" else make_plan(
+        compactable(given, model, graph), graph, narrower.random(graph), times=job.times)
     compacted(given, copy.deepcopy(model), graph, 1, Choice(plan))
 
 

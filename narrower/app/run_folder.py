@@ -8,6 +8,8 @@
 | `plan.json`           | the channels that stay                                                       |
 | `config.yaml`         | all settings; `--config` takes it back                                       |
 | `sensitivity.json`    | the measured damage of each group                                            |
+| `latency.json`        | the latency table (`--latency`, `--round-to auto`); `--latency-table` takes it back |
+| `latency.times.json`  | its times, while they are measured                                           |
 | `metrics.jsonl`       | a row per epoch and per stage                                                |
 | `log.txt`             | what was printed                                                             |
 | `dense.safetensors`   | the dense network, where it was trained here                                 |
@@ -35,12 +37,13 @@ from ..training.agreement import is_of_another
 
 MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
 DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
+LATENCY, TIMES = "latency.json", "latency.times.json"
 BEST = "best.safetensors"
 REPORT = "report.html"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
 LAYERS, LAYERS_CHECKPOINT = "layers.pt", "layers.checkpoint.pt"
-FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, DENSE_CHECKPOINT, CHECKPOINT, LAYERS,
-         LAYERS_CHECKPOINT, REPORT)
+FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, LATENCY, TIMES, DENSE_CHECKPOINT, CHECKPOINT,
+         LAYERS, LAYERS_CHECKPOINT, REPORT)
 """In the order in which they are moved or removed: a folder without settings is no run that could go on."""
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"

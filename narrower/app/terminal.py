@@ -19,6 +19,7 @@ from .networks import Costs
 from .prune import Result
 from .run_folder import Run, read_yaml
 from .shipped import config_file, names, published
+from .timing import Timed
 
 NUMBERS = 39  # columns of a terminal that the numbers of a progress bar take
 
@@ -155,7 +156,17 @@ def comparison(result: Result) -> Table:
     table.add_row(titled(result.headline), *(f"{value:.2f} %" for value in values), f"{values[-1] - values[0]:+.2f}")
     for (name, one), (_, two), ratio in zip(costs(dense), costs(narrow), ratios(dense, narrow), strict=True):
         table.add_row(name, one, *[""] * (len(result.stages) - 1), two, f"x {ratio:.3f}")
+    if result.timed is not None:
+        add_times(table, result.timed, len(result.stages) - 1)
     return table
+
+
+def add_times(table: Table, timed: Timed, between: int) -> None:
+    """A row for the runtime of `--latency`, and below the table how it was measured and what was predicted."""
+    dense, narrow = timed.predicted_ms if timed.trial is None else (timed.trial.dense_ms, timed.trial.measured_ms)
+    name = timed.place["runtime"] + (" (predicted)" if timed.trial is None else "")
+    table.add_row(name, f"{dense:,.2f} ms", *[""] * between, f"{narrow:,.2f} ms", f"x {narrow / dense:.3f}")
+    table.caption = str(timed)
 
 
 def costs(of: Costs) -> list[tuple[str, str]]:

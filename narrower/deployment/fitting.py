@@ -13,7 +13,7 @@ from ..graph.types import Graph
 from ..narrowing import narrow
 from ..planning import Plan, plan
 from ..planning.latency import LatencyTable
-from ..planning.requests import Budget
+from ..planning.requests import Budget, read_latency
 from .runtimes import Runtime, runtime_named
 from .tabulating import place_of, time_networks
 
@@ -21,16 +21,25 @@ NEAR = 0.02  # no second plan if the first is so near to the target, as a fracti
 
 
 class Trial(NamedTuple):
-    """A plan that was narrowed and measured: milliseconds predicted, measured, and of the dense network in the same run."""
+    """A plan that was narrowed and measured: milliseconds predicted, measured, and of the dense network in the same run.
+
+    `spread`: quartiles over median of the times of each of both, the larger one.
+    """
 
     predicted_ms: float
     measured_ms: float
     dense_ms: float
+    spread: float
 
     @property
     def error(self) -> float:
         """How far the prediction was from the measurement, as a fraction of this."""
         return self.predicted_ms / self.measured_ms - 1
+
+    def __str__(self) -> str:
+        share = self.measured_ms / self.dense_ms
+        return (f"predicted {self.predicted_ms:.3f} ms, measured {self.measured_ms:.3f} ms ({share:.3f} of "
+                f"{self.dense_ms:.3f} ms dense), prediction {self.error:+.1%}, spread {self.spread:.0%}")
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,7 @@ class LatencyFit:
     trials: tuple[Trial, ...]
 
     def __str__(self) -> str:
-        lines = [f"predicted {t.predicted_ms:.3f} ms, measured {t.measured_ms:.3f} ms ({t.measured_ms / t.dense_ms:.3f} of "
-                 f"{t.dense_ms:.3f} ms dense), prediction {t.error:+.1%}" for t in self.trials]
-        return "\n".join([*lines, f"wanted {self.target_ms:.3f} ms"])
+        return "\n".join([*map(str, self.trials), f"wanted {self.target_ms:.3f} ms"])
 
 
 def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], example_inputs: Any, *, latency: LatencyTable,
@@ -67,32 +74,36 @@ def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ex
     """
     if request.get("latency_ms") is None:
         raise ConfigError("fit_latency needs latency_ms=")
-    place = latency.place
-    here = place_of(model, example_inputs, place["runtime"], place["threads"])
-    if here != place:
-        differ = ", ".join(f"{k} {place.get(k)} and not {v}" for k, v in here.items() if place.get(k) != v)
+    if differ := elsewhere(latency, model, example_inputs):
         raise ConfigError(f"the latency table is of {differ}: measure one here, or use plan alone")
-    runs_in = runtime or runtime_named(place["runtime"])
     found = plan(graph, scores, latency=latency, **request)
     assert found.latency_ms is not None
     dense, first = found.latency_ms
     fraction = Budget(latency_ms=request["latency_ms"]).targets({"latency_ms": dense})["latency_ms"] / dense
-    relative = is_relative(request["latency_ms"])
+    relative = read_latency(request["latency_ms"])[1]
     trials: list[Trial] = []
     while True:
         small = narrow(model, found)
-        (dense_ms, _), (ms, _) = time_networks([model, small], example_inputs, runs_in, place, seconds=2.0)
-        trials.append(Trial(found.latency_ms[1], ms, dense_ms))
-        target = fraction * (dense_ms if relative else dense)
-        if len(trials) > 1 or abs(ms / target - 1) < NEAR:
+        trials.append(trial(model, small, found.latency_ms[1], example_inputs, latency, runtime))
+        target = fraction * (trials[-1].dense_ms if relative else dense)
+        if len(trials) > 1 or abs(trials[-1].measured_ms / target - 1) < NEAR:
             return LatencyFit(found, small, target, tuple(trials))
-        aim = target * first / ms
+        aim = target * first / trials[-1].measured_ms
         if aim >= dense:  # so far off that nothing would have to go
             return LatencyFit(found, small, target, tuple(trials))
         found = plan(graph, scores, latency=latency, **{**request, "latency_ms": f"{aim}ms"})
         assert found.latency_ms is not None
 
 
-def is_relative(wanted: float | str) -> bool:
-    """Whether a target is a fraction of the dense time."""
-    return wanted.strip().endswith("x") if isinstance(wanted, str) else wanted < 1
+def elsewhere(table: LatencyTable, model: nn.Module, example_inputs: Any) -> str:
+    """In what the place of a table differs from here, in words. Empty where it was measured here, on such inputs."""
+    here = place_of(model, example_inputs, table.place["runtime"], table.place["threads"])
+    return ", ".join(f"{k} {table.place.get(k)} and not {v}" for k, v in here.items() if table.place.get(k) != v)
+
+
+def trial(model: nn.Module, small: nn.Module, predicted_ms: float, example_inputs: Any, table: LatencyTable,
+          runtime: Runtime | None = None) -> Trial:
+    """Measure the dense network and a narrow one, in turn, as the table was measured."""
+    runs_in = runtime or runtime_named(table.place["runtime"])
+    (dense_ms, one), (ms, two) = time_networks([model, small], example_inputs, runs_in, table.place, seconds=2.0)
+    return Trial(predicted_ms, ms, dense_ms, max(one, two))

@@ -22,7 +22,7 @@ from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
 from ..surgery.walk import in_eval_mode
 from .exporting import batch_size
-from .layer_times import PREPARE, clock_for, machine, measure_layers, measure_networks
+from .layer_times import OPEN, PREPARE, clock_for, machine, measure_layers, measure_networks
 from .runtimes import Runtime, dtype_of, runtime_named, torch_threads
 from .survey import sizes_in, survey
 
@@ -103,7 +103,7 @@ def time_networks(modules: Sequence[nn.Module], example_inputs: Any, runtime: Ru
 
 def place_of(model: nn.Module, example_inputs: Any, runtime: str, threads: int) -> dict[str, Any]:
     """What the times of a table hold for."""
-    device = str(device_of(model))
+    device = "cpu" if runtime in OPEN else str(device_of(model))
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else machine()
     return {"runtime": runtime, "device": device, "threads": threads, "dtype": dtype_of(model, example_inputs),
             "shape": list(flatten_tensors(example_inputs)[0].shape), "batch": batch_size(example_inputs) or 1,
@@ -131,7 +131,7 @@ class Times:
         except (ValueError, KeyError, TypeError) as e:
             raise ConfigError(f"{path} has no times of layers ({type(e).__name__}: {e}): name another file") from e
         if old != place:
-            raise ConfigError(f"{path} has times of {old}, not of {place}: name another file")
+            raise ConfigError(f"{path} has times of {old}, not of {place}: name another file, or remove it")
         times.layers, times.networks = layers, {k: [(ms, spread) for ms, spread in v] for k, v in networks.items()}
         return times
 

@@ -206,9 +206,19 @@ class LatencyTable:
         return [self.predict(n.sizes) / n.ms - 1 for n in self.networks]
 
     @property
+    def spread(self) -> float:
+        """How far the times of one network lie apart: quartiles over median, the largest of the measured networks."""
+        return max((n.spread for n in self.networks), default=0.0)
+
+    @property
+    def error(self) -> float:
+        """The largest of `errors`, without its sign."""
+        return max(map(abs, self.errors), default=0.0)
+
+    @property
     def noisy(self) -> bool:
         """The times say little: they spread too far, or contradict each other."""
-        return any(n.spread > NOISY_SPREAD for n in self.networks) or any(abs(e) > NOISY_ERROR for e in self.errors)
+        return self.spread > NOISY_SPREAD or self.error > NOISY_ERROR
 
     def check(self, graph: Graph) -> None:
         """Raises PlanError if the table is of another network."""
@@ -229,8 +239,8 @@ class LatencyTable:
         lines += [f"network: {n.ms:.3f} ms measured, spread {n.spread:.0%}, prediction {e:+.1%}"
                   for n, e in zip(self.networks, self.errors, strict=True)]
         if self.noisy:
-            lines.append(f"too noisy: spread up to {max(n.spread for n in self.networks):.0%}, prediction off by up to "
-                         f"{max(map(abs, self.errors)):.0%}; stop other programs, or measure longer")
+            lines.append(f"too noisy: spread up to {self.spread:.0%}, prediction off by up to {self.error:.0%}; stop other "
+                         "programs, or measure longer")
         return "\n".join(lines)
 
     def to_json(self) -> str:

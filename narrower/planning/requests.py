@@ -47,16 +47,27 @@ class Budget:
         return out
 
 
-def fraction_of(text: str, dense: float) -> float:
-    """What "0.6x" or "12ms" is as a fraction of the dense time. Raises PlanError for other text."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*(x|ms)\s*", text)
+def read_latency(wanted: float | str) -> tuple[float, bool]:
+    """A time, and whether it is a fraction of the dense one: 0.6 and "0.6x" are, 12 and "12ms" are milliseconds.
+
+    Raises PlanError for other text and for what is no positive number, or no fraction below 1.
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*(x|ms)\s*", wanted) if isinstance(wanted, str) else None
     try:
-        value = float(found[1]) if found else math.nan
+        value = float(found[1] if found else wanted)
     except ValueError:
         value = math.nan
-    if not found or not 0 < value < math.inf:
-        raise PlanError(f"latency_ms={text!r}: write 0.6x for a fraction of the dense time, or 12ms for milliseconds")
-    value = value if found[2] == "x" else value / dense
+    relative = found[2] == "x" if found else value < 1
+    if (isinstance(wanted, str) and not found) or not 0 < value < math.inf or (relative and value >= 1):
+        raise PlanError(f"latency_ms={wanted!r}: write 0.6x for a fraction (below 1) of the dense time, or 12ms for "
+                        "milliseconds")
+    return value, relative
+
+
+def fraction_of(text: str, dense: float) -> float:
+    """What "0.6x" or "12ms" is as a fraction of the dense time. Raises PlanError for other text."""
+    value, relative = read_latency(text)
+    value = value if relative else value / dense
     if value >= 1:
         raise PlanError(f"latency_ms={text!r} is no less than the dense network takes ({dense:,.3f} ms)")
     return value
