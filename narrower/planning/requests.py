@@ -58,8 +58,10 @@ def read_latency(wanted: float | str) -> tuple[float, bool]:
     except ValueError:
         value = math.nan
     relative = found[2] == "x" if found else value < 1
-    if (isinstance(wanted, str) and not found) or not 0 < value < math.inf or (relative and value >= 1):
-        raise PlanError(f"latency_ms={wanted!r}: write 0.6x for a fraction (below 1) of the dense time, or 12ms for "
+    if found and relative and value >= 1:
+        raise PlanError(f"latency_ms={wanted!r} is no less than the dense network takes: give a fraction below 1")
+    if (isinstance(wanted, str) and not found) or not 0 < value < math.inf:
+        raise PlanError(f"latency_ms={wanted!r}: write 0.6x for a fraction of the dense time, or 12ms for "
                         "milliseconds")
     return value, relative
 
