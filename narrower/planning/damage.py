@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import PlanError
-from ..graph.types import table
+from ..graph.types import html_table, table
+from .drawing import draw_damage, new_axes
 
 FORMAT = 1
 LEAST_DAMAGE = 1e-9  # of a measurement: curves are drawn in logarithms
@@ -59,14 +60,38 @@ class Sensitivity:
         hull = next((self.hulls[g] for g in groups if g in self.hulls), None)
         return 0.0 if hull is None or share <= 0 else interpolated(*hull, share)
 
+    def plot(self, axes: Any = None, *, removed: Mapping[str, float] | None = None) -> Any:
+        """The damage of each group against the share of its channels removed, on matplotlib axes: `axes`, or new ones.
+
+        Points are measured, lines are what a plan reads. Colours go from the first group (blue) to the last (orange).
+        `removed`: {group: share}, circles on the curves. Returns the axes. Raises MissingExtraError without matplotlib.
+        """
+        axes = new_axes() if axes is None else axes
+        draw_damage(axes, self, removed)
+        return axes
+
     def __str__(self) -> str:
+        return f"{table(self.rows)}\n{self.summary}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(self.rows, [self.summary])
+
+    @property
+    def summary(self) -> str:
+        """How it was measured."""
+        return f"{self.measure} on {self.images} images"
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """A header, and a row for each curve: the damage at each share."""
         shares = sorted({s for c in self.curves for s in c.shares})
-        rows = [("group", *(f"-{s:.0%}" for s in shares), "")]
+        rows: list[tuple[str, ...]] = [("group", *(f"-{s:.0%}" for s in shares), "")]
         for c in self.curves:
             found = dict(zip(c.shares, c.damages, strict=True))
             more = f"with {', '.join(c.groups[1:])}" if len(c.groups) > 1 else ""
             rows.append((c.groups[0], *(f"{found[s]:.4f}" if s in found else "" for s in shares), more))
-        return f"{table(rows)}\n{self.measure} on {self.images} images"
+        return rows
 
     def to_json(self) -> str:
         """All of it; `from_json` reads it again."""

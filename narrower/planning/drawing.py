@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import MissingExtraError
-from .damage import Sensitivity, interpolated
 
 DENSE, NARROW, CHOSEN = "#9aa5b1", "#2f7fc1", "#d9480f"
 DEPTH = ("#3b6fd4", "#2fa39a", "#e0962a")
@@ -51,7 +50,32 @@ def draw_bars(axes: Any, names: Sequence[str], dense: Sequence[float], narrow: S
     axes.legend(loc="upper left", bbox_to_anchor=(0, 1.12), ncols=2, frameon=False, borderaxespad=0)
 
 
-def draw_damage(axes: Any, sensitivity: Sensitivity, removed: Mapping[str, float] | None = None) -> None:
+class Damages(Protocol):
+    """What is drawn of a `Sensitivity`."""
+
+    @property
+    def curves(self) -> Sequence[Measured]: ...
+
+    @property
+    def measure(self) -> str: ...
+
+    def damage(self, groups: Sequence[str], share: float) -> float: ...
+
+
+class Measured(Protocol):
+    """A curve of damages."""
+
+    @property
+    def groups(self) -> tuple[str, ...]: ...
+
+    @property
+    def shares(self) -> tuple[float, ...]: ...
+
+    @property
+    def damages(self) -> tuple[float, ...]: ...
+
+
+def draw_damage(axes: Any, sensitivity: Damages, removed: Mapping[str, float] | None = None) -> None:
     """The damage of each group against the share of its channels that goes, from the first group (blue) to the last (orange).
 
     Points: as measured. Lines: as a plan reads them. `removed`: {group: the share that a plan removes}, drawn as circles.
@@ -62,8 +86,8 @@ def draw_damage(axes: Any, sensitivity: Sensitivity, removed: Mapping[str, float
     for k, curve in enumerate(curves):
         colour = colours(k / max(1, len(curves) - 1))
         shares = np.linspace(0.02, max(curve.shares), 60)
-        hull = sensitivity.hulls[curve.groups[0]]
-        axes.plot(shares, np.maximum([interpolated(*hull, s) for s in shares], floor), color=colour, linewidth=1, alpha=0.8)
+        read = [sensitivity.damage(curve.groups, share) for share in shares]
+        axes.plot(shares, np.maximum(read, floor), color=colour, linewidth=1, alpha=0.8)
         axes.plot(curve.shares, np.maximum(curve.damages, floor), ".", color=colour, markersize=4, alpha=0.8)
         taken = [(removed or {}).get(name, 0.0) for name in curve.groups]
         if max(taken) > 0:
@@ -77,7 +101,7 @@ def draw_damage(axes: Any, sensitivity: Sensitivity, removed: Mapping[str, float
     axes.grid(alpha=0.3)
 
 
-def floor_of(sensitivity: Sensitivity) -> float:
+def floor_of(sensitivity: Damages) -> float:
     """The least damage that is drawn: curves that touch zero would fill a logarithmic axis."""
     damages = [d for curve in sensitivity.curves for d in curve.damages if d > 0]
     return max(1e-6, max(damages, default=1.0) * 1e-5)

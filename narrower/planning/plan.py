@@ -16,6 +16,7 @@ from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph, Slice, html_table, table
 from .damage import Sensitivity
+from .drawing import draw_bars, new_axes
 from .greedy import by_budget
 from .latency import LatencyTable
 from .rates import by_rate
@@ -45,6 +46,17 @@ class Plan:
     def _repr_html_(self) -> str:
         """For notebooks."""
         return html_table(self.rows, [self.summary])
+
+    def plot(self, axes: Any = None) -> Any:
+        """A bar for each group, its channels and before them those that stay, on matplotlib axes: `axes`, or new ones.
+
+        Returns the axes. Raises MissingExtraError without matplotlib.
+        """
+        sizes = [(g.name, g.size, len(self.keep[g.name]) if g.free else g.size) for g in self.graph.groups]
+        axes = new_axes(len(sizes)) if axes is None else axes
+        names, dense, kept = zip(*sizes, strict=True)
+        draw_bars(axes, names, dense, kept, "channels")
+        return axes
 
     @property
     def summary(self) -> str:

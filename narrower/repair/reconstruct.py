@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError
 from ..graph.selection import Kept
-from ..graph.types import table
+from ..graph.types import html_table, table
 from ..inputs import flatten_tensors
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
@@ -68,17 +68,30 @@ class Reconstruction:
     images: int
 
     def __str__(self) -> str:
-        rows = [("weight", "inputs", "samples", "error left", "ridge")]
+        return "\n".join([*([table(self.rows)] if self.layers else []), *self.footer])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(self.rows, self.footer)
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """A header, and a row for each layer."""
+        rows: list[tuple[str, ...]] = [("weight", "inputs", "samples", "error left", "ridge")]
         for r in self.layers:
             ridge = "kept as cut" if r.strength is None else f"{r.strength:g}"
             rows.append((r.weight, f"{r.inputs:,}", f"{r.samples:,}", f"{r.error:.1%}", ridge))
-        lines = [table(rows)] if self.layers else []
-        lines += [f"left as cut: {name}: {why}" for name, why in self.left.items()]
+        return rows
+
+    @property
+    def footer(self) -> list[str]:
+        """The lines below the rows."""
+        lines = [f"left as cut: {name}: {why}" for name, why in self.left.items()]
         if not self.divergences:
-            return "\n".join([*lines, "no layer to repair: the network is as it was cut"])
+            return [*lines, "no layer to repair: the network is as it was cut"]
         found = ", ".join(f"{name} {value:.4g}" for name, value in self.divergences.items())
         judged = f"{self.measure} from the dense outputs on {self.images} images held out"
-        return "\n".join([*lines, f"{judged}: {found}; kept: {self.kept}"])
+        return [*lines, f"{judged}: {found}; kept: {self.kept}"]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..errors import ConfigError, PlanError, StorageError
 from ..graph.cost import CostKind, CostModel
 from ..graph.equal_counts import Component
 from ..graph.selection import Kept
-from ..graph.types import ChannelMap, Graph
+from ..graph.types import ChannelMap, Graph, html_table
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizer
 from ..planning.plan import Plan
@@ -31,6 +31,7 @@ from .placement import Scope, prepare, without_groups
 from .ranking import Candidates, priors, tied_parts, wanted_by
 from .restructure import Mode, compactor_at, restore_shapes, restructure
 from .schedule import Forgetting, decouples_penalty
+from .showing import group_rows
 
 FORMAT = 2
 
@@ -228,6 +229,10 @@ class ResRep:
                 f"network (budget {budget:.1%}); {p['zero']:.0f} channels are zero, "
                 f"{p['chosen']:.0f} chosen; norms of the rest from {p['least_norm']:.2f}, {p['mean_norm']:.2f} on average")
         return "\n".join([line, *(f"not compacted: {n}: {why}" for n, why in self.reasons.items())])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html_table(group_rows(self.norms(), self.chosen_channels(), self.remaining().keep), str(self).splitlines())
 
     # ------------------------------------------------------------------------------------------------ state
 

@@ -10,10 +10,12 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from support.run_folders import CURVES
+from matplotlib.pyplot import close
+from support.html import check_page
+from support.run_folders import CURVES, traced
 
 import narrower
-from narrower.planning.drawing import MOST_NAMES, draw_bars, draw_damage, floor_of, matplotlib
+from narrower.planning.drawing import MOST_NAMES, draw_bars, draw_damage, floor_of
 
 
 def test_bars_are_the_widths() -> None:
@@ -38,7 +40,27 @@ def test_points_are_as_measured_and_circles_where_the_plan_is() -> None:
     assert circles == [[0.25, CURVES.damage(("conv1",), 0.25)]]
 
 
+def test_a_plan_draws_itself() -> None:
+    """On given axes, or on new ones."""
+    plan = narrower.plan(traced(), narrower.random(traced()), remove=0.5)
+    given = Figure().subplots()
+    assert plan.plot(given) is given
+    heights = [bar.get_height() for bar in given.patches if isinstance(bar, Rectangle)]
+    assert heights[: len(heights) // 2] == [g.size for g in plan.graph.groups]
+    assert heights[len(heights) // 2 :] == [len(plan.keep[g.name]) if g.free else g.size for g in plan.graph.groups]
+    new = plan.plot()
+    assert new is not given and new.get_ylabel() == "channels"
+    close(new.figure)
+
+
+def test_a_sensitivity_draws_itself_and_is_a_table_in_a_notebook() -> None:
+    given = Figure().subplots()
+    assert CURVES.plot(given, removed={"conv2": 0.5}) is given and len(given.lines) == 5
+    page = check_page(CURVES._repr_html_())
+    assert all(cell in page.text for row in CURVES.rows for cell in row) and "kl on 64 images" in page.text
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(narrower.MissingExtraError, match=r"narrower\[report\]"):
-        matplotlib()
+        CURVES.plot()

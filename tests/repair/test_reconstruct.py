@@ -79,7 +79,7 @@ def test_new_images_are_nearer_to_the_dense_outputs_and_the_models_are_untouched
     assert difference(model, found.model, x) < 0.5 * difference(model, small, x)
     assert [r.weight for r in found.layers] == ["1.0.weight", "2.0.weight", "3.fc.weight"]  # in the order of the forward
     assert all(r.error <= 1 for r in found.layers)
-    assert "1.0.weight" in str(found)
+    assert "1.0.weight" in str(found) and all(line in found._repr_html_() for line in found.footer)
 
 
 def shaken(inputs: Any) -> list[Any]:
