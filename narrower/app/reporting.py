@@ -6,21 +6,26 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import narrower
 
+from ..data.images import batches
 from ..errors import ConfigError, MissingExtraError, NarrowerError
+from ..models.checkpoints import load_checkpoint
 from ..planning.damage import Sensitivity
 from ..report import Facts, Layer, render
+from ..report.feature_maps import FeatureMap, feature_maps
 from ..storage import read_meta, write_whole
 from . import run_folder
-from .config import ModelConfig
-from .networks import dense_network, expected_size
+from .config import DataConfig, ModelConfig
+from .job import Reporter, Settings, open_images
+from .networks import dense_network, expected_size, with_weights
 from .resuming import ENDS
 
+Group = TypeVar("Group")
 PICTURES = "report"
 NO_CLASSES = "the images have no classes: top-1 is"
 
@@ -77,6 +82,11 @@ def facts_of(folder: Path) -> Facts:
         parts["graph"] = graph_of(settings)
     except Exception as error:  # whatever the factory of a network raises
         absent["graph"] = f"the network cannot be made again ({reason(error)})"
+    if settings.get("method") == "hrank" and "graph" in parts and "widths" in parts:
+        try:
+            parts["maps"] = maps_of(folder, settings, parts["graph"])
+        except Exception as error:  # whatever images and networks raise
+            absent["maps"] = f"the maps cannot be computed ({reason(error)})"
     log = folder / run_folder.LOG
     agreement = log.is_file() and NO_CLASSES in " ".join(log.read_text(encoding="utf-8", errors="replace").split())
     return Facts(folder.absolute().name, settings, run.rows(), **parts, absent=absent, agreement=agreement)
@@ -112,9 +122,29 @@ def sensitivity_of(folder: Path) -> Sensitivity:
     return Sensitivity.from_json((folder / run_folder.SENSITIVITY).read_text(encoding="utf-8"))
 
 
+def maps_of(folder: Path, settings: dict[str, Any], graph: narrower.Graph) -> dict[str, list[FeatureMap]]:
+    """Feature maps of the first image that the run evaluated on, in the dense network with its weights."""
+    model, data = part(ModelConfig, settings), part(DataConfig, settings)
+    if (folder / run_folder.DENSE).is_file():
+        dense = load_checkpoint(dense_network(model), folder / run_folder.DENSE)
+    elif model.checkpoint or model.pretrained:
+        dense = with_weights(model)
+    else:
+        raise ConfigError("the dense weights are not there")
+    images = open_images(Settings(model=model, data=data), Reporter())[0].val
+    image = next(iter(batches(images, 1, workers=0)))[0]
+    keep = json.loads((folder / run_folder.PLAN).read_text(encoding="utf-8"))["keep"]
+    return feature_maps(dense, graph, image, keep)
+
+
+def part(group: type[Group], settings: dict[str, Any]) -> Group:
+    """The settings of a run that are of this group."""
+    return group(**{item.name: settings[item.name] for item in fields(group) if item.name in settings})  # type: ignore[arg-type]
+
+
 def graph_of(settings: dict[str, Any]) -> narrower.Graph:
     """The graph of the dense network: its weights do not matter."""
-    config = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
+    config = part(ModelConfig, settings)
     size = settings.get("img_size") or expected_size(config)
     return narrower.trace(dense_network(config), torch.zeros(1, config.in_chans, size, size),
                           allow_inexact=settings.get("allow_inexact", True))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..graph.types import Graph
 from ..planning.damage import Sensitivity
+from .feature_maps import FeatureMap
 
 Row = Mapping[str, Any]
 TITLES = {"top1": "top-1", "top5": "top-5"}
@@ -33,7 +34,8 @@ class Facts:
         widths: {group: (channels, those that the plan keeps)}.
         sensitivity: the damage curves.
         graph: of the dense network.
-        absent: {"layers", "widths", "sensitivity" or "graph": why it is not there}.
+        maps: of one image, by group; only of a run by HRank.
+        absent: {"layers", "widths", "sensitivity", "graph" or "maps": why it is not there}.
         agreement: whether the images have no classes, so that accuracy is the share on which the dense network agrees.
     """
 
@@ -44,6 +46,7 @@ class Facts:
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
     graph: Graph | None = None
+    maps: Mapping[str, Sequence[FeatureMap]] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     agreement: bool = False
 

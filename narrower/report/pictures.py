@@ -116,6 +116,22 @@ def resrep(facts: Facts) -> Picture:
     return Picture("resrep", text, out.getvalue())
 
 
+def maps(facts: Facts) -> Picture:
+    """Feature maps of one image: a row for each group, first what stays, then (named in another colour) what goes."""
+    groups = facts.maps
+    columns = max(len(found) for found in groups.values())
+    with figure(1.0 * columns + 0.4, 1.35 * len(groups) + 0.2) as (made, out):
+        grid = made.subplots(len(groups), columns, squeeze=False)
+        for row, (name, found) in zip(grid, groups.items(), strict=True):
+            for axes in row:
+                axes.set_axis_off()
+            for axes, one in zip(row, found, strict=False):
+                axes.imshow(one.pixels, cmap="magma", interpolation="nearest")
+                axes.set_title(f"{one.channel}: rank {one.rank}", fontsize=8, color=TEXT if one.kept else ACCENT)
+            row[0].text(0, 1.32, name, transform=row[0].transAxes, fontsize=9, weight="bold")
+    return Picture("maps", "Feature maps that stay and that go, with their ranks", out.getvalue())
+
+
 def line(axes: Any, at: Sequence[int], rows: Sequence[Row], key: str, **style: Any) -> None:
     """A line through what the rows have of `key`."""
     points = [(x, row[key]) for x, row in zip(at, rows, strict=True) if isinstance(row.get(key), (int, float))]

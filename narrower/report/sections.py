@@ -149,6 +149,18 @@ def resrep(facts: Facts) -> Section | None:
     return Section(title, picture=pictures.resrep(facts))
 
 
+def maps(facts: Facts) -> Section | None:
+    """Feature maps with their ranks."""
+    if facts.settings.get("method") != "hrank" or not facts.last("measure"):
+        return None
+    title = "HRank: feature maps that stay and that go"
+    if not facts.maps:
+        return Section(title, absent=facts.absent.get("maps", "no group with feature maps has lost channels"))
+    text = ("Of one image, in groups along the network: first maps that stay (those of the highest rank), then in orange maps "
+            "that go (those of the lowest). The rank is of this image; the plan has averaged over many.")
+    return Section(title, text, pictures.maps(facts))
+
+
 def pins(facts: Facts) -> Section:
     """The groups that no channel can be removed from."""
     title = "Pinned groups"
@@ -173,5 +185,5 @@ def made_by(facts: Facts) -> Section:
 
 def sections(facts: Facts) -> list[Section]:
     """All sections of a report."""
-    made = (part(facts) for part in (stages, widths, macs, damage, training, resrep, pins, made_by))
+    made = (part(facts) for part in (stages, widths, macs, damage, training, resrep, maps, pins, made_by))
     return [section for section in made if section is not None]

@@ -49,6 +49,15 @@ def test_the_facts_are_those_of_the_plan(folder: Path) -> None:
     assert layers["conv1.weight"] == len(plan.keep["conv1"]) and not facts.absent
 
 
+def test_a_run_by_hrank_shows_maps_of_its_dense_network(folder: Path) -> None:
+    plan = write_run(folder / "one", NETWORK, {"method": "hrank", "cache_dir": "none"})
+    facts = facts_of(folder / "one")
+    assert facts.maps and all(one.kept == (one.channel in plan.keep[name]) for name, own in facts.maps.items() for one in own)
+    (folder / "one" / "dense.safetensors").unlink()
+    facts = facts_of(folder / "one")
+    assert not facts.maps and "the dense weights are not there" in facts.absent["maps"]
+
+
 def test_what_cannot_be_read_is_absent_with_its_reason(folder: Path) -> None:
     write_run(folder / "one", NETWORK)
     (folder / "one" / "sensitivity.json").write_text("{}")

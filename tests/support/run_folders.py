@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 import narrower
@@ -77,7 +78,7 @@ def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]] = ROWS, settings:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_run(folder: Path, network: str) -> narrower.Plan:
+def write_run(folder: Path, network: str, settings: Mapping[str, Any] | None = None) -> narrower.Plan:
     """A run folder as `narrower prune` leaves it. `network`: the source of a factory `Net`, written to net.py beside it."""
     file = folder.parent / "net.py"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,8 @@ def write_run(folder: Path, network: str) -> narrower.Plan:
     graph = narrower.trace(model, torch.zeros(1, 3, 8, 8))
     plan = narrower.plan(graph, narrower.random(graph), macs=0.5)
     narrower.save(narrower.narrow(model, plan), folder)
+    save_file(model.state_dict(), folder / "dense.safetensors")
     (folder / "plan.json").write_text(plan.to_json())
     (folder / "sensitivity.json").write_text(CURVES.to_json())
-    write_rows(folder, settings=SETTINGS | {"model": f"{file}:Net"})
+    write_rows(folder, settings=SETTINGS | {"model": f"{file}:Net"} | dict(settings or {}))
     return plan
