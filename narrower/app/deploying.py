@@ -53,7 +53,7 @@ def export_network(
 
 def job_with_images(settings: Settings, folder: Path | None, given: ExportConfig, report: Reporter) -> Job | None:
     """The job of the images that settings or run name. None where there are none, unless int8 needs them."""
-    if folder is None and not (settings.data.data_dir or settings.data.dataset):
+    if folder is None and not (settings.data.data_dir or settings.data.dataset or settings.data.task):
         if given.int8:
             raise ConfigError("--int8 needs images for calibration: give --data-dir or --dataset")
         return None
