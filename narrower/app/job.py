@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -115,7 +116,8 @@ class Job:
             check_start(self.run, facts)
         check_same({"narrower": narrower.__version__, "the number of training images": train,
                     "the number of images to evaluate on": val, "the weights at the start": weights})
-        self.run.claim(self.settings.flat(), facts, changed)
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        self.run.claim(self.settings.flat(), {**facts, "labelled": self.data.labelled, **versions}, changed)
         if self.settings.run.log_with:
             plain = {key: value for key, value in self.settings.flat().items() if isinstance(value, (bool, int, float, str))}
             self.accelerator.init_trackers("narrower", config=plain)

@@ -27,7 +27,6 @@ from .resuming import ENDS
 
 Group = TypeVar("Group")
 PICTURES = "report"
-NO_CLASSES = "the images have no classes: top-1 is"
 
 
 def write_reports(folders: Sequence[Path], *, svg: bool = False) -> list[Path]:
@@ -87,8 +86,7 @@ def facts_of(folder: Path) -> Facts:
             parts["maps"] = maps_of(folder, settings, parts["graph"])
         except Exception as error:  # whatever images and networks raise
             absent["maps"] = f"the maps cannot be computed ({reason(error)})"
-    log = folder / run_folder.LOG
-    agreement = log.is_file() and NO_CLASSES in " ".join(log.read_text(encoding="utf-8", errors="replace").split())
+    agreement = not run.last(run_folder.START).get("labelled", True)
     return Facts(folder.absolute().name, settings, run.rows(), **parts, absent=absent, agreement=agreement)
 
 

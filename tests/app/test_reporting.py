@@ -71,8 +71,7 @@ def test_what_cannot_be_read_is_absent_with_its_reason(folder: Path) -> None:
 
 
 def test_accuracy_without_labels_is_named_agreement(folder: Path) -> None:
-    write_rows(folder / "one")
-    (folder / "one" / "log.txt").write_text("the images have no classes: top-1 is the\nshare of images on which ...\n")
+    write_rows(folder / "one", [{"stage": "start", "command": "prune", "labelled": False}, *ROWS[1:]])
     assert facts_of(folder / "one").headline_title == "agreement with the dense network"
 
 
