@@ -27,6 +27,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
+SOON = 15  # seconds: some steps
 
 
 class Ended(NamedTuple):
@@ -59,7 +60,7 @@ def write_shards(root: Path, images: int, shards: int, seed: int = 0) -> None:
 
 
 def launch(*arguments: str, interrupt_at: Path | None = None) -> Ended:
-    """Run a command of narrower in two processes. It is interrupted (SIGTERM to both) once `interrupt_at` says so."""
+    """Run a command of narrower in two processes. `interrupt_at`: a run that gets Ctrl-C soon after its first epoch."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "-m", "narrower", *arguments]
     print("$ torchrun", " ".join(line[3:]), flush=True)
@@ -67,14 +68,15 @@ def launch(*arguments: str, interrupt_at: Path | None = None) -> Ended:
     process = subprocess.Popen(line, env=environment, start_new_session=True)
     while process.poll() is None:
         time.sleep(0.5)
-        if interrupt_at is not None and interrupt_at.exists():
+        if interrupt_at is not None and (interrupt_at / "metrics.jsonl").exists() and epochs(interrupt_at, "resrep"):
+            time.sleep(SOON)
             os.killpg(process.pid, signal.SIGINT)
             process.wait()
     return Ended(process.returncode, time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 
 def epochs(run: Path, stage: str) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     return [row for row in rows if row["stage"] == stage and "epoch" in row]
 
 
@@ -111,8 +113,7 @@ def main() -> None:
     plain = only_child_memory("train", *common, "--output", str(work / "train"))
     resrep = ["prune", *common, "--method", "resrep", "--allocate", "norms", "--prior", "none", "--macs", "0.5", "--no-distill"]
     pretrained = ["--checkpoint", str(work / "train" / "model.safetensors")]
-    checkpoint = work / "resrep" / "training.checkpoint.pt"  # after the first epoch: the second is under way
-    first = only_child_memory(*resrep, *pretrained, "--output", str(work / "resrep"), interrupt_at=checkpoint)
+    first = only_child_memory(*resrep, *pretrained, "--output", str(work / "resrep"), interrupt_at=work / "resrep")
     second = only_child_memory("prune", "--resume", str(work / "resrep"))
 
     print(f"{images} images, {given.steps} steps of {given.batch_size} x {PROCESSES}, {given.img_size} px, {given.model}")
