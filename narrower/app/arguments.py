@@ -117,7 +117,8 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
     values = vars(parser.parse_args(texts)[name])
 
     def part(group: type[Group]) -> Group:
-        return group(**{item.name: values[item.name] for item in fields(group) if item.name in values})  # type: ignore[arg-type]
+        own = {key: values[key] for key, (of, _) in commands[name].flags().items() if of is group}
+        return group(**own)
 
     settings = Settings(part(ModelConfig), part(DataConfig), part(TrainConfig), part(RunConfig), part(PruneConfig))
     return name, settings, Namespace(**{"run": None, "networks": [], "runs": [], **values})

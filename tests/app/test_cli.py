@@ -74,7 +74,7 @@ def test_prune_trains_its_own_dense_network(capsys: pytest.CaptureFixture[str]) 
     for words in ("dense against narrow", "reconstructed", "fine-tuned", "MACs", "parameters", "size", "latency", "saved"):
         assert words in shown.out
     names = set(run_folder.FILES) - {run_folder.DENSE_CHECKPOINT, run_folder.LAYERS, run_folder.LAYERS_CHECKPOINT,
-                                    run_folder.LATENCY, run_folder.TIMES}
+                                    run_folder.LATENCY, run_folder.TIMES, run_folder.REPORT}
     assert {path.name for path in Path("one").iterdir()} == names
     assert (Path("one") / run_folder.LOG).read_text() == shown.out
 

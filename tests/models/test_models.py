@@ -84,7 +84,7 @@ def test_own_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert make_model(name, 5).get_parameter("weight").shape == (5, 2)
     with pytest.raises(ConfigError, match="returned int"):
         make_model("own_networks:odd")
-    with pytest.raises(ConfigError, match="no function 'large'; it has small, odd"):
+    with pytest.raises(ConfigError, match="no function or class 'large'; it has small, odd"):
         make_model("own_networks:large")
     with pytest.raises(ConfigError, match="pretrained"):
         make_model("own_networks:small", 5, pretrained=True)
