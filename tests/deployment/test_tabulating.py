@@ -84,3 +84,10 @@ def test_a_runtime_of_ones_own_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     table = narrower.measure_latency(model, graph_of("plain"), images(batch=1), runtime=narrower.Runtime("mine", prepare),
                                      seconds=0.0)
     assert prepared[-3] is model and table.place["runtime"] == "mine" and len(prepared) > 10
+
+
+def test_exported_networks_run_on_the_cpu_wherever_the_model_is() -> None:
+    model, x = PATTERNS["plain"].make().to("meta"), images(batch=1).to("meta")
+    places = {runtime: tabulating.place_of(model, x, runtime, 1) for runtime in ("eager", "onnxruntime", "openvino")}
+    assert [place["device"] for place in places.values()] == ["meta", "cpu", "cpu"]
+    assert places["eager"]["clock"] == "wall" and places["openvino"]["clock"] == "process"

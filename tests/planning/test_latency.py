@@ -163,3 +163,4 @@ def test_noise_is_said() -> None:
     loud = LatencyTable(table.place, table.kinds, table.layers, table.points, table.steps,
                         (table.networks[0]._replace(spread=0.4),))
     assert loud.noisy and "too noisy: spread up to 40%" in str(loud)
+    assert (table.spread, loud.spread) == (0.0, 0.4) and loud.error == max(map(abs, loud.errors)), "numbers, not only text"
