@@ -15,7 +15,9 @@ from ..errors import ConfigError, PlanError
 from ..planning.requests import read_latency
 from ..training.config import check
 
-METHODS = ("obs", "hrank", "resrep", "magnitude", "fpgm", "bn_scale", "taylor", "random")
+TRAINED = ("resrep", "soft")
+"""Methods that narrow while they train. The others are scores."""
+METHODS = ("obs", "hrank", *TRAINED, "magnitude", "fpgm", "bn_scale", "taylor", "random")
 LEAST_IMAGES = 16
 SCHEDULES = ("once", "layer")
 ALLOCATIONS = ("measured", "share", "norms")
@@ -85,7 +87,8 @@ class PruneConfig:
     """pruning"""
 
     method: Annotated[
-        str, "obs, hrank, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, train; resrep: train towards zeros"
+        str, "obs, hrank, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, train; resrep: train towards zeros; "
+        "soft: mask channels that may come back while training"
     ] = "obs"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
@@ -139,10 +142,14 @@ class PruneConfig:
     distill_features: Annotated[float, "weight of the features at the end of each stage"] = 0.0
     scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"
     prior: Annotated[
-        str, "resrep: score of the plan; with --allocate norms the row norms are multiplied by it, or none (as published)"
+        str, "resrep, soft: score of the plan; with --allocate norms the row norms are multiplied by it, or none (as published)"
     ] = "magnitude"
     forgetting: Annotated[
         dict[str, Any], "resrep: settings instead of those that follow from --epochs, as JSON: '{\"mask_interval\": 200}'"
+    ] = field(default_factory=dict)
+    softness: Annotated[
+        dict[str, Any] | str, "soft: sfp, asymptotic, softer or gradual-hard, as published; or settings of SoftPruning, JSON: "
+        "'{\"factor\": 0, \"harden\": 0.5}'"
     ] = field(default_factory=dict)
     dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 25
     dense_lr: Annotated[float, "its learning rate"] = 0.1
@@ -155,32 +162,36 @@ class PruneConfig:
         self.check_times()
         if self.sensitivity and (self.remove is not None or self.allocate != "measured"):
             raise ConfigError("--sensitivity spreads a budget (--macs, --params, --latency) with --allocate measured")
-        if self.steps > 1 and (self.method == "resrep" or self.remove is not None or self.sensitivity):
+        if self.steps > 1 and (self.method in TRAINED or self.remove is not None or self.sensitivity):
             raise ConfigError("--steps goes towards a budget (--macs, --params) and measures on the way: it takes no --remove, "
-                              "no --sensitivity and no --method resrep")
+                              f"no --sensitivity and no --method {' or '.join(TRAINED)}")
         check(self, epochs_per_layer=(0, inf))
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"--schedule {self.schedule}: take one of {', '.join(SCHEDULES)}")
-        if self.schedule == "layer" and self.method == "resrep":
-            raise ConfigError("--schedule layer is for methods that score and cut: resrep takes channels on its way")
+        if self.schedule == "layer" and self.method in TRAINED:
+            raise ConfigError(f"--schedule layer is for methods that score and cut: {self.method} takes channels on its way")
         if self.images < LEAST_IMAGES and (self.reconstruct or self.allocate == "measured"):
             raise ConfigError(f"--images {self.images}: measuring and repairing need {LEAST_IMAGES} at least, better hundreds")
         if self.allocate not in ALLOCATIONS:
             raise ConfigError(f"--allocate {self.allocate}: take one of {', '.join(ALLOCATIONS)}")
         if self.method not in METHODS:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
-        if self.prior not in ("none", *METHODS) or self.prior == "resrep":
-            raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m != 'resrep')}")
-        if self.forgetting and self.method != "resrep":
-            raise ConfigError(f"--forgetting is for --method resrep, and the method is {self.method}")
+        if self.prior not in ("none", *METHODS) or self.prior in TRAINED:
+            raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m not in TRAINED)}")
+        for name, method in (("forgetting", "resrep"), ("softness", "soft")):
+            if getattr(self, name) and self.method != method:
+                raise ConfigError(f"--{name} is for --method {method}, and the method is {self.method}")
+        if self.method in TRAINED and (self.tune_steps or self.distill_features):
+            raise ConfigError("--tune-steps and --distill-features are for a network cut before it is trained, not for "
+                              f"--method {self.method}")
         if self.allocate == "norms" and self.method != "resrep":
             raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
         if self.allocate == "norms" and (
                 self.remove is not None or self.round_to not in (None, 1) or self.min_channels > 1):
             raise ConfigError("--allocate norms works towards a budget (--macs, --params): it takes no --remove, --round-to or "
                               "--min-channels")
-        if self.allocate != "norms" and self.method == "resrep" and self.prior == "none":
-            raise ConfigError("--prior none leaves the choice to the norms of the rows: give --allocate norms too")
+        if self.allocate != "norms" and self.method in TRAINED and self.prior == "none":
+            raise ConfigError("--prior none leaves the choice to the norms of ResRep's rows: give --allocate norms too")
 
     @property
     def timed(self) -> bool:

@@ -13,6 +13,7 @@ import narrower
 from ..deployment.extras import optional
 from ..errors import NarrowerError
 from ..measuring import macs_of
+from ..training.methods import Methods
 from . import run_folder
 from .job import Job
 from .networks import load_dense, save_weights
@@ -45,7 +46,7 @@ def prune_external(job: Job, method: str) -> Result:
             distillation = distilling(job, model, small)
             with save_at_end(job, lambda: save_weights(small, job.run.folder / run_folder.MODEL)):
                 stages["fine-tune"] = job.train(small, "fine-tune", run_folder.CHECKPOINT, job.settings.train,
-                                                distillation=distillation)[name]
+                                                methods=Methods(distillation=distillation))[name]
             if distillation is not None:
                 distillation.close()
         return measured(job, model, small, before, stages)

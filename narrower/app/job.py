@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import narrower
 
-from ..data.images import Images, hold_out
+from ..data.images import Images, batches, hold_out
 from ..data.sources import ImageData, Reading, open_data
 from ..data.streams import StreamImages
 from ..errors import ConfigError
@@ -26,6 +26,8 @@ from ..training.accelerator import shard_of
 from ..training.agreement import check_same
 from ..training.config import TrainConfig
 from ..training.evaluate import evaluate, headline
+from ..training.methods import Methods
+from ..training.optimizing import updates_per_epoch
 from ..training.train import TrainContext, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .own_task import open_task
@@ -167,9 +169,16 @@ class Job:
         """The training images to fit, and those that decide what is kept."""
         return hold_out(self.data.train, self.settings.train.held_out, self.settings.run.seed)
 
+    @property
+    def updates(self) -> int:
+        """Steps of the optimizer in the training of the settings."""
+        config = self.settings.train
+        count = len(batches(self.fit_and_held[0], config.batch_size, order=0, shard=self.shard, workers=config.workers))
+        return max(1, config.epochs * updates_per_epoch(count, config))
+
     def train(self, model: nn.Module, stage: str, file: str, config: TrainConfig, *, best: Callable[[], None] | None = None,
-              **methods: Any) -> dict[str, Any]:
-        """Train in place, or continue from the checkpoint `file`, with `methods` of `train`. Returns the headline.
+              methods: Methods | None = None) -> dict[str, Any]:
+        """Train in place, or continue from the checkpoint `file`. Returns the headline.
 
         `best` is called, in the process that writes, after each epoch that is the best so far on the images held out.
         """
@@ -183,7 +192,7 @@ class Job:
         with self.stage(stage) as facts:
             context = TrainContext(self.accelerator, stage, self.run.folder / file, log, self.report.watch,
                                    best if self.run.writes else None)
-            train(model, self.data, config, context, seed=self.settings.run.seed, **methods)
+            train(model, self.data, config, context, seed=self.settings.run.seed, methods=methods)
             facts |= last or self.headline(model)  # zero epochs
         return headline(facts)
 

@@ -21,6 +21,7 @@ from ..graph.equal_counts import components
 from ..planning.plan import costed_plan
 from ..storage import write_whole
 from ..training.agreement import first
+from ..training.methods import Methods
 from ..training.train import read_checkpoint
 from .job import Job
 from .networks import packed, unpacked
@@ -42,7 +43,8 @@ def narrow_by_layers(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple
     for number, names in enumerate(parts[done:], done + 1):
         small = cut(job, small, plan, names)
         distillation = distilling(job, model, small)
-        job.train(small, f"layer {number}/{len(parts)} {names[0]}", LAYERS_CHECKPOINT, config, distillation=distillation)
+        job.train(small, f"layer {number}/{len(parts)} {names[0]}", LAYERS_CHECKPOINT, config,
+                  methods=Methods(distillation=distillation))
         if distillation is not None:
             distillation.close()
         save_layers(job, number, small)

@@ -81,10 +81,11 @@ def distilling(job: Job, model: nn.Module, student: nn.Module,
     )  # fmt: skip
 
 
-def check_plan(given: PruneConfig, model: nn.Module, graph: narrower.Graph, times: narrower.LatencyTable | None = None) -> None:
-    """Make a plan of other scores, to fail before anything is trained. Raises as `make_plan` and `read_sensitivity`."""
+def check_plan(given: PruneConfig, model: nn.Module, graph: narrower.Graph, times: narrower.LatencyTable | None = None,
+               ) -> narrower.Plan:
+    """A plan of other scores, to fail before anything is trained. Raises as `make_plan` and `read_sensitivity`."""
     damage = read_sensitivity(Path(given.sensitivity)) if given.sensitivity else None
-    make_plan(given, graph, trial_scores(given, model, graph), damage, times)
+    return make_plan(given, graph, trial_scores(given, model, graph), damage, times)
 
 
 def sample(job: Job, count: int) -> Iterator[Batch]:

@@ -16,8 +16,10 @@ from ..errors import ConfigError
 from ..models.checkpoints import load_checkpoint
 from ..training.agreement import first, share
 from ..training.evaluate import headline
-from . import run_folder
-from .job import Job
+from ..training.methods import Methods
+from . import resrep_run, run_folder, soft_run
+from .config import TRAINED
+from .job import Job, Settings
 from .layerwise import narrow_by_layers
 from .networks import (
     Costs,
@@ -31,9 +33,9 @@ from .networks import (
     save_weights,
 )  # fmt: skip
 from .oneshot import distilling, narrow_oneshot, planned, sample, saved_plan
-from .resrep_run import choose, train_resrep
 from .timing import Timed, check_request, timed, with_given_times, with_times
 
+TRAININGS = {"resrep": resrep_run.train_resrep, "soft": soft_run.train_soft}
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune", "layers")
 """Stages before the fine-tuning after which the network is evaluated."""
 
@@ -104,10 +106,21 @@ def prepared(job: Job) -> tuple[Job, nn.Module, narrower.Graph]:
             model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note
         )  # fmt: skip
         facts |= {"groups": len(graph.groups), "free": len(graph.free)}
+    if job.settings.prune.method in TRAINED:
+        check_training(job.settings)
     job = with_given_times(job, graph)
     check_request(job, model, graph)
     _ = job.data.train, job.data.val
     return job, model, graph
+
+
+def check_training(given: Settings) -> None:
+    """Raise ConfigError where the settings of the training are none for a method that narrows in it."""
+    method = f"--method {given.prune.method}"
+    if given.train.epochs < 1:
+        raise ConfigError(f"{method} needs --epochs: it works by training; without training take --method obs")
+    if given.train.model_ema:
+        raise ConfigError(f"--model-ema: {method} narrows the network in the training, so its weights cannot be averaged")
 
 
 def plan_only(job: Job) -> narrower.Plan:
@@ -124,31 +137,33 @@ def plan_only(job: Job) -> narrower.Plan:
     job, model, graph = prepared(job)
     job = with_times(job, model, graph)
     if given.prune.method == "resrep":
-        return cast(narrower.Plan, choose(job, model, graph).plan)
+        return cast(narrower.Plan, resrep_run.choose(job, model, graph).plan)
+    if given.prune.method == "soft":
+        return soft_run.choose(job, model, graph)
     return planned(job, model, graph, list(sample(job, given.prune.images)))
 
 
 def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
     """From the dense network to the saved narrow one. What the folder of a run that goes on has is not done again."""
-    trains = job.settings.prune.method == "resrep"
+    method = job.settings.prune.method
     job = with_times(job, model, graph)
     before = prepare_dense(job, model)
     name = before["headline"]
     if (found := restored(job, graph)) is None:
-        make = train_resrep if trains else narrow_by_layers if job.settings.prune.schedule == "layer" else narrow_oneshot
-        found = make(job, model, graph)
+        untrained = narrow_by_layers if job.settings.prune.schedule == "layer" else narrow_oneshot
+        found = TRAININGS.get(method, untrained)(job, model, graph)
         if job.run.writes:
             with job.stage("save"):
                 narrower.save(found[0], job.run.folder)
             (job.run.folder / run_folder.LAYERS).unlink(missing_ok=True)
     small, plan = found
     stages = first(lambda: {stage: row[name] for stage in STAGES if name in (row := job.run.last(stage))})
-    if job.settings.train.epochs and not trains:
+    if job.settings.train.epochs and method not in TRAINED:
         distillation = distilling(job, model, small, plan)
         with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
             stages["fine-tune"] = job.train(
-                small, "fine-tune", run_folder.CHECKPOINT, job.settings.train, distillation=distillation,
-                best=lambda: save_best(job, small),
+                small, "fine-tune", run_folder.CHECKPOINT, job.settings.train, best=lambda: save_best(job, small),
+                methods=Methods(distillation=distillation),
             )[name]  # fmt: skip
         if distillation is not None:
             distillation.close()

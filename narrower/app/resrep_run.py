@@ -12,11 +12,10 @@ from torch import nn
 
 import narrower
 
-from ..data.images import batches
 from ..errors import ConfigError, VerifyError
 from ..inputs import flatten_tensors
 from ..training.agreement import first
-from ..training.optimizing import updates_per_epoch
+from ..training.methods import Methods
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
@@ -54,8 +53,6 @@ def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps
 def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     """Check that ResRep is possible, before the dense network is trained. Raises as `compacted`."""
     given = job.settings.prune
-    if job.settings.train.epochs < 1:
-        raise ConfigError("--method resrep needs --epochs: it works by training")
     plan = None if given.allocate == "norms" else make_plan(
         compactable(given, model, graph), graph, narrower.random(graph), times=job.times)
     compacted(given, copy.deepcopy(model), graph, 1, Choice(plan))
@@ -87,15 +84,13 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
 
     On Ctrl-C it is merged and saved.
     """
-    config = job.settings.train
-    steps = len(batches(job.fit_and_held[0], config.batch_size, order=0, shard=job.shard, workers=config.workers))
     given = job.settings.prune
     choice = choose(job, model, graph)
     training = copy.deepcopy(model)
-    resrep = compacted(given, training, graph, max(1, config.epochs * updates_per_epoch(steps, config)), choice)
+    resrep = compacted(given, training, graph, job.updates, choice)
     try:
-        job.train(training, "resrep", run_folder.CHECKPOINT, config, resrep=resrep,
-                  distillation=distilling(job, model, training))
+        job.train(training, "resrep", run_folder.CHECKPOINT, job.settings.train,
+                  methods=Methods(resrep=resrep, distillation=distilling(job, model, training)))
     except KeyboardInterrupt:
         if job.run.writes:
             narrower.save(resrep.merge(), job.run.folder)

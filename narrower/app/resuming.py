@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .config import TRAINED
 from .run_folder import START, Run, read_settings
 
 WHERE = ("device", "workers", "amp", "channels_last", "data_dir", "dataset_download", "cache_dir", "checkpoint", "amp_dtype",
@@ -17,7 +18,8 @@ WHERE = ("device", "workers", "amp", "channels_last", "data_dir", "dataset_downl
 """Settings that may always change: where and how to compute, and where the same images and weights are."""
 TRAINING = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "sched", "decay_epochs", "decay_milestones", "decay_rate",
             "smoothing", "clip_grad", "mixup", "cutmix", "reprob")
-"""Settings that may change for the rest of a training. The schedule of ResRep follows from `epochs`, which must stay there."""
+"""Settings that may change for the rest of a training. Where the network narrows in it, the schedule follows from `epochs`,
+which must stay."""
 ENDS = ("measure", "train")
 """The last rows of runs that have ended."""
 
@@ -33,8 +35,8 @@ def changes(run: Run, settings: Mapping[str, Any]) -> Changes:
     """
     before, rows = read_settings(run.folder), run.rows()
     changed = {key: (before[key], value) for key, value in settings.items() if key in before and before[key] != value}
-    resrep = before.get("method") == "resrep"
-    may = [*WHERE, *(name for name in TRAINING if not (resrep and name == "epochs"))]
+    narrows = before.get("method") in TRAINED
+    may = [*WHERE, *(name for name in TRAINING if not (narrows and name == "epochs"))]
     if refused := [key for key in changed if key not in may]:
         raise ConfigError(
             f"a run goes on with its own settings: {named(changed, refused)} cannot change (of this run can: "
@@ -43,8 +45,8 @@ def changes(run: Run, settings: Mapping[str, Any]) -> Changes:
     late = [key for key in changed if key in TRAINING]
     before_epochs, epochs = changed.get("epochs", (0, 0))
     ended = bool(rows) and rows[-1]["stage"] in ENDS and "epoch" not in rows[-1]
-    if late and epochs <= before_epochs and (ended or (resrep and run.last("save"))):
-        more = "" if resrep else "; more --epochs would train further"
+    if late and epochs <= before_epochs and (ended or (narrows and run.last("save"))):
+        more = "" if narrows else "; more --epochs would train further"
         raise ConfigError(f"the training in {run.folder} has ended: {named(changed, late)} would change nothing{more}")
     return changed
 

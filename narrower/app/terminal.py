@@ -119,12 +119,14 @@ def headline_of(row: dict[str, Any]) -> str:
 
 
 def epoch_line(row: dict[str, Any]) -> str:
-    forgetting = ""
-    if "masked" in row:
-        forgetting = f"masked {row['masked']:.1%}  reached {row['reached']:.1%}  {row['zero']:.0f} channels at zero  "
+    narrowing = ""
+    if "reached" in row:
+        narrowing = f"masked {row['masked']:.1%}  reached {row['reached']:.1%}  {row['zero']:.0f} channels at zero  "
+    elif "hard" in row:
+        narrowing = f"masked {row['masked']:.1%}  {row['channels']:.0f} channels masked, {row['hard']:.0f} hard  "
     return (
         f"{row['stage']}  epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}  {headline_of(row)}  "
-        f"{forgetting}lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
+        f"{narrowing}lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"
     )
 
 

@@ -18,11 +18,10 @@ from ..errors import ConfigError
 from ..planning.requests import read_latency
 from ..storage import write_whole
 from ..training.agreement import first
-from . import run_folder
+from . import resrep_run, run_folder, soft_run
 from .config import PruneConfig
 from .job import Job
 from .oneshot import check_plan
-from .resrep_run import check
 
 RUNTIME, THREADS = "onnxruntime", 1
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".xml"}
@@ -81,7 +80,9 @@ def check_request(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     if job.settings.prune.timed and job.times is None:
         job = replace(job, settings=replace(job.settings, prune=untimed(job.settings.prune)))
     if job.settings.prune.method == "resrep":
-        check(job, model, graph)
+        resrep_run.check(job, model, graph)
+    elif job.settings.prune.method == "soft":
+        soft_run.check(job, model, graph)
     else:
         check_plan(job.settings.prune, model, graph, job.times)
 

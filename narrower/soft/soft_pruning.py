@@ -36,6 +36,14 @@ from ..surgery.walk import named_tensors
 
 FORMAT = 1
 
+PUBLISHED: Mapping[str, Mapping[str, float | None]] = {
+    "sfp": {"factor": 0.0, "grow": 0.0, "harden": None},
+    "asymptotic": {"factor": 0.0, "grow": 1.0, "harden": None},
+    "softer": {"factor": 1.0, "grow": 0.0, "harden": None},
+    "gradual-hard": {"factor": 0.0, "grow": 0.0, "harden": 1.0},
+}
+"""The settings that make the published methods of it, in the order of the papers above."""
+
 Masks = dict[str, np.ndarray]
 """{group: bool array, shape (size,)}."""
 
@@ -50,25 +58,26 @@ class SoftPruning:
     layer. So a masked channel starts at zero and has to grow back to be kept.
 
     `macs`, `params`: the budget, as for `plan`: all groups lose the same share, and values decide at each step which channels.
-    Instead `plan`: which go is decided already, for example by measured damage. `steps`: how often `step` will be called.
-    `exclude`: patterns of groups to leave alone. `scores`: values are multiplied by a channel's score, divided by the mean of
-    its group. Three settings make the method, with time as a fraction of the steps:
+    Instead `plan`, for example by measured damage: which channels go is decided already; with `fixed=False` only how many of
+    each group, and values decide which. `steps`: how often `step` will be called. `exclude`: patterns of groups to leave
+    alone. `scores`: values are multiplied by a channel's score, divided by the mean of its group. Three settings make the
+    method, with time as a fraction of the steps:
 
     - `factor`: what the weights are multiplied by at first. It falls to 0 linearly, until the time `harden`.
     - `grow`: the time when all channels of the budget are masked. Before, the number grows as 1 - (1 - time / grow)^3.
     - `harden`: the time when all masked channels are hard: they stay masked, and at zero if an optimizer is attached. Before,
       their share grows linearly, the lowest first. None: no channel ever is, and `factor` falls until the end.
 
-    The defaults go from soft to hard. As published: `factor=0, grow=0, harden=None` is SFP, `grow=1` makes it asymptotic,
-    `factor=1` softer, `harden=1` gradually hard. `harden=0` is hard pruning.
+    The defaults go from soft to hard. `PUBLISHED` has those of the papers. `harden=0` is hard pruning.
 
     Raises PlanError if the model is not the traced one or does not fit the plan, BudgetError for a budget that cannot be
     reached, ConfigError for settings out of range.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
-                 plan: Plan | None = None, steps: int, exclude: Sequence[str] = (), scores: Mapping[str, Tensor] | None = None,
-                 factor: float = 1.0, grow: float = 0.5, harden: float | None = 0.75) -> None:
+                 plan: Plan | None = None, fixed: bool = True, steps: int, exclude: Sequence[str] = (),
+                 scores: Mapping[str, Tensor] | None = None, factor: float = 1.0, grow: float = 0.5,
+                 harden: float | None = 0.75) -> None:
         if (plan is None) == (macs is None and params is None):
             raise PlanError("give a budget, macs= or params=, or instead a plan=")
         if type(steps) is not int or steps < 1:
@@ -85,7 +94,7 @@ class SoftPruning:
         self.prior = {name: s / s.mean() for name, s in given.items()}
         if plan is not None:
             check_plan(plan, graph, self.reasons)
-        self.wanted = None if plan is None else {g.name: ~Kept(graph, plan.keep).mask(g.name) for g in graph.free}
+        self.wanted = {g.name: ~Kept(graph, plan.keep).mask(g.name) for g in graph.free} if plan and fixed else None
         goal = plan or plan_budget(graph, {n: torch.as_tensor(v) for n, v in self.values().items()}, macs=macs, params=params,
                                    exclude=[*self.reasons])
         self.goal = [np.array([(~Kept(graph, goal.keep).mask(c.group)[c.channels]).sum() for c in part.cells])

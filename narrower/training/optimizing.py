@@ -78,16 +78,16 @@ def updates_per_epoch(batches: int, config: TrainConfig) -> int:
     return math.ceil(batches / config.grad_accum_steps)
 
 
-def make_average(model: nn.Module, config: TrainConfig, resrep: ResRep | None) -> Any:
+def make_average(model: nn.Module, config: TrainConfig, narrows: bool = False) -> Any:
     """timm's moving average of the weights, where `config.model_ema` asks for it.
 
     Raises:
-        ConfigError: timm is missing, or ResRep changes the widths that are averaged.
+        ConfigError: timm is missing, or the network narrows in the training: what is averaged would be another one.
     """
     if not config.model_ema:
         return None
-    if resrep is not None:
-        raise ConfigError("--model-ema: ResRep changes the widths of the network in training, so weights cannot be averaged")
+    if narrows:
+        raise ConfigError("--model-ema: the network becomes narrower in the training, so its weights cannot be averaged")
     try:
         from timm.utils import ModelEmaV3
     except ImportError as error:

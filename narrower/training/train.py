@@ -23,15 +23,14 @@ from ..data.images import Images, batches, hold_out, trained_on
 from ..data.seeding import mix
 from ..data.sources import ImageData, Watch, silent
 from ..data.streams import StreamImages
-from ..distillation.distill import Distillation
 from ..errors import ConfigError, StorageError
-from ..resrep.trainer import ResRep
 from ..storage import write_whole
 from .accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
 from .agreement import anywhere, first, share
 from .checking import task_in_training
 from .config import TrainConfig
 from .evaluate import evaluate, headline
+from .methods import Methods
 from .mixing import Mixing
 from .optimizing import make_average, make_optimizer, make_schedule, updates_per_epoch
 from .settle import settle
@@ -57,8 +56,8 @@ class TrainContext:
         accelerator: from `make_accelerator`; made by `train` if not given.
         stage: name of the training in the rows of `log`.
         checkpoint: file that is replaced after every epoch. If it exists, training resumes from it.
-        log: takes a row per epoch: stage, epoch, lr, loss, figures of the task, val_loss, seconds, images_per_second, and
-            with ResRep what its `progress` returns.
+        log: takes a row per epoch: stage, epoch, lr, loss, figures of the task, val_loss, seconds, images_per_second, and what
+            `progress` of the methods returns.
         watch: shows progress.
         best: called after an epoch whose loss on the images held out is the lowest so far, in order to save the network.
     """
@@ -86,22 +85,15 @@ class Best(NamedTuple):
     loss: float = math.inf
 
 
-class Methods(NamedTuple):
-    """What trains along with the network."""
-
-    resrep: ResRep | None = None
-    distillation: Distillation | None = None
-
-
 def train(
     model: nn.Module, data: ImageData, config: TrainConfig, context: TrainContext | None = None, *, seed: int = 0,
-    resrep: ResRep | None = None, distillation: Distillation | None = None,
+    methods: Methods | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train `model` in place for `config.epochs` and return it, on the accelerator's device.
 
     `config.held_out` training images are not trained on. At the end they decide whether the BatchNorm statistics are renewed
-    and whether the average of the weights is taken (`settle`; a row of the log says which). With ResRep the caller settles,
-    after the merge.
+    and whether the average of the weights is taken (`settle`; a row of the log says which). With a method that narrows the
+    caller settles, once the network is narrow.
 
     Args:
         model: images `[N, C, H, W]` to logits `[N, num_classes]`, or to what the task of the data takes.
@@ -109,9 +101,7 @@ def train(
         config: the settings.
         context: device, checkpoint, log and progress.
         seed: of order, augmentation and dropout.
-        resrep: compactors on the model, trained along with it. After an epoch, channels at zero leave the model if that saves
-            at least `WORTH_SHRINKING` of the dense network.
-        distillation: the loss against the dense network, beside the loss of the task.
+        methods: what trains along with the model.
 
     Raises:
         ConfigError: the loss is not finite or above `DIVERGED`, or the checkpoint belongs to other settings.
@@ -119,12 +109,12 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the step under way is finished and saved in the checkpoint first.
     """
     with collect_interrupts() as interrupted:
-        loop = TrainLoop(model, data, config, context or TrainContext(), seed, Methods(resrep, distillation))
+        loop = TrainLoop(model, data, config, context or TrainContext(), seed, methods or Methods())
     if anywhere(bool(interrupted)):
         raise KeyboardInterrupt
     for epoch in range(loop.start.epoch, config.epochs):
         loop.run_epoch(loop.start if epoch == loop.start.epoch else Position(epoch))
-    if config.epochs and resrep is None:
+    if config.epochs and not loop.methods.narrows:
         loop.settle()
     loop.accelerator.free_memory()
     return model
@@ -136,7 +126,8 @@ class TrainLoop:
     def __init__(self, model: nn.Module, data: ImageData, config: TrainConfig, context: TrainContext, seed: int,
                  methods: Methods) -> None:
         self.model, self.data, self.config, self.context = model, data, config, context
-        self.seed, (self.resrep, self.distillation) = seed, methods
+        self.seed, self.methods = seed, methods
+        self.resrep, self.distillation = methods.resrep, methods.distillation
         self.accelerator = context.accelerator or make_accelerator()
         self.shard = shard_of(self.accelerator)
         self.steps = 0  # batches per epoch, counted by the first one
@@ -149,7 +140,7 @@ class TrainLoop:
             self.distillation.teacher.to(self.accelerator.device)
         self.task = task_in_training(data.task, config)
         self.fit, self.held = hold_out(data.train, config.held_out, seed)
-        self.average = make_average(model, config, self.resrep)
+        self.average = make_average(model, config, methods.narrows)
         self.mixing = Mixing(config, self.accelerator.device)
         scales = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=scales)
@@ -231,6 +222,7 @@ class TrainLoop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.methods.after_step(update + 1, self.config.epochs * updates_per_epoch(self.steps, self.config))
         if self.average is not None:
             self.average.update(self.model, update)
 
@@ -298,23 +290,19 @@ class TrainLoop:
             "lr": self.optimizer.param_groups[0]["lr"],
             **headline(result), **result, "loss": loss, "val_loss": result["loss"],
         }
-        if self.held is not None and self.resrep is None:  # the network of ResRep changes its widths on the way
+        if self.held is not None and not self.methods.narrows:
             row["held_loss"] = evaluate(self.model, self.held, self.config, self.accelerator)["loss"]
             if row["held_loss"] < self.best.loss:
                 self.best = Best(epoch + 1, row["held_loss"])
                 if self.context.best is not None:
                     self.context.best()
-        if self.resrep is not None:
-            row |= {key: round(value, 6) for key, value in self.resrep.progress().items()}
-        return row
+        return row | self.methods.progress()
 
     def title(self, epoch: int) -> str:
         """For a progress bar."""
         title = f"{self.context.stage}: epoch {epoch + 1}/{self.config.epochs}"
-        if self.resrep is None:
-            return title
-        at = self.resrep.progress()
-        return f"{title}, masked {at['masked']:.0%}, at {at['reached']:.0%}"
+        at = self.methods.progress()
+        return title + "".join(f", {name} {at[name]:.0%}" for name in ("masked", "reached") if name in at)
 
     def save(self, position: Position) -> None:
         """Replace the checkpoint: write beside the old file, then take its place. A crash leaves one or the other whole."""
@@ -322,9 +310,7 @@ class TrainLoop:
         if path is None or not self.accelerator.is_main_process:
             return
         state = {"epoch": position.epoch, "step": position.step, "total": position.loss_sum, "settings": self.settings,
-                 "best": tuple(self.best)}
-        if self.resrep is not None:
-            state["resrep"] = self.resrep.state_dict()
+                 "best": tuple(self.best), **self.methods.state_dict()}
         if self.average is not None:
             state["average"] = self.average.state_dict()
         if self.scaler.is_enabled():
@@ -344,8 +330,7 @@ class TrainLoop:
             differ = [f"{key} was {found[key]}, is {value}" for key, value in self.settings.items() if found[key] != value]
             start = Position(state["epoch"], state["step"], state["total"])
             if not differ:
-                if self.resrep is not None:
-                    self.resrep.load_state_dict(state["resrep"])
+                self.methods.load_state_dict(state)
                 self.model.load_state_dict(state["model"])
                 if self.average is not None:
                     self.average.load_state_dict(state["average"])

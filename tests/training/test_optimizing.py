@@ -89,7 +89,7 @@ def test_resrep_works_with_sgd_alone() -> None:
         make_optimizer(model, replace(CONFIG, opt="adamw"), resrep)
     assert len(make_optimizer(model, CONFIG, resrep).param_groups) > 1
     with pytest.raises(ConfigError, match="cannot be averaged"):
-        make_average(model, replace(CONFIG, model_ema=True), resrep)
+        make_average(model, replace(CONFIG, model_ema=True), narrows=True)
 
 
 def test_updates_of_an_epoch_cover_all_its_batches() -> None:

@@ -25,6 +25,7 @@ from narrower.distillation import Distillation
 from narrower.errors import ConfigError, StorageError
 from narrower.training.accelerator import make_accelerator
 from narrower.training.evaluate import evaluate
+from narrower.training.methods import Methods
 from narrower.training.train import TrainContext, train
 
 
@@ -219,7 +220,7 @@ def test_distillation_draws_the_network_to_its_teacher(tmp_path: Path) -> None:
         student = network()
         context = TrainContext(make_accelerator("cpu"), checkpoint=file, **kwargs)
         return train(student, images, replace(CONFIG, held_out=0), context, seed=1,
-                     distillation=Distillation(teacher, student, weight=1.0))
+                     methods=Methods(distillation=Distillation(teacher, student, weight=1.0)))
 
     whole = distilled(data())
     x = torch.stack([data().val[k][0] for k in range(90)])
@@ -238,4 +239,4 @@ def test_an_average_of_weights_is_no_match_for_resrep() -> None:
     model = network()
     resrep = narrower.ResRep(model, narrower.trace(model, torch.zeros(1, 1, 8, 8)), macs=0.5, steps=10)
     with pytest.raises(ConfigError, match="--model-ema: ResRep changes the widths"):
-        train(model, data(), replace(CONFIG, model_ema=True), resrep=resrep)
+        train(model, data(), replace(CONFIG, model_ema=True), methods=Methods(resrep=resrep))

@@ -1,0 +1,89 @@
+"""`--method soft`: train the network with masks that come and go, from soft to hard, then cut what is masked."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+import narrower
+
+from ..errors import ConfigError, PlanError
+from ..soft.soft_pruning import PUBLISHED, unmaskable
+from ..storage import write_whole
+from ..training.methods import Methods
+from . import run_folder
+from .config import PruneConfig
+from .job import Job
+from .oneshot import check_plan, distilling, narrowed, planned, recalibrated, sample
+
+MASKINGS = 20  # so often channels are chosen at least, also in a training of fewer epochs
+KNOWN = ("factor", "grow", "harden", "fixed")
+
+
+def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
+    """Check that soft pruning is possible, before the dense network is trained.
+
+    Raises:
+        ConfigError: `--softness` has an unknown setting, or one out of range.
+        PlanError: no group can be masked, or the budget cannot be reached.
+    """
+    given = maskable(job.settings.prune, graph)
+    narrower.SoftPruning(model, graph, plan=check_plan(given, model, graph, job.times), steps=1, **softness(job.settings.prune))
+
+
+def softness(given: PruneConfig) -> dict[str, Any]:
+    """The settings of SoftPruning: how many channels go is planned, which of them the training decides. Raises ConfigError."""
+    named = given.softness
+    found: Mapping[str, Any] = PUBLISHED.get(named, {named: None}) if isinstance(named, str) else named
+    if not found.keys() <= {*KNOWN}:
+        raise ConfigError(f"--softness {named}: take {', '.join(PUBLISHED)}, or JSON with {', '.join(KNOWN)}")
+    return {"fixed": False, **found}
+
+
+def maskable(given: PruneConfig, graph: narrower.Graph) -> PruneConfig:
+    """The settings of a plan for soft pruning: scored by the prior, without the groups that cannot be masked."""
+    reasons = unmaskable(graph)
+    if graph.free and len(reasons) == len(graph.free):
+        raise PlanError(f"soft pruning can mask nothing here: {'; '.join(f'{n}: {why}' for n, why in [*reasons.items()][:4])}")
+    return replace(given, method=given.prior, softness={}, exclude=[*given.exclude, *reasons])
+
+
+def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> narrower.Plan:
+    """Plan, and say which groups are left alone."""
+    given = job.settings.prune
+    for name, why in unmaskable(graph).items():
+        job.report.note(f"left alone: {name}: {why}")
+    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
+    return planned(replace(job, settings=replace(job.settings, prune=maskable(given, graph))), model, graph, images)
+
+
+def train_soft(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:
+    """Train a copy of `model` by soft pruning, cut it, and renew its BatchNorm statistics if better.
+
+    Returns the narrow network, and the plan of the channels that went in the end. On Ctrl-C what is masked is cut and saved.
+    """
+    given, config = job.settings.prune, job.settings.train
+    plan = choose(job, model, graph)
+    training = copy.deepcopy(model)
+    steps = min(job.updates, max(config.epochs, MASKINGS))
+    soft = narrower.SoftPruning(training, graph, plan=plan, steps=steps, **softness(given))
+    try:
+        job.train(training, "soft", run_folder.CHECKPOINT, config,
+                  methods=Methods(soft=soft, distillation=distilling(job, model, training)))
+    except KeyboardInterrupt:
+        if job.run.writes:
+            with warnings.catch_warnings():  # that it was narrowed too early
+                warnings.simplefilter("ignore")
+                narrower.save(soft.narrow(), job.run.folder)
+        raise
+    found = soft.plan
+    with job.stage("mask") as facts:
+        facts |= {"macs": found.macs, "params": found.params, "text": str(soft)}
+        if job.run.writes:
+            write_whole({job.run.folder / run_folder.PLAN: found.to_json().encode()})
+    return recalibrated(job, narrowed(job, training, found)), found
