@@ -238,5 +238,5 @@ def test_distillation_draws_the_network_to_its_teacher(tmp_path: Path) -> None:
 def test_an_average_of_weights_is_no_match_for_resrep() -> None:
     model = network()
     resrep = narrower.ResRep(model, narrower.trace(model, torch.zeros(1, 1, 8, 8)), macs=0.5, steps=10)
-    with pytest.raises(ConfigError, match="--model-ema: ResRep changes the widths"):
+    with pytest.raises(ConfigError, match="--model-ema: the network becomes narrower"):
         train(model, data(), replace(CONFIG, model_ema=True), methods=Methods(resrep=resrep))
