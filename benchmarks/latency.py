@@ -158,9 +158,12 @@ def equal(given: argparse.Namespace) -> None:
     dense = logits(model, data.x)
     print(f"dense {quality(model, data, dense)} on {len(data.labels)} images that nothing is fitted on")
     by_macs = narrower.plan(graph, scores, macs=given.macs, round_to="auto", sensitivity=damage, latency=table)
-    (_, _), (ms, _) = time_networks([model, narrower.narrow(model, by_macs)], x, runtime_named(given.runtime), table.place,
-                                    given.seconds)
-    by_time = narrower.fit_latency(model, graph, scores, x, latency=table, latency_ms=f"{ms}ms", round_to="auto",
+    (before, _), (ms, _) = time_networks([model, narrower.narrow(model, by_macs)], x, runtime_named(given.runtime),
+                                         table.place, given.seconds)
+    if ms >= before:
+        print(f"the plan by MACs takes {ms:.2f} ms, the dense network {before:.2f} ms: there is no time to spend")
+        return
+    by_time = narrower.fit_latency(model, graph, scores, x, latency=table, latency_ms=f"{ms / before}x", round_to="auto",
                                    sensitivity=damage).plan
     plans = {"by MACs": by_macs, "by milliseconds": by_time}
     small = {text: narrower.narrow(model, plan) for text, plan in plans.items()}
