@@ -62,7 +62,8 @@ def compactable(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> 
     """The settings of a plan for ResRep: scored by the prior, without the groups that no compactor covers."""
     least = replace(given, macs=1 - 1e-9, params=None)
     covered = compacted(least, copy.deepcopy(model), graph, 1, Choice()).placement.rows
-    return replace(given, method=given.prior, exclude=[*given.exclude, *(g.name for g in graph.free if g.name not in covered)])
+    whole = [group.name for group in graph.free if group.name not in covered]
+    return replace(given, method=given.prior, forgetting={}, exclude=[*given.exclude, *whole])
 
 
 def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
@@ -74,7 +75,7 @@ def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
         return Choice(planned(planning, model, graph, images))
     if given.prior == "none":
         return Choice()
-    scoring = replace(given, method=given.prior, allocate="share")  # a method that scores has no norms
+    scoring = replace(given, method=given.prior, allocate="share", forgetting={})  # a method that scores has no norms
     scoring_job = replace(job, settings=replace(job.settings, prune=scoring))
     return Choice(scores=first(lambda: scored(scoring_job, model, graph, images)))
 

@@ -609,6 +609,13 @@ def test_a_resumed_resrep_run_equals_an_uninterrupted_one(
     assert same(weights("whole"), weights("cut"))
 
 
+@pytest.mark.parametrize("allocate", ["measured", "norms"])
+def test_settings_of_forgetting_go_with_both_ways_to_choose(allocate: str) -> None:
+    given = ["--dense-epochs", "0", "--epochs", "1", "--images", "48", "--allocate", allocate]
+    assert cli.main(["prune", *RESREP, *given, "--forgetting", '{"mask_interval": 7}', "--output", "run"]) == 0
+    assert "merge" in {row["stage"] for row in rows("run")}
+
+
 @pytest.mark.parametrize("command", [["inspect", *SMALL[:4]], ["prune", *SHORT, "--epochs", "0", "--dense-epochs", "0"]])
 def test_a_long_trace_tells_on_standard_error_how_far_it_is(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
