@@ -16,7 +16,7 @@ from ..errors import ConfigError, MissingExtraError, NarrowerError
 from ..storage import write_whole
 from ..training.agreement import first
 from . import run_folder
-from .config import METHODS, CompareConfig
+from .config import METHODS, CompareConfig, RunConfig
 from .external import EXTERNAL, prune_external
 from .job import Job, Reporter, Settings
 from .prune import prune, train_dense
@@ -130,9 +130,7 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
         ConfigError: a method is not known, or does not go with the other settings.
     """
     method, _, allocate = cell.method.partition(":")
-    folder = cell.folder(root)
-    begun = (folder / run_folder.CONFIG).is_file()
-    run = replace(settings.run, seed=cell.seed, output=None if begun else str(folder), resume=str(folder) if begun else None)
+    run = replace(in_folder(settings.run, cell.folder(root)), seed=cell.seed)
     if method in EXTERNAL:
         return replace(settings, run=run, prune=replace(settings.prune, macs=cell.macs))
     if method not in METHODS:
@@ -141,15 +139,19 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
     return replace(settings, run=run, prune=prune)
 
 
+def in_folder(given: RunConfig, folder: Path) -> RunConfig:
+    """The settings of a run in this folder, which goes on where it has begun."""
+    begun = (folder / run_folder.CONFIG).is_file()
+    return replace(given, output=None if begun else str(folder), resume=str(folder) if begun else None)
+
+
 def with_dense(settings: Settings, root: Path, begin: Begin) -> Settings:
     """The settings with the network that all runs start from, trained once in `root/dense`."""
     folder = root / DENSE
     given = settings.prune
-    begun = (folder / run_folder.CONFIG).is_file()
     if not (folder / run_folder.MODEL).exists() or (folder / run_folder.CHECKPOINT).exists():
         own = replace(settings.train, epochs=given.dense_epochs, lr=given.dense_lr)
-        run = replace(settings.run, output=None if begun else str(folder), resume=str(folder) if begun else None)
-        train_dense(begin(replace(settings, train=own, run=run), "train"))
+        train_dense(begin(replace(settings, train=own, run=in_folder(settings.run, folder)), "train"))
     return replace(settings, model=replace(settings.model, checkpoint=str(folder)))
 
 

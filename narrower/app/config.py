@@ -6,9 +6,10 @@ text and, for some, a short flag.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from ..deployment.layer_times import PREPARE
 from ..errors import ConfigError, PlanError
@@ -21,6 +22,14 @@ METHODS = ("obs", "hrank", *TRAINED, "magnitude", "fpgm", "bn_scale", "taylor", 
 LEAST_IMAGES = 16
 SCHEDULES = ("once", "layer")
 ALLOCATIONS = ("measured", "share", "norms")
+
+
+Group = TypeVar("Group")
+
+
+def part(group: type[Group], settings: Mapping[str, Any]) -> Group:
+    """The settings, such as those of a run, that are of this group."""
+    return group(**{item.name: settings[item.name] for item in fields(group) if item.name in settings})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import narrower
 from ..data.images import batches
 from ..errors import ConfigError, DataError
 from ..training.accelerator import make_accelerator
-from .config import BenchConfig, ExportConfig, ModelConfig
+from .config import BenchConfig, ExportConfig, ModelConfig, part
 from .job import Job, Reporter, Settings, open_job
 from .networks import dense_network, expected_size, load_dense, read_run, with_weights
 from .oneshot import sample
@@ -92,7 +92,7 @@ def bench_networks(
         config, size = settings.model, settings.data.img_size
         if Path(name).is_dir():
             found = read_settings(Path(name))
-            config = ModelConfig(**{item.name: found[item.name] for item in fields(ModelConfig) if item.name in found})
+            config = part(ModelConfig, found)
             size = size or found.get("img_size")
             if len(names) == 1 and (Path(name) / NARROW).exists():
                 modules["dense"] = dense_network(config)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,12 +19,11 @@ from ..report import Facts, Layer, render
 from ..report.feature_maps import FeatureMap, feature_maps
 from ..storage import read_meta, write_whole
 from . import run_folder
-from .config import DataConfig, ModelConfig
+from .config import DataConfig, ModelConfig, part
 from .job import Reporter, Settings, open_images
 from .networks import dense_network, expected_size, with_weights
 from .resuming import ENDS
 
-Group = TypeVar("Group")
 PICTURES = "report"
 
 
@@ -133,11 +131,6 @@ def maps_of(folder: Path, settings: dict[str, Any], graph: narrower.Graph) -> di
     image = next(iter(batches(images, 1, workers=0)))[0]
     keep = json.loads((folder / run_folder.PLAN).read_text(encoding="utf-8"))["keep"]
     return feature_maps(dense, graph, image, keep)
-
-
-def part(group: type[Group], settings: dict[str, Any]) -> Group:
-    """The settings of a run that are of this group."""
-    return group(**{item.name: settings[item.name] for item in fields(group) if item.name in settings})  # type: ignore[arg-type]
 
 
 def graph_of(settings: dict[str, Any]) -> narrower.Graph:
