@@ -79,7 +79,9 @@ def total_damage(damage: narrower.Sensitivity, plan: narrower.Plan) -> float:
 def uniform(model: nn.Module, x: torch.Tensor, graph: narrower.Graph, macs: float, round_to: int) -> nn.Module:
     """torch-pruning's cut by the smallest ratio, the same for all layers, that leaves at most `macs`."""
     import torch_pruning as tp
+    from yolo import without_chunk
 
+    model = without_chunk(model)
     pinned = {s.tensor.removesuffix(".weight") for g in graph.groups if g.pinned for s in g.slices if s.role == "out"}
     low, high, found = 0.0, 1.0, None
     for _ in range(8):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,44 @@ class C2f(nn.Module):
         for m in self.m:
             y.append(y[-1] + m(y[-1]) if self.shortcut else m(y[-1]))
         return self.cv2(torch.cat(y, 1))
+
+
+class TwoConvolutions(nn.Module):
+    """What a C2f computes, by a convolution for each half in place of one and `chunk`."""
+
+    def __init__(self, block: C2f) -> None:
+        super().__init__()
+        self.halves = nn.ModuleList(half_of(block.cv1, k) for k in range(2))
+        self.cv2, self.m, self.shortcut = block.cv2, block.m, block.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = [half(x) for half in self.halves]
+        for m in self.m:
+            y.append(y[-1] + m(y[-1]) if self.shortcut else m(y[-1]))
+        return self.cv2(torch.cat(y, 1))
+
+
+def half_of(block: nn.Sequential, which: int) -> nn.Sequential:
+    """A unit that gives the first or the second half of the channels of another."""
+    conv, norm = block[0], block[1]
+    assert isinstance(conv, nn.Conv2d)
+    small = unit(conv.in_channels, conv.out_channels // 2, conv.kernel_size[0], conv.stride[0])
+    for old, new in ((conv, small[0]), (norm, small[1])):
+        new.load_state_dict({name: t.chunk(2)[which] if t.ndim else t for name, t in old.state_dict().items()})
+    return small.train(block.training)
+
+
+def without_chunk(model: nn.Module) -> nn.Module:
+    """A copy with `TwoConvolutions` in place of each C2f: torch-pruning's own example for YOLOv8 does the same.
+
+    Its index mapping does not follow the halves of a `chunk` that meet again in a `cat` (IndexError, torch-pruning 1.6.1).
+    """
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, C2f):
+                setattr(parent, name, TwoConvolutions(child))
+    return model
 
 
 class SPPF(nn.Module):
