@@ -19,11 +19,10 @@ from ..inputs import call_model, device_of, flatten_tensors
 from ..measuring import macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
 from .exporting import batch_size, resized
-from .runtimes import Call, Runtime, dtype_of, runtime_named, torch_threads
+from .layer_times import in_turn
+from .runtimes import Runtime, dtype_of, runtime_named, torch_threads
 
 NOISY_SPREAD, NOISY_RATIO = 0.25, 0.05
-LEAST_BLOCK = 2e-3  # seconds: shorter calls are timed several together
-LEAST_ROUNDS = 9
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,8 @@ def benchmark(
 ) -> Benchmark:
     """Time networks that take the same inputs, in turn, so that a slower or busier machine slows all of them.
 
-    In each round every network runs once (short ones several times), the first network first in one round and last in the next.
-    The ratio to the first network is taken round by round.
+    In each round every network runs once untimed, which fills the caches, and then once (short ones several times). The first
+    network is first in one round and last in the next. The ratio to the first network is taken round by round.
 
     Args:
         modules: {name: network}, the dense one first. They run in eval mode, on their device.
@@ -151,7 +150,7 @@ def compared(modules: Mapping[str, nn.Module], inputs: Any, runtime: Runtime, th
             modes.enter_context(in_eval_mode(module))
             calls.append(runtime.prepare(module, inputs, threads))
             calls[-1]()
-        times = in_turn(calls, seconds)
+        times = in_turn(calls, seconds, time.perf_counter)
     first = flatten_tensors(inputs)[0]
     samples = batch_size(inputs) or 1
     rows = []
@@ -165,26 +164,6 @@ def compared(modules: Mapping[str, nn.Module], inputs: Any, runtime: Runtime, th
             macs_of(module, inputs), sum(p.numel() for p in module.parameters()), size, size + live_bytes(module, inputs),
         ))  # fmt: skip
     return rows
-
-
-def in_turn(calls: Sequence[Call], seconds: float, clock: Callable[[], float] = time.perf_counter) -> list[list[float]]:
-    """Seconds of one call of each function, round by round, until about `seconds` for each are spent."""
-    once = []
-    for call in calls:
-        start = clock()
-        call()
-        once.append(clock() - start)
-    repeats = [max(1, round(LEAST_BLOCK / max(t, 1e-7))) for t in once]
-    times: list[list[float]] = [[] for _ in calls]
-    end = clock() + seconds * len(calls)
-    while len(times[0]) < LEAST_ROUNDS or clock() < end:
-        order = range(len(calls)) if len(times[0]) % 2 == 0 else reversed(range(len(calls)))
-        for i in order:
-            start = clock()
-            for _ in range(repeats[i]):
-                calls[i]()
-            times[i].append((clock() - start) / repeats[i])
-    return times
 
 
 def middle_and_spread(values: Sequence[float]) -> tuple[float, float]:

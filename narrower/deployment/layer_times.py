@@ -33,6 +33,8 @@ Prepare = Callable[[nn.Module, Any, int], Callable[[], Any]]
 LEAST_MS = 1.0  # copies of small layers run together, for about so long
 FEW_USES = 16  # a weight that is used less often is read from memory; it must not lie in the cache
 FLUSH_BYTES = 64 << 20
+LEAST_BLOCK = 10e-3  # seconds: shorter calls are timed several together
+LEAST_ROUNDS = 9
 CONVOLUTIONS = {"conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
                 "conv_transpose": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 
@@ -239,21 +241,36 @@ def measure_layers(jobs: Sequence[Job], prepare: Prepare, place: Mapping[str, An
         after_each(total - len(waiting_jobs.keys() - known.keys()), total)
 
 
-def measure_networks(calls: Sequence[Callable[[], Any]], clock: str, seconds: float) -> list[tuple[float, float]]:
-    """Milliseconds of each network, the shortest of many rounds in turn, and the spread: quartiles over median."""
-    now = clock_named(clock)
+def in_turn(calls: Sequence[Callable[[], Any]], seconds: float, clock: Callable[[], float]) -> list[list[float]]:
+    """Seconds of one call of each function, round by round, until about `seconds` for each are spent.
+
+    Each first runs as long without being timed, as the caches hold what the others have left. Short calls are timed several
+    together.
+    """
+    once = []
     for call in calls:
         call()
+        start = clock()
+        call()
+        once.append(clock() - start)
+    repeats = [max(1, round(LEAST_BLOCK / max(t, 1e-7))) for t in once]
     times: list[list[float]] = [[] for _ in calls]
-    spent = 0.0
-    while len(times[0]) < 9 or (spent < seconds * len(calls) and len(times[0]) < 500):
-        for i in range(len(calls)) if len(times[0]) % 2 else reversed(range(len(calls))):
-            start = now()
-            calls[i]()
-            times[i].append(now() - start)
-            spent += times[i][-1]
+    end = clock() + seconds * len(calls)
+    while len(times[0]) < LEAST_ROUNDS or clock() < end:
+        for i in range(len(calls)) if len(times[0]) % 2 == 0 else reversed(range(len(calls))):
+            for _ in range(repeats[i]):
+                calls[i]()
+            start = clock()
+            for _ in range(repeats[i]):
+                calls[i]()
+            times[i].append((clock() - start) / repeats[i])
+    return times
+
+
+def measure_networks(calls: Sequence[Callable[[], Any]], clock: str, seconds: float) -> list[tuple[float, float]]:
+    """Milliseconds of each network, the shortest of many rounds in turn, and the spread: quartiles over median."""
     out = []
-    for own in times:
+    for own in in_turn(calls, seconds, clock_named(clock)):
         low, _, high = quantiles(own, n=4)
         out.append((1e3 * min(own), (high - low) / median(own)))
     return out

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,14 +27,24 @@ from .layer_times import OPEN, PREPARE, clock_for, machine, measure_layers, meas
 from .runtimes import Runtime, dtype_of, runtime_named, torch_threads
 from .survey import sizes_in, survey
 
-RATES = (0.35, 0.65)  # channels that the narrow networks lose which the table is compared with
+RATES = (0.35, 0.65)  # channels that the even narrow networks lose which the table is compared with
+UNEVEN, MOST_RATE = 2, 0.8  # how many uneven ones, and the most channels that a group of theirs loses
 NARROW_ROUND = 8
 
 Progress = Callable[[str], None]
+
+
 def narrow_networks(model: nn.Module, graph: Graph) -> list[nn.Module]:
-    """The network at some rates, the same for each group."""
+    """The network at some rates, the same for each group, and at random ones from fixed seeds.
+
+    In even networks all layers shrink alike: they do not tell the parts of the time apart that plans trade for each other.
+    """
     order = Scores({g.name: torch.arange(g.size, dtype=torch.float64) for g in graph.free})
-    return [narrow(model, plan(graph, order, remove=rate, round_to=NARROW_ROUND)) for rate in RATES]
+    rates: list[float | dict[str, float]] = [*RATES]
+    for seed in range(UNEVEN):
+        rng = np.random.default_rng(seed)
+        rates.append({g.name: float(rng.uniform(0, MOST_RATE)) for g in graph.free})
+    return [narrow(model, plan(graph, order, remove=rate, round_to=NARROW_ROUND)) for rate in rates]
 
 
 def measure_latency(
@@ -44,7 +55,7 @@ def measure_latency(
 
     Every kind of layer (kernel, stride, groups, image size) is timed by itself at some widths, as the difference of networks
     with more and fewer copies of it, and one of each family at neighbouring widths, which show the multiples that the runtime
-    likes. Then the dense network and two narrow ones are timed whole. With one thread on the CPU all times are processor time
+    likes. Then the dense network and four narrow ones are timed whole. With one thread on the CPU all times are processor time
     of this process, which other programs disturb little. Of each the shortest of many counts.
 
     Args:
@@ -75,7 +86,7 @@ def measure_latency(
         measure_layers(list(found.jobs()), PREPARE.get(place.name, place.prepare), where, times.layers, seconds=seconds,
                        after_each=after_each)
         if progress:
-            progress(f"{1 + len(RATES)} whole networks")
+            progress(f"{1 + len(RATES) + UNEVEN} whole networks")
         modules = [model, *narrow_networks(model, graph)]
         networks = whole_times(modules, example_inputs, place, where, times, 20 * seconds)
     return found.table(where, times.layers, [Whole(sizes_in(m, found), *t) for m, t in zip(modules, networks, strict=True)])

@@ -171,8 +171,11 @@ class LatencyTable:
         found = next((s for s in self.steps if s.dim == dim and self.kinds[s.kind].family == family), None)
         return steps_read(found.widths, found.ms) if found else (1, (1.0,) * len(CLASSES))
 
-    def multiples(self, graph: Graph) -> dict[str, int]:
-        """For each free group the multiple that all layers with its channels like, or the largest below half its size."""
+    def multiples(self, graph: Graph, blocks: int = 2) -> dict[str, int]:
+        """For each free group the multiple that all layers with its channels like, halved until `blocks` of it fit in there.
+
+        With 1 a group of a single multiple stays whole. With 2 every group can shrink.
+        """
         kinds = {layer.tensor: layer.kind for layer in self.layers}
         out = {}
         for group in graph.free:
@@ -182,7 +185,7 @@ class LatencyTable:
                     each = max(1, len(s.positions) // (s.blocks * group.size))  # positions that a channel has there
                     liked = self.liked(kinds[s.tensor])[s.dim]
                     most = max(most, liked // math.gcd(liked, each))
-            while most > max(1, group.size // 2):
+            while most > 1 and most * blocks > group.size:
                 most //= 2
             out[group.name] = most
         return out

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import BudgetError, PlanError
 from ..graph.cost import CostModel
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
@@ -179,7 +180,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         remove: instead of a budget, the fraction of channels taken from each group, or {pattern: fraction} over names of
             groups and layers. Of several patterns that match, the last one counts.
         round_to: kept widths are multiples of it where the dense widths allow. "auto": for each group, of what the runtime of
-            `latency` computes in. 1 unless given, "auto" with latency_ms.
+            `latency` computes in. 1 unless given, "auto" with latency_ms. A group that is no wider than one multiple stays
+            whole under `macs` and `params`, unless they cannot be reached otherwise.
         exclude: patterns of groups and layers that are left alone.
         min_channels: the least number of channels that each group keeps.
         sensitivity: the measured damage of each group, from `narrower.sensitivity` with the same scores. A budget is then met
@@ -193,7 +195,9 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     """
     budget = Budget(macs, params, latency_ms)
     check_request(graph, budget, remove, sensitivity, latency)
-    multiples = multiples_of(graph, ("auto" if latency_ms else 1) if round_to is None else round_to, latency)
+    round_to = ("auto" if latency_ms else 1) if round_to is None else round_to
+    # A budget of milliseconds knows what a width costs. Others first leave groups whole that are one multiple wide.
+    multiples = multiples_of(graph, round_to, latency, blocks=1 if macs or params else 2)
     if type(min_channels) is not int or min_channels < 1:
         raise PlanError(f"min_channels={min_channels!r}: give a whole number from 1")
     free, left_out = {g.name for g in graph.free}, excluded(graph, exclude)
@@ -204,7 +208,14 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     if remove is not None:
         lost = by_rate(graph, parts, remove, multiples, min_channels)
     else:
-        lost = by_budget(CostModel(graph, latency), parts, values, budget, multiples, min_channels, sensitivity)
+        spend = partial(by_budget, CostModel(graph, latency), parts, values, budget, min_channels=min_channels,
+                        sensitivity=sensitivity)
+        try:
+            lost = spend(multiples)
+        except BudgetError:
+            if round_to != "auto":
+                raise
+            lost = spend(multiples_of(graph, round_to, latency))
     kept = Kept.without(graph, lowest_channels(parts, lost, values))
     return costed_plan(graph, kept.keep, {k: v for k, v in request.items() if v}, latency)
 
@@ -227,12 +238,12 @@ def check_request(graph: Graph, budget: Budget, remove: float | Mapping[str, flo
         raise PlanError(f"nothing is free in this network ({why})")
 
 
-def multiples_of(graph: Graph, round_to: int | str, latency: LatencyTable | None) -> dict[str, int]:
+def multiples_of(graph: Graph, round_to: int | str, latency: LatencyTable | None, blocks: int = 2) -> dict[str, int]:
     """The multiple for the width of each free group. Raises PlanError for anything but a whole number or "auto"."""
     if round_to == "auto":
         if latency is None:
             raise PlanError('round_to="auto" needs latency=, times measured on a machine: see narrower.measure_latency')
-        return latency.multiples(graph)
+        return latency.multiples(graph, blocks)
     if type(round_to) is not int or round_to < 1:
         raise PlanError(f'round_to={round_to!r}: give a whole number from 1, or "auto"')
     return {g.name: round_to for g in graph.free}

@@ -13,41 +13,8 @@ from support.networks import Plain, images
 from torch import Tensor, nn
 
 import narrower
-from narrower.deployment.benchmarking import Benchmark, in_turn, live_bytes, middle_and_spread
+from narrower.deployment.benchmarking import Benchmark, live_bytes
 from narrower.deployment.runtimes import Runtime
-
-
-class Clock:
-    """Time that passes only when a function spends it, faster and faster: a machine that drifts."""
-
-    def __init__(self, drift: float = 1.0) -> None:
-        self.now, self.pace, self.drift = 0.0, 1.0, drift
-        self.calls: list[str] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, name: str, seconds: float) -> None:
-        self.calls.append(name)
-        self.now += seconds * self.pace
-        self.pace *= self.drift
-
-
-def test_networks_take_turns_and_drift_cancels() -> None:
-    clock = Clock(drift=1.02)
-    slow, fast = in_turn([lambda: clock.spend("a", 0.1), lambda: clock.spend("b", 0.05)], 5.0, clock)
-    assert len(slow) == len(fast) >= 9 and max(slow) > 1.2 * min(slow)
-    order = clock.calls[2:]
-    assert all({a, b} == {"a", "b"} for a, b in zip(order[::2], order[1::2], strict=True)), "one of each in a round"
-    assert order[:4] == ["a", "b", "b", "a"], "and not always in the same order"
-    ratio, _ = middle_and_spread([b / a for a, b in zip(slow, fast, strict=True)])
-    assert ratio == pytest.approx(0.5, rel=0.03)
-
-
-def test_short_calls_are_timed_together() -> None:
-    clock = Clock()
-    (times,) = in_turn([lambda: clock.spend("a", 1e-4)], 0.0, clock)
-    assert len(times) == 9 and len(clock.calls) == 1 + 9 * 20 and times[0] == pytest.approx(1e-4)
 
 
 def test_rows_say_what_was_measured_where() -> None:

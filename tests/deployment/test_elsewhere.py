@@ -18,17 +18,18 @@ from narrower.deployment.survey import survey
 def test_times_from_elsewhere_give_the_table(tmp_path: Path) -> None:
     model, graph, x = PATTERNS["plain"].make(), graph_of("plain"), images(batch=1)
     folder = narrower.write_latency_jobs(model, graph, x, tmp_path / "jobs", suffix=".ts")
-    assert {p.name for p in folder.iterdir()} == {"jobs.json", "layer_times.py", "network-0.ts", "network-1.ts", "network-2.ts"}
+    assert {p.name for p in folder.iterdir()} == {
+        "jobs.json", "layer_times.py", *(f"network-{i}.ts" for i in range(5))}
     with pytest.raises(narrower.ConfigError, match=r"run layer_times.py on the other machine"):
         narrower.read_latency_times(folder)
     jobs = json.loads((folder / "jobs.json").read_text())
     times = {"place": {"runtime": "theirs"}, "layers": {key_of(job): 0.5 for job in jobs["jobs"]},
-             "networks": {name: [4.0 - i, 0.1] for i, name in enumerate(jobs["files"])}}
+             "networks": {name: [9.0 - i, 0.1] for i, name in enumerate(jobs["files"])}}
     (folder / "times.json").write_text(json.dumps(times))
     table = narrower.read_latency_times(folder)
     found = survey(model, graph, x)
     assert (table.kinds, table.layers) == (found.kinds, found.layers) and table.place == {"runtime": "theirs"}
-    assert [n.ms for n in table.networks] == [4.0, 3.0, 2.0] and len(table.points) == len(found.points)
+    assert [n.ms for n in table.networks] == [9.0, 8.0, 7.0, 6.0, 5.0] and len(table.points) == len(found.points)
     plan = narrower.plan(graph, narrower.random(graph), macs=0.5, latency=table)
     assert plan.latency_ms is not None and plan.latency_ms[0] == pytest.approx(table.predict(table.networks[0].sizes))
     times["layers"].popitem()  # type: ignore[attr-defined]

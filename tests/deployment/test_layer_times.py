@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -108,3 +109,46 @@ def test_the_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
     assert json.loads((tmp_path / "times.json").read_text()) == times, "nothing is measured twice"
     with pytest.raises(SystemExit, match="give another file"):
         layer_times.main([*arguments, "--threads", "2"])
+
+
+class Clock:
+    """Time that passes only when a function spends it, faster and faster: a machine that drifts."""
+
+    def __init__(self, drift: float = 1.0) -> None:
+        self.now, self.pace, self.drift = 0.0, 1.0, drift
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, name: str, seconds: float) -> None:
+        self.calls.append(name)
+        self.now += seconds * self.pace
+        self.pace *= self.drift
+
+
+def test_networks_take_turns_and_drift_cancels() -> None:
+    clock = Clock(drift=1.02)
+    slow, fast = layer_times.in_turn([lambda: clock.spend("a", 0.1), lambda: clock.spend("b", 0.05)], 5.0, clock)
+    assert len(slow) == len(fast) >= 9 and max(slow) > 1.2 * min(slow)
+    order = clock.calls[4:]
+    assert order[:8] == ["a", "a", "b", "b", "b", "b", "a", "a"], "one of each in a round, not always in the same order"
+    assert order == order[:8] * (len(order) // 8) + order[:len(order) % 8]
+    assert median(b / a for a, b in zip(slow, fast, strict=True)) == pytest.approx(0.5, rel=0.05)
+
+
+def test_what_the_caches_hold_of_another_network_is_not_timed() -> None:
+    clock, last = Clock(), [""]
+
+    def run(name: str) -> None:
+        clock.spend(name, 0.1 if last[0] == name else 0.2)
+        last[0] = name
+
+    times = layer_times.in_turn([lambda: run("a"), lambda: run("b")], 1.0, clock)
+    assert times == [pytest.approx([0.1] * len(own)) for own in times]
+
+
+def test_short_calls_are_timed_together() -> None:
+    clock = Clock()
+    (times,) = layer_times.in_turn([lambda: clock.spend("a", 1e-4)], 0.0, clock)
+    assert len(times) == 9 and len(clock.calls) == 2 + 9 * 200 and times[0] == pytest.approx(1e-4)

@@ -33,7 +33,7 @@ def test_a_table_says_where_it_was_measured_and_plans_with_it() -> None:
     table = measured()
     assert torch.get_num_threads() == before
     assert table.place["runtime"] == "eager" and table.place["shape"] == [1, 3, 8, 8] and table.place["clock"] == "process"
-    assert len(table.layers) == 7 and len(table.networks) == 1 + len(tabulating.RATES)
+    assert len(table.layers) == 7 and len(table.networks) == 5
     assert all(p.ms > 0 for p in table.points) and all(n.ms > 0 for n in table.networks)
     dense, *narrow = (sum(a * b for a, b in n.sizes.values()) for n in table.networks)
     assert dense > narrow[0] > narrow[1]
@@ -54,7 +54,7 @@ def test_a_second_call_measures_nothing_and_an_interrupted_one_goes_on(tmp_path:
     assert len(json.loads(cache.read_text())["layers"]) == 3
     told: list[str] = []
     first = measured(cache=cache, progress=told.append)
-    assert told[0].startswith("layer 4 ") and told[-1] == "3 whole networks"
+    assert told[0].startswith("layer 4 ") and told[-1] == "5 whole networks"
     monkeypatch.setattr(tabulating, "time_networks", None)
     assert measured(cache=cache) == first
 
@@ -83,7 +83,7 @@ def test_a_runtime_of_ones_own_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     model = PATTERNS["plain"].make()
     table = narrower.measure_latency(model, graph_of("plain"), images(batch=1), runtime=narrower.Runtime("mine", prepare),
                                      seconds=0.0)
-    assert prepared[-3] is model and table.place["runtime"] == "mine" and len(prepared) > 10
+    assert prepared[-5] is model and table.place["runtime"] == "mine" and len(prepared) > 10
 
 
 def test_exported_networks_run_on_the_cpu_wherever_the_model_is() -> None:
@@ -91,3 +91,13 @@ def test_exported_networks_run_on_the_cpu_wherever_the_model_is() -> None:
     places = {runtime: tabulating.place_of(model, x, runtime, 1) for runtime in ("eager", "onnxruntime", "openvino")}
     assert [place["device"] for place in places.values()] == ["meta", "cpu", "cpu"]
     assert places["eager"]["clock"] == "wall" and places["openvino"]["clock"] == "process"
+
+
+def test_the_whole_networks_are_even_and_uneven() -> None:
+    graph = graph_of("plain")
+    widths = [[m.out_channels for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+              for network in tabulating.narrow_networks(PATTERNS["plain"].make(), graph)]
+    dense = [m.out_channels for m in PATTERNS["plain"].make().modules() if isinstance(m, torch.nn.Conv2d)]
+    shares = [[n / d for n, d in zip(own, dense, strict=True)] for own in widths]
+    assert len(set(map(tuple, widths))) == 4, widths
+    assert any(max(own) - min(own) > 0.3 for own in shares[2:])

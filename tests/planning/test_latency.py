@@ -123,6 +123,18 @@ def test_widths_that_a_runtime_likes_are_the_steps_of_a_plan() -> None:
     assert odd.latency_ms is not None and odd.latency_ms[1] <= 0.6 * odd.latency_ms[0], "over steps without gain"
 
 
+def test_a_group_of_one_multiple_stays_whole_while_the_budget_allows() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 96, 3), nn.ReLU(), nn.Conv2d(96, 6, 3)).eval()
+    graph = narrower.trace(model, torch.zeros(1, 3, 8, 8))
+    found = survey(model, graph, torch.zeros(1, 3, 8, 8))
+    table = found.table({}, {key_of(job): blocks_of_eight(job) for job in found.jobs()}, [])
+    assert table.multiples(graph, blocks=1)["0"] == 8 and table.multiples(graph)["0"] == 4
+    scores = narrower.random(graph)
+    near, far = (widths(narrower.plan(graph, scores, macs=macs, round_to="auto", latency=table)) for macs in (0.4, 0.1))
+    assert near["0"] == 8 and near["2"] < 96, "eight channels take as long as four"
+    assert far["0"] == 4, "the budget cannot be met otherwise"
+
+
 def test_tables_and_plans_go_through_json() -> None:
     table = table_of("residual", bilinear, rest=1.0)
     again = LatencyTable.from_json(table.to_json())
