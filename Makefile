@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Each test runs on one thread; pytest runs one process for each core, and one that is idle takes tests from the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test slow all nightly ci lint clean
+.PHONY: demo test slow all nightly ci docs lint clean
 
 demo: $(VENV)/cli.installed
 	$(BIN)/narrower prune
@@ -22,13 +22,17 @@ slow: $(VENV)/dev.installed
 all: $(VENV)/dev.installed
 	$(PYTEST) -m ""
 
-# Both at a time: mypy runs on one core only. What fails lets the other end.
+# Two at a time: mypy runs on one core only, and the documentation takes seconds. What fails lets the others end.
 ci: $(VENV)/dev.installed
-	$(MAKE) --jobs=2 lint all
+	$(MAKE) --jobs=2 --keep-going docs lint all
 
 # All tests, with two thousand random networks and damaged files for each property, others each time.
 nightly: $(VENV)/dev.installed
 	NARROWER_EXAMPLES=2000 $(PYTEST) -m ""
+
+# The documentation, in site/. A link that leads nowhere is an error.
+docs: $(VENV)/dev.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
@@ -44,4 +48,4 @@ $(VENV)/%.installed: pyproject.toml
 	touch $@ $(if $(filter dev,$*),$(VENV)/cli.installed)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

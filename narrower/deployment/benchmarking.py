@@ -31,7 +31,11 @@ class Timing:
 
     Args:
         network: its name.
-        runtime, device, dtype, threads, shape: where and on what it ran; `shape` is that of the first input.
+        runtime: what ran it.
+        device: where it ran.
+        dtype: of its weights.
+        threads: of the CPU.
+        shape: of the first input.
         median_ms: milliseconds of one forward, median over the rounds.
         least_ms: the shortest, which other load on the machine disturbs least.
         spread: from the first to the third quartile, as a fraction of the median.

@@ -29,7 +29,9 @@ def write_latency_jobs(model: nn.Module, graph: Graph, example_inputs: Any, fold
     --runtime onnxruntime --threads 1`. With `times.json` back in the folder, `read_latency_times` gives the table.
 
     Args:
-        model, graph, example_inputs: as for `measure_latency`.
+        model: as for `measure_latency`.
+        graph: of `trace`.
+        example_inputs: as for `measure_latency`.
         folder: is created. It gets the script, the jobs, and the dense network and two narrow ones as files.
         suffix: of these files: `.onnx`, which ONNX Runtime and OpenVINO read, or `.ts` for torch.
 

@@ -63,7 +63,10 @@ def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ex
     of the dense network measured in the same run.
 
     Args:
-        model, graph, scores, example_inputs: as for `plan` and `measure_latency`.
+        model: as for `measure_latency`.
+        graph: of `trace`.
+        scores: as for `plan`.
+        example_inputs: as for `measure_latency`.
         latency: from `measure_latency`, on this machine.
         runtime: needed only if the table was measured in a `Runtime` of your own.
         request: what `plan` takes: `latency_ms=`, and for example `sensitivity=`, `exclude=`.

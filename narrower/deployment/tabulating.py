@@ -59,7 +59,8 @@ def measure_latency(
     of this process, which other programs disturb little. Of each the shortest of many counts.
 
     Args:
-        model, graph: the dense network, and what `trace` found.
+        model: the dense network.
+        graph: what `trace` found.
         example_inputs: as for `trace`, with the batch size that the times are for.
         runtime: eager, compile, onnxruntime, openvino, or a `Runtime`.
         threads: how many the runtime has.

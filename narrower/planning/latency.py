@@ -93,8 +93,11 @@ class LatencyTable:
 
     Args:
         place: what was measured: runtime, device, threads, dtype, shape, clock, machine.
-        kinds, layers: the layers of the network, by their weights.
-        points, steps, networks: the measurements.
+        kinds: the kinds of its layers.
+        layers: its layers, by their weights.
+        points: times of layers at some widths.
+        steps: times at neighbouring widths, which show the multiples that the runtime likes.
+        networks: times of whole networks.
     """
 
     place: Mapping[str, Any]

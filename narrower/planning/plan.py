@@ -172,9 +172,10 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     Args:
         graph: from `trace`.
         scores: one number per channel of each free group. Higher is kept.
-        macs, params: the cost that may remain: a fraction of the dense network in (0, 1), or an absolute number. The plan is
+        macs: the multiply-adds that may remain: a fraction of the dense network in (0, 1), or an absolute number. The plan is
             within it, and no removed step would fit back. All groups lose the same share of their channels, as far as ties,
             `round_to` and `min_channels` allow: scores are compared within a group only.
+        params: the same for parameters.
         latency_ms: the same for the time of a forward as `latency` predicts it: a fraction below 1, milliseconds above, or
             text: "0.6x", "0.6ms".
         remove: instead of a budget, the fraction of channels taken from each group, or {pattern: fraction} over names of
