@@ -194,6 +194,8 @@ def onnxruntime_session(model: bytes | str, threads: int) -> Callable[[], Any]:
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    # Threads of one session would go on spinning while another one is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     inputs = {i.name: torch.randn([n if isinstance(n, int) else 1 for n in i.shape]).numpy() for i in session.get_inputs()}
     return lambda: session.run(None, inputs)
