@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..inputs import call_model, flatten_tensors
 from .extras import optional
+from .layer_times import open_session
 
 Writer = Callable[[nn.Module, Any, Path, bool], None]
 Run = Callable[[Any], list[Tensor]]
@@ -135,11 +136,8 @@ def open_torchscript(path: Path, threads: int) -> Run:
 
 
 def open_onnx(path: Path, threads: int) -> Run:
-    runtime = optional("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    optional("onnxruntime")
+    session = open_session(str(path), threads)
     names = [i.name for i in session.get_inputs()]
 
     def run(inputs: Any) -> list[Tensor]:

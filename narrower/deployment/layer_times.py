@@ -189,14 +189,18 @@ def prepare_onnxruntime(module: nn.Module, x: Any, threads: int) -> Callable[[],
     return onnxruntime_session(onnx_of(module, x), threads)
 
 
-def onnxruntime_session(model: bytes | str, threads: int) -> Callable[[], Any]:
+def open_session(model: bytes | str, threads: int) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU. Its threads do not spin between two calls, in which others are timed."""
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads
-    # Threads of one session would go on spinning while another one is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime_session(model: bytes | str, threads: int) -> Callable[[], Any]:
+    session = open_session(model, threads)
     inputs = {i.name: torch.randn([n if isinstance(n, int) else 1 for n in i.shape]).numpy() for i in session.get_inputs()}
     return lambda: session.run(None, inputs)
 
