@@ -19,7 +19,7 @@ from ..inputs import call_model, device_of, flatten_tensors
 from ..measuring import macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
 from .exporting import batch_size, resized
-from .layer_times import in_turn
+from .layer_times import SETTLE, in_turn
 from .runtimes import Runtime, dtype_of, runtime_named, torch_threads
 
 NOISY_SPREAD, NOISY_RATIO = 0.25, 0.05
@@ -154,7 +154,7 @@ def compared(modules: Mapping[str, nn.Module], inputs: Any, runtime: Runtime, th
             modes.enter_context(in_eval_mode(module))
             calls.append(runtime.prepare(module, inputs, threads))
             calls[-1]()
-        times = in_turn(calls, seconds, time.perf_counter)
+        times = in_turn(calls, seconds, time.perf_counter, SETTLE if threads > 1 else 0.0)
     first = flatten_tensors(inputs)[0]
     samples = batch_size(inputs) or 1
     rows = []

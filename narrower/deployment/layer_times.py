@@ -35,6 +35,7 @@ FEW_USES = 16  # a weight that is used less often is read from memory; it must n
 FLUSH_BYTES = 64 << 20
 LEAST_BLOCK = 10e-3  # seconds: shorter calls are timed several together
 LEAST_ROUNDS = 9
+SETTLE = 0.15  # seconds, longer than threads spin that have no work
 CONVOLUTIONS = {"conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
                 "conv_transpose": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 
@@ -186,21 +187,25 @@ def onnx_of(module: nn.Module, x: Any) -> bytes:
 
 
 def prepare_onnxruntime(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:
-    return onnxruntime_session(onnx_of(module, x), threads)
+    return onnxruntime_session(onnx_of(module, x), threads, spin=False)
 
 
-def open_session(model: bytes | str, threads: int) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU. Its threads do not spin between two calls, in which others are timed."""
+def open_session(model: bytes | str, threads: int, *, spin: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Its threads spin for up to a tenth of a second after a call, as they do in a program with one network. With `spin=False`
+    they stop at once, so that another session can be timed right after.
+    """
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "0" if spin else "1")
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def onnxruntime_session(model: bytes | str, threads: int) -> Callable[[], Any]:
-    session = open_session(model, threads)
+def onnxruntime_session(model: bytes | str, threads: int, *, spin: bool = True) -> Callable[[], Any]:
+    session = open_session(model, threads, spin=spin)
     inputs = {i.name: torch.randn([n if isinstance(n, int) else 1 for n in i.shape]).numpy() for i in session.get_inputs()}
     return lambda: session.run(None, inputs)
 
@@ -247,36 +252,38 @@ def measure_layers(jobs: Sequence[Job], prepare: Prepare, place: Mapping[str, An
         after_each(total - len(waiting_jobs.keys() - known.keys()), total)
 
 
-def in_turn(calls: Sequence[Callable[[], Any]], seconds: float, clock: Callable[[], float]) -> list[list[float]]:
+def in_turn(calls: Sequence[Callable[[], Any]], seconds: float, clock: Callable[[], float], settle: float = 0.0,
+            ) -> list[list[float]]:
     """Seconds of one call of each function, round by round, until about `seconds` for each are spent.
 
-    Each first runs as long without being timed, as the caches hold what the others have left. Short calls are timed several
-    together.
+    Each first runs untimed, as long as it is timed and `settle` seconds at least: the caches hold what the others have left,
+    and threads of theirs may still spin. Short calls are timed several together.
     """
     once = []
     for call in calls:
         call()
         start = clock()
         call()
-        once.append(clock() - start)
-    repeats = [max(1, round(LEAST_BLOCK / max(t, 1e-7))) for t in once]
+        once.append(max(clock() - start, 1e-7))
+    timed = [max(1, round(LEAST_BLOCK / t)) for t in once]
+    untimed = [max(n, round(settle / t)) for n, t in zip(timed, once, strict=True)]
     times: list[list[float]] = [[] for _ in calls]
     end = clock() + seconds * len(calls)
     while len(times[0]) < LEAST_ROUNDS or clock() < end:
         for i in range(len(calls)) if len(times[0]) % 2 == 0 else reversed(range(len(calls))):
-            for _ in range(repeats[i]):
+            for _ in range(untimed[i]):
                 calls[i]()
             start = clock()
-            for _ in range(repeats[i]):
+            for _ in range(timed[i]):
                 calls[i]()
-            times[i].append((clock() - start) / repeats[i])
+            times[i].append((clock() - start) / timed[i])
     return times
 
 
 def measure_networks(calls: Sequence[Callable[[], Any]], clock: str, seconds: float) -> list[tuple[float, float]]:
     """Milliseconds of each network, the shortest of many rounds in turn, and the spread: quartiles over median."""
     out = []
-    for own in in_turn(calls, seconds, clock_named(clock)):
+    for own in in_turn(calls, seconds, clock_named(clock), SETTLE if clock == "wall" else 0.0):
         low, _, high = quantiles(own, n=4)
         out.append((1e3 * min(own), (high - low) / median(own)))
     return out

@@ -152,3 +152,16 @@ def test_short_calls_are_timed_together() -> None:
     clock = Clock()
     (times,) = layer_times.in_turn([lambda: clock.spend("a", 1e-4)], 0.0, clock)
     assert len(times) == 9 and len(clock.calls) == 2 + 9 * 200 and times[0] == pytest.approx(1e-4)
+
+
+def test_threads_that_still_spin_are_waited_for() -> None:
+    clock, last, spins_until = Clock(), [""], [0.0]
+
+    def run(name: str) -> None:
+        if last[0] != name:
+            last[0], spins_until[0] = name, clock.now + 0.1
+        clock.spend(name, 0.02 if clock.now < spins_until[0] else 0.01)
+
+    calls = [lambda: run("a"), lambda: run("b")]
+    assert layer_times.in_turn(calls, 0.0, clock, 0.15) == [pytest.approx([0.01] * 9)] * 2
+    assert max(layer_times.in_turn(calls, 0.0, clock)[0]) > 0.015
