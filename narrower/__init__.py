@@ -22,6 +22,7 @@ from .errors import (
     ConfigError,
     DataError,
     ExportError,
+    HubError,
     MissingExtraError,
     NarrowerError,
     PlanError,
@@ -36,15 +37,16 @@ from .planning import LatencyTable, Plan, Sensitivity, compose, plan
 from .repair import Reconstruction, reconstruct
 from .resrep import Forgetting, ResRep
 from .scores import bn_scale, fpgm, hrank, magnitude, obs, random, taylor
+from .sharing import load
 from .soft import SoftPruning
-from .storage import load, save
+from .storage import save
 from .tracing import trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Benchmark", "BudgetError", "CentripetalSGD", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError",
-    "Exported", "Folded", "Forgetting", "Graph", "LatencyFit", "LatencyTable", "MissingExtraError", "NarrowerError",
+    "Exported", "Folded", "Forgetting", "Graph", "HubError", "LatencyFit", "LatencyTable", "MissingExtraError", "NarrowerError",
     "Plan", "PlanError", "Reconstruction", "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning", "StorageError",
     "Timing", "TraceError", "Tuned", "Verification", "VerifyError", "benchmark", "bn_scale", "compose", "export",
     "fit_latency", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "measure_latency", "narrow", "obs", "plan",

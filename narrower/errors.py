@@ -8,6 +8,7 @@ NarrowerError
 ├── StorageError    a checkpoint or narrower.json that is missing, damaged or of another model
 ├── DataError       a data set that is empty or unreadable
 ├── ExportError     an exporter does not take the network, or a runtime computes something else
+├── HubError        a hub that cannot be reached, refuses, or has no such repository
 ├── MissingExtraError  an optional package is not installed
 └── ConfigError     settings that contradict each other, an output folder in use
 """
@@ -45,6 +46,10 @@ class DataError(NarrowerError):
 
 class ExportError(NarrowerError):
     """An exporter does not take the network, or the file that it wrote computes something else than PyTorch."""
+
+
+class HubError(NarrowerError):
+    """A hub of models cannot be reached or refuses, or has no such repository."""
 
 
 class MissingExtraError(NarrowerError):

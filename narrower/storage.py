@@ -79,9 +79,7 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
 
     Raises StorageError if a file is missing or damaged, of a later version, or of another network than `make_model` gives.
     """
-    if isinstance(make_model, nn.Module) or not callable(make_model):
-        raise StorageError(f"load takes a function that makes the dense network, not {type(make_model).__name__}: "
-                           "load(folder, lambda: Net())")
+    check_factory(make_model)
     folder = Path(folder)
     record, tied = read_meta(folder)
     try:
@@ -116,6 +114,13 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
         raise StorageError(f"{folder / META} sets a number that the factory's network does not store: {e}") from e
     setattr(model, RECORD, record)
     return model
+
+
+def check_factory(make_model: object) -> None:
+    """Raise StorageError for what is no function that makes a network."""
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise StorageError(f"load takes a function that makes the dense network, not {type(make_model).__name__}: "
+                           "load(folder, lambda: Net())")
 
 
 def saved_value(data: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dense: Tensor) -> Tensor:

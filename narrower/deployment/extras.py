@@ -9,7 +9,7 @@ from ..errors import MissingExtraError
 
 # The extra of pyproject.toml that each package comes with.
 EXTRAS = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "openvino": "openvino",
-          "torch_pruning": "compare", "matplotlib": "compare"}
+          "torch_pruning": "compare", "matplotlib": "compare", "huggingface_hub": "hub"}
 
 
 def optional(name: str) -> ModuleType:

@@ -21,16 +21,16 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HubError
+from ..sharing import reach
 from .densenet import cifar_densenet40
 from .googlenet import cifar_googlenet
 from .mobilenet import cifar_mobilenet_v1
 from .resnet import cifar_resnet20, cifar_resnet32, cifar_resnet44, cifar_resnet56, cifar_resnet110
 from .vgg import cifar_vgg16_bn
 
-__all__ = ["CIFAR_MODELS", "expected_images", "import_named", "make_model"]
+__all__ = ["CIFAR_MODELS", "expected_images", "import_named", "make_model", "origin"]
 
-HUB_SECONDS = 10
 CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
     factory.__name__: factory
     for factory in (
@@ -75,20 +75,32 @@ def make_model(
 
 def expected_images(name: str) -> dict[str, Any]:
     """How a network of timm reads images: {large (pixels), mean, std, crop_pct, interpolation}. {} for other names."""
-    if ":" in name or "/" in name or name in CIFAR_MODELS:
-        return {}
-    try:
-        from timm.models import get_pretrained_cfg
-    except ImportError:
-        return {}
-    try:
-        known = get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag: make_model raises an error with advice
-        return {}
+    known = _published(name)
     if known is None:
         return {}
     same = {key: getattr(known, key) for key in ("mean", "std", "crop_pct", "interpolation")}
     return {"large": known.input_size[-1], **same}
+
+
+def origin(name: str) -> dict[str, str]:
+    """Where the published weights of a network of timm come from: {base_model (on the hub), license}, as far as timm knows."""
+    known = _published(name)
+    found = {"base_model": getattr(known, "hf_hub_id", None), "license": getattr(known, "license", None)}
+    return {key: str(value) for key, value in found.items() if value and value != "unknown"}
+
+
+def _published(name: str) -> Any:
+    """What timm knows of the published weights of a network. None for other names."""
+    if ":" in name or "/" in name or name in CIFAR_MODELS:
+        return None
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:
+        return None
+    try:
+        return get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag: make_model raises an error with advice
+        return None
 
 
 def _given(**kwargs: Any) -> dict[str, Any]:
@@ -132,18 +144,11 @@ def _timm(name: str, num_classes: int | None, pretrained: bool, in_channels: int
 
 def _reach_hub(name: str) -> None:
     """Raise ConfigError at once where the hub with timm's weights cannot be reached. Its client would try for a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of requests or of httpx
-        raise ConfigError(
-            f"the published weights of {name} cannot be fetched: {constants.ENDPOINT} cannot be reached "
-            f"({type(error).__name__}); give a file with --checkpoint, or set HF_HUB_OFFLINE=1 if they were fetched before"
-        ) from error
+        reach()
+    except HubError as error:
+        raise ConfigError(f"the published weights of {name} cannot be fetched: {error}; give a file with --checkpoint, or set "
+                          "HF_HUB_OFFLINE=1 if they were fetched before") from error
 
 
 def _torchvision(

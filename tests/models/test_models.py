@@ -125,7 +125,7 @@ def test_an_unknown_argument_is_named() -> None:
 def test_published_weights_without_a_network_are_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not after a minute of retries; and where the hub is said to be away, its cache is looked at, as before."""
     pytest.importorskip("timm")
-    constants: Any = pytest.importorskip("huggingface_hub").constants
+    constants: Any = pytest.importorskip("huggingface_hub.constants")
     asked: list[str] = []
 
     def create(model_name: str, **_: Any) -> torch.nn.Module:
