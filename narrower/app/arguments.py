@@ -47,6 +47,7 @@ class Command:
         takes_config: it has `--config`.
         takes_networks: its arguments are run folders and names of networks.
         takes_runs: its arguments are run folders.
+        takes_repository: its arguments are a run folder and the name of a repository.
     """
 
     run: Callable[..., None]
@@ -59,6 +60,7 @@ class Command:
     takes_config: bool = False
     takes_networks: bool = False
     takes_runs: bool = False
+    takes_repository: bool = False
 
     def flags(self) -> dict[str, tuple[type, Field[Any]]]:
         """{name: (its dataclass, its field)} of all flags."""
@@ -127,7 +129,7 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
 def make_parser(name: str, command: Command) -> Parser:
     """The parser of one command."""
     first = "[RUN] " if command.takes_run else "network [network ...] " if command.takes_networks else ""
-    first = "RUN [RUN ...] " if command.takes_runs else first
+    first = "RUN [RUN ...] " if command.takes_runs else "RUN USER/NAME " if command.takes_repository else first
     parser = Parser(
         prog=f"narrower {name}", usage=f"narrower {name} {first}[options]", allow_abbrev=False,
         description=f"{command.summary}. Example: {command.example}",
@@ -139,6 +141,9 @@ def make_parser(name: str, command: Command) -> Parser:
         parser.add_argument("networks", nargs="+", help="run folders, and names of networks as for --model of other commands")
     if command.takes_runs:
         parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs that have ended")
+    if command.takes_repository:
+        parser.add_argument("run", metavar="RUN", help="folder of a run that has narrowed a network")
+        parser.add_argument("repository", metavar="USER/NAME", help="repository on the hub, made where it is missing")
     if command.takes_config:
         parser.add_argument("--config", help="YAML with any of these settings, such as a run's config.yaml; "
                             "or a name that `narrower configs` lists")

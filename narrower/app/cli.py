@@ -33,6 +33,7 @@ from .config import (
     ExportConfig,
     ModelConfig,
     PruneConfig,
+    PushConfig,
     ReportConfig,
     RunConfig,
 )  # fmt: skip
@@ -43,6 +44,7 @@ from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
 from .reporting import report_at_end, write_reports
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
+from .sharing import push_run
 from .terminal import TITLES, Terminal, comparison, costs, ending_together, grid, headline_of, papers, titled
 
 ERROR, INTERRUPTED = 2, 130
@@ -84,6 +86,12 @@ def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
 def run_report(_: Settings, terminal: Terminal, given: Namespace) -> None:
     for page in write_reports([Path(run) for run in given.runs], svg=given.svg):
         terminal.print(str(page))
+
+
+def run_push(_: Settings, terminal: Terminal, given: Namespace) -> None:
+    chosen = PushConfig(given.license, given.private, given.revision, given.message, given.exports, given.card, given.dry_run,
+                        given.output)
+    terminal.print(push_run(Path(given.run), given.repository, chosen, terminal))
 
 
 def run_train(settings: Settings, terminal: Terminal, _: Namespace) -> None:
@@ -229,6 +237,13 @@ COMMANDS = {
         "narrower report runs/20250101-120000-obs-cifar_resnet56 --svg",
         [(ReportConfig, ())],
         takes_runs=True,
+    ),
+    "push": Command(
+        run_push,
+        "share the narrow network of a run on a hub, with a model card; in Python narrower.load('user/name', factory) loads it",
+        "narrower push runs/20250101-120000-obs-cifar_resnet56 user/name --license mit --exports onnx",
+        [(PushConfig, ())],
+        takes_repository=True,
     ),
     "export": Command(
         run_export,

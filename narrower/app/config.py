@@ -269,6 +269,32 @@ class ReportConfig:
     svg: Annotated[bool, "also write the pictures, into report/ of the run folder"] = False
 
 
+@dataclass(frozen=True)
+class PushConfig:
+    """sharing"""
+
+    license: Annotated[
+        str | None, "as the hub writes it: apache-2.0, mit, other, ...; default: that of timm's published weights"
+    ] = None
+    private: Annotated[bool, "only you, and whom you let, may see the repository"] = False
+    revision: Annotated[str | None, "branch, made where it is missing; default: the main one"] = None
+    message: Annotated[str | None, "of the commit"] = None
+    exports: Annotated[list[str], "files to put beside the network: onnx pt2"] = field(default_factory=list)
+    card: Annotated[
+        dict[str, Any], "fields of the model card, as JSON: '{\"datasets\": [\"imagenet-1k\"], \"language\": \"en\"}'"
+    ] = field(default_factory=dict)
+    dry_run: Annotated[bool, "upload nothing: write the files into --output"] = False
+    output: Annotated[str | None, "folder for --dry-run; default: hub in the run folder"] = None
+
+    def __post_init__(self) -> None:
+        for name in self.exports:
+            if name not in SHARED_FORMATS:
+                raise ConfigError(f"--exports {name}: take {' and '.join(SHARED_FORMATS)}")
+        if self.output and not self.dry_run:
+            raise ConfigError("--output is for --dry-run")
+
+
+SHARED_FORMATS = ("onnx", "pt2")
 EXPORT_FORMATS = ("onnx", "openvino", "pt2", "torchscript")
 
 

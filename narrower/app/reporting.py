@@ -61,13 +61,7 @@ def facts_of(folder: Path) -> Facts:
     Raises:
         ConfigError: it is no run, or one that has not ended.
     """
-    settings = run_folder.read_settings(folder)
-    run = run_folder.Run(folder, resume=True, writes=False)
-    if not any(run.last(stage) for stage in ENDS):
-        command = run.last(run_folder.START).get("command", "prune")
-        if command == "sensitivity":
-            raise ConfigError(f"{folder} is a measurement of damage, not a run that narrowed or trained: nothing to report")
-        raise ConfigError(f"the run in {folder} has not ended: go on with it by narrower {command} --resume {folder}")
+    settings, run = ended_run(folder)
     parts: dict[str, Any] = {}
     absent: dict[str, str] = {}
     for name, read in (("layers", layers_of), ("widths", widths_of), ("sensitivity", sensitivity_of)):
@@ -86,6 +80,18 @@ def facts_of(folder: Path) -> Facts:
             absent["maps"] = f"the maps cannot be computed ({reason(error)})"
     agreement = not run.last(run_folder.START).get("labelled", True)
     return Facts(folder.absolute().name, settings, run.rows(), **parts, absent=absent, agreement=agreement)
+
+
+def ended_run(folder: Path) -> tuple[dict[str, Any], run_folder.Run]:
+    """The settings of a run that has ended, and the run. Raises ConfigError for another folder."""
+    settings = run_folder.read_settings(folder)
+    run = run_folder.Run(folder, resume=True, writes=False)
+    if not any(run.last(stage) for stage in ENDS):
+        command = run.last(run_folder.START).get("command", "prune")
+        if command == "sensitivity":
+            raise ConfigError(f"{folder} is a measurement of damage, not a run that narrowed or trained: nothing to report")
+        raise ConfigError(f"the run in {folder} has not ended: go on with it by narrower {command} --resume {folder}")
+    return settings, run
 
 
 def reason(error: Exception) -> str:
