@@ -6,7 +6,10 @@ BIN    := $(VENV)/bin
 # Each test runs on one thread; pytest runs one process for each core, and one that is idle takes tests from the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test slow all nightly ci docs lint clean
+# The oldest Python and torch that pyproject.toml promises, other releases between, and the newest. Each needs a few GB.
+ELSEWHERE ?= python3.10=torch==2.4.0 python3.11=torch python3.12=torch==2.6.0 python3.13=torch
+
+.PHONY: demo test slow all nightly ci docs lint dist package elsewhere clean
 
 demo: $(VENV)/cli.installed
 	$(BIN)/narrower prune
@@ -37,6 +40,24 @@ docs: $(VENV)/dev.installed
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The wheel and the source distribution, in dist/.
+dist: $(VENV)/dev.installed
+	rm -rf build dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist
+
+# Both, installed in fresh environments with nothing but their metadata, and tried there; the wheel with the command line too.
+package: dist
+	.ci/elsewhere dist/*.whl $(PYTHON)
+	EXTRA=cli .ci/elsewhere dist/*.whl $(PYTHON)
+	.ci/elsewhere dist/*.tar.gz $(PYTHON)
+
+# The wheel with other Pythons and releases of torch. One that this machine lacks is an error, after all others.
+elsewhere: dist
+	@missing=; for pair in $(ELSEWHERE); do echo "== $$pair"; \
+	  .ci/elsewhere dist/*.whl $${pair%%=*} $${pair#*=} || missing="$$missing $$pair"; \
+	done; [ -z "$$missing" ] || { echo "not well:$$missing" >&2; exit 1; }
 
 # The extra that is installed is the name of the stamp file: .venv/cli.installed, .venv/dev.installed (which has all of cli).
 $(VENV)/%.installed: pyproject.toml
