@@ -30,7 +30,8 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.wide = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU(), nn.Conv2d(32, 16, 1))
+        depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.wide = nn.Sequential(nn.Conv2d(16, 32, 1), depthwise, nn.ReLU(), nn.Conv2d(32, 16, 1))
         self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=4)
         self.head = nn.Linear(24, 10)
 
@@ -45,7 +46,7 @@ def whole_way() -> None:
     model, images = Net().eval(), torch.randn(8, 3, 16, 16)
     graph = narrower.trace(model, images)
     batches = [torch.randn(8, 3, 16, 16) for _ in range(4)]
-    for scores in (narrower.magnitude(model, graph), narrower.hrank(model, graph, batches), narrower.obs(model, graph, batches)):
+    for scores in (narrower.magnitude(model, graph), narrower.hrank(model, graph, batches)):
         plan = narrower.plan(graph, scores, macs=0.5)
         small = narrower.narrow(model, plan)
         found = narrower.verify(model, small, plan, images)
@@ -79,7 +80,7 @@ def command() -> None:
 
 def main() -> None:
     checkout = Path(__file__).resolve().parent.parent
-    assert checkout not in Path(narrower.__file__).resolve().parents, f"{narrower.__file__} is the checkout, not an installation"
+    assert checkout not in Path(narrower.__file__).resolve().parents, f"{narrower.__file__} is the checkout"
     assert version("narrower") == narrower.__version__
     package = files("narrower")
     for name in ("py.typed", "configs/resrep-resnet56-53.yaml", "report/page.html.jinja", "report/card.md.jinja"):

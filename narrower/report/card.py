@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
+from ..deployment.extras import optional
 from ..errors import ConfigError, MissingExtraError
 from .facts import Facts
 from .sections import stages
@@ -35,37 +36,30 @@ def model_card(facts: Facts, repository: str, command: str, contents: Mapping[st
         MissingExtraError: huggingface_hub or jinja2 is not installed.
     """
     check_fields(fields)
-    hub = card_library()
+    hub = optional("huggingface_hub")
     given = metadata(facts, repository) | dict(fields)
     try:
         data = hub.ModelCardData(**given)
-        template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
-        table = stages(facts).table
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the card cannot be written with {', '.join(fields)}: {' '.join(str(error).split())}") from error
+    template = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    try:
         card = hub.ModelCard.from_template(
-            data, template_str=plain_blocks(template), title=repository.partition("/")[2], summary=summary(facts), stages=table,
-            measured=measured(facts), code=usage(facts.settings, repository), factory=factory(facts.settings),
+            data, template_str=plain_blocks(template), title=repository.partition("/")[2], summary=summary(facts),
+            stages=stages(facts).table, measured=measured(facts), code=usage(facts.settings, repository),
+            factory=factory(facts.settings),
             images=images(facts.settings), command=command, versions=versions(facts), files=list(contents.items()),
             licence=licence(given),
         )
-        return str(card)
     except ImportError as error:
         raise MissingExtraError(f"the card needs jinja2 ({error}): pip install 'narrower[hub]'") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"the card cannot be written with {', '.join(fields)}: {' '.join(str(error).split())}") from error
-
-
-def card_library() -> Any:
-    """huggingface_hub. Raises MissingExtraError if it is not installed."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingExtraError(f"huggingface_hub is missing ({error}): pip install 'narrower[hub]'") from error
-    return huggingface_hub
+    return str(card)
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:
     """Raise ConfigError for a field that a card does not have. The message has the nearest name."""
-    known = [name for name in inspect.signature(card_library().ModelCardData.__init__).parameters if name not in OF_THE_RUN]
+    parameters = inspect.signature(optional("huggingface_hub").ModelCardData.__init__).parameters
+    known = [name for name in parameters if name not in OF_THE_RUN]
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -80,7 +74,7 @@ def plain_blocks(template: str) -> str:
 
 def metadata(facts: Facts, repository: str) -> dict[str, Any]:
     """The head of the card, as far as it follows from the run."""
-    hub, settings = card_library(), facts.settings
+    hub, settings = optional("huggingface_hub"), facts.settings
     method = str(settings.get("method", ""))
     found: dict[str, Any] = {"library_name": "narrower", "tags": ["narrower", "pruning", "channel-pruning", method]}
     data = data_set(settings)

@@ -61,7 +61,7 @@ def test_a_path_is_never_asked_of_the_hub(where: str | Path, hub: Hub) -> None:
 
 def test_a_wrong_factory_is_told_before_anything_is_downloaded(hub: Hub) -> None:
     with pytest.raises(StorageError, match="load takes a function"):
-        narrower.load("ann/net", Plain())  # type: ignore[arg-type]
+        narrower.load("ann/net", Plain())
     assert not hub.requests
 
 
