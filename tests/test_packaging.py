@@ -63,7 +63,7 @@ def test_each_optional_package_comes_with_an_extra() -> None:
 def test_each_file_of_the_package_is_packaged() -> None:
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["narrower"]
     others = [file.relative_to(ROOT / "narrower").as_posix() for file in (ROOT / "narrower").rglob("*")
-              if file.is_file() and file.suffix not in (".py", ".pyc")]
+              if file.is_file() and file.suffix != ".py" and "__pycache__" not in file.parts]
     assert "py.typed" in others and not [name for name in others if not any(fnmatch(name, one) for one in patterns)]
     folders = {file.parent for file in (ROOT / "narrower").rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]

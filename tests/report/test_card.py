@@ -77,7 +77,7 @@ def test_fields_of_the_user_go_first() -> None:
 
 
 @pytest.mark.parametrize(("field", "says"), [("licence", "no field licence; did you mean license?"),
-                                             ("eval_results", "no field eval_results; it has|: it has"),
+                                             ("eval_results", "no field eval_results"),
                                              ("colour", "no field colour: it has base_model, datasets")])
 def test_an_unknown_field_is_named(field: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
