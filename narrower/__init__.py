@@ -25,6 +25,7 @@ from .errors import (
     HubError,
     MissingExtraError,
     NarrowerError,
+    NoiseError,
     PlanError,
     StorageError,
     TraceError,
@@ -47,7 +48,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Benchmark", "BudgetError", "CentripetalSGD", "ChannelGroup", "ConfigError", "DataError", "Distillation", "ExportError",
     "Exported", "Folded", "Forgetting", "Graph", "HubError", "LatencyFit", "LatencyTable", "MissingExtraError", "NarrowerError",
-    "Plan", "PlanError", "Reconstruction", "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning", "StorageError",
+    "NoiseError", "Plan", "PlanError", "Reconstruction", "ResRep", "Runtime", "Scores", "Sensitivity", "Slice", "SoftPruning",
+    "StorageError",
     "Timing", "TraceError", "Tuned", "Verification", "VerifyError", "benchmark", "bn_scale", "compose", "export",
     "fit_latency", "fold", "fpgm", "hrank", "load", "magnitude", "measure", "measure_latency", "narrow", "obs", "plan",
     "random", "read_latency_times", "recalibrate", "reconstruct", "save", "sensitivity", "taylor", "trace", "tune",

@@ -9,6 +9,7 @@ NarrowerError
 ├── DataError       a data set that is empty or unreadable
 ├── ExportError     an exporter does not take the network, or a runtime computes something else
 ├── HubError        a hub that cannot be reached, refuses, or has no such repository
+├── NoiseError      times spread too far to decide anything by them
 ├── MissingExtraError  an optional package is not installed
 └── ConfigError     settings that contradict each other, an output folder in use
 """
@@ -50,6 +51,8 @@ class ExportError(NarrowerError):
 
 class HubError(NarrowerError):
     """A hub of models cannot be reached or refuses, or has no such repository."""
+class NoiseError(NarrowerError):
+    """Times on this machine spread so far that what they were measured for cannot be decided."""
 
 
 class MissingExtraError(NarrowerError):

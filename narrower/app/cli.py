@@ -149,7 +149,9 @@ def run_export(settings: Settings, terminal: Terminal, given: Namespace) -> None
 
 def run_bench(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     chosen = BenchConfig(given.runtimes, given.batch_sizes, given.threads, given.seconds)
-    terminal.print(str(bench_networks(given.networks, settings, chosen, terminal)))
+    found = bench_networks(given.networks, settings, chosen, terminal)
+    terminal.print(str(found))
+    found.check()
 
 
 def run_compare(settings: Settings, terminal: Terminal, given: Namespace) -> None:

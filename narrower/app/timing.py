@@ -14,7 +14,7 @@ from ..deployment.elsewhere import read_latency_times
 from ..deployment.extras import optional
 from ..deployment.fitting import Trial, elsewhere, trial
 from ..deployment.formats import format_of
-from ..errors import ConfigError
+from ..errors import ConfigError, NoiseError
 from ..planning.requests import read_latency
 from ..storage import write_whole
 from ..training.agreement import first
@@ -151,7 +151,10 @@ def with_times(job: Job, model: nn.Module, graph: narrower.Graph) -> Job:
 
 
 def own_table(job: Job, model: nn.Module, graph: narrower.Graph) -> narrower.LatencyTable:
-    """The table, measured as a stage. Times are kept in the run folder one by one, for a run that goes on."""
+    """The table, measured as a stage. Times are kept in the run folder one by one, for a run that goes on.
+
+    Raises NoiseError if the times differ more among themselves than the budget does from the dense network's.
+    """
     given, times = job.settings.prune, job.run.folder / run_folder.TIMES
     note = job.note_slowly()
     with job.stage("latency table", busy="measuring times") as facts:
@@ -161,6 +164,13 @@ def own_table(job: Job, model: nn.Module, graph: narrower.Graph) -> narrower.Lat
         )  # fmt: skip
         facts |= {"runtime": table.place["runtime"], "threads": table.place["threads"], "spread": table.spread,
                   "prediction_error": table.error, "place": dict(table.place), "text": str(table)}
+    dense = table.networks[0].ms
+    wanted = target_of(given, dense)
+    if wanted is not None and 0 < 1 - wanted / dense <= max(table.spread, table.error):
+        times.unlink(missing_ok=True)  # a run that goes on measures anew
+        raise NoiseError(f"this machine is too noisy to plan {wanted:,.3f} ms of {dense:,.3f} ms by: the times of one network "
+                         f"spread by {table.spread:.0%}, predictions are off by up to {table.error:.0%}; stop other programs, "
+                         "or give --latency-table from a quieter time")
     if table.noisy:
         job.report.note(f"warning: this machine is too noisy to be measured well: the times of one network spread by "
                         f"{table.spread:.0%}, predictions are off by up to {table.error:.0%}; stop other programs")
@@ -178,6 +188,9 @@ def timed(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan) -> 
         dense = predicted[0] if found is None else found.dense_ms
         result = Timed(found, predicted, target_of(job.settings.prune, dense), dict(table.place), differ)
         facts |= {**result.facts, "text": str(result)}
+    if found is not None and found.undecided:
+        job.report.note(f"warning: too noisy to say whether the narrow network is faster: the times of one network spread by "
+                        f"{found.spread:.0%}")
     return result
 
 

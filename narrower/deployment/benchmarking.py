@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NoiseError
 from ..inputs import call_model, device_of, flatten_tensors
 from ..measuring import macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
@@ -72,6 +72,11 @@ class Timing:
         """The times say little: they spread too far, or their ratio is not known well enough."""
         return self.spread > NOISY_SPREAD or self.ratio_error > NOISY_RATIO * self.ratio
 
+    @property
+    def undecided(self) -> bool:
+        """Noise hides whether it is faster than the first network: the interval of the ratio is wide, and 1 lies in it."""
+        return self.ratio_error > NOISY_RATIO * self.ratio and abs(self.ratio - 1) <= self.ratio_error
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -83,6 +88,16 @@ class Benchmark:
     def noisy(self) -> tuple[Timing, ...]:
         """The rows whose times say little."""
         return tuple(row for row in self.rows if row.noisy)
+
+    def check(self) -> None:
+        """Raises NoiseError if of some row cannot be said whether it is faster than the first network."""
+        for row in self.rows:
+            if row.undecided:
+                raise NoiseError(
+                    f"too noisy to say whether {row.network} is faster than {self.rows[0].network} in {row.runtime} "
+                    f"({row.threads} threads, {'x'.join(map(str, row.shape))}): {row.ratio:.2f} +- {row.ratio_error:.2f} of "
+                    f"its time, spread {row.spread:.0%}; stop other programs, or measure longer than {row.rounds} rounds"
+                )
 
     def __str__(self) -> str:
         head = ("network", "runtime", "device", "threads", "dtype", "shape", "median", "least", "spread", "ratio", "samples/s",

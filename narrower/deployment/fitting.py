@@ -36,6 +36,11 @@ class Trial(NamedTuple):
         """How far the prediction was from the measurement, as a fraction of this."""
         return self.predicted_ms / self.measured_ms - 1
 
+    @property
+    def undecided(self) -> bool:
+        """Noise hides whether the narrow network is faster: times of one spread further than both are apart."""
+        return self.spread > abs(1 - self.measured_ms / self.dense_ms)
+
     def __str__(self) -> str:
         share = self.measured_ms / self.dense_ms
         return (f"predicted {self.predicted_ms:.3f} ms, measured {self.measured_ms:.3f} ms ({share:.3f} of "

@@ -15,6 +15,7 @@ from torch import nn
 
 from narrower.app import cli
 from narrower.app.run_folder import to_yaml
+from narrower.deployment import benchmarking
 
 NETWORK = """
 from torch import nn
@@ -82,7 +83,13 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments: list[str], text: str
     assert text in error and error.count("\n") == 1
 
 
-def test_networks_are_timed_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks take equal times, and nothing disturbs them."""
+    monkeypatch.setattr(benchmarking, "in_turn", lambda calls, seconds: [[1.0] * 9 for _ in calls])
+
+
+def test_networks_are_timed_side_by_side(calm: None, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--seconds", "0", "--img-size", "8"]
     assert cli.main(["bench", "run", "net.py:net", *few, "--batch-sizes", "1", "2", "--num-classes", "3"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "eager" in line and "noisy" not in line]
@@ -90,7 +97,17 @@ def test_networks_are_timed_side_by_side(capsys: pytest.CaptureFixture[str]) -> 
                                                   ("net.py:net", "2x3x8x8")]
 
 
-def test_a_narrow_run_is_timed_against_the_dense_network(capsys: pytest.CaptureFixture[str]) -> None:
+def test_noise_that_hides_which_is_faster_is_an_error(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    """Below the table, which has all that was measured."""
+    monkeypatch.setattr(benchmarking, "in_turn", lambda calls, seconds: [[1.0] * 9, [0.5, 1.5] * 4 + [1.0]])
+    assert cli.main(["bench", "run", "net.py:net", "--seconds", "0", "--img-size", "8", "--num-classes", "3"]) == 2
+    shown = capsys.readouterr()
+    assert "net.py:net" in shown.out and "too noisy to say whether net.py:net is faster than run in eager" in shown.err
+    assert "spread 100%" in shown.err
+
+
+def test_a_narrow_run_is_timed_against_the_dense_network(calm: None, capsys: pytest.CaptureFixture[str]) -> None:
     import narrower
     from narrower.models import make_model
 

@@ -13,7 +13,7 @@ from support.networks import Plain, images
 from torch import Tensor, nn
 
 import narrower
-from narrower.deployment.benchmarking import Benchmark, live_bytes
+from narrower.deployment.benchmarking import Benchmark, Timing, live_bytes
 from narrower.deployment.runtimes import Runtime
 
 
@@ -53,6 +53,19 @@ def test_noise_is_reported_with_its_spread() -> None:
     assert not Benchmark((calm,)).noisy and "noisy" not in str(Benchmark((calm,)))
     assert Benchmark((calm, wild, unsure)).noisy == (wild, unsure)
     assert "too noisy: 2 of 3 rows (!), worst b in eager with a spread of 60%" in str(Benchmark((calm, wild, unsure)))
+
+
+def test_noise_that_hides_which_is_faster_is_an_error() -> None:
+    first = narrower.benchmark({"a": Plain()}, images(), seconds=0.0).rows[0]
+
+    def row(ratio: float, error: float) -> Timing:
+        return first.__class__(**{**vars(first), "network": "b", "ratio": ratio, "ratio_error": error, "spread": 0.6})
+
+    for decided in (row(0.7, 0.2), row(1.3, 0.2), row(0.99, 0.04)):  # the last: as fast, to a few hundredths
+        Benchmark((first, decided)).check()
+    for open_ in (row(0.9, 0.2), row(1.1, 0.2), row(1.0, 0.06)):
+        with pytest.raises(narrower.NoiseError, match=r"whether b is faster than a in eager \(1 thr.*\+- 0\..*spread 60%"):
+            Benchmark((first, open_)).check()
 
 
 def test_memory_is_that_of_tensors_alive_at_once() -> None:
