@@ -1,10 +1,11 @@
 """Which networks each exporter takes, and how near its runtime is to PyTorch: the table of results/README.md.
 
-    pip install -e '.[cli,export,openvino]' && python benchmarks/exports.py [NAME...] [--formats onnx pt2 ...] [--size 96]
+    pip install -e '.[cli,export,openvino]' && python benchmarks/exports.py [NAME...] [--formats onnx pt2 ...] [--remove 0.33]
 
 Random weights that matter: BatchNorm statistics are those of the images, scales and shifts are random, so that signals keep
 their size through the whole network. A row is one network and format: the largest difference from PyTorch as a fraction of the
-largest output, or why there is no file. Images are smooth random ones (detectors: a list of two).
+largest output, or why there is no file. Images are smooth random ones (detectors: a list of two). With `--remove` the network
+is narrowed first, by this share of the channels of every group, the ones with the smallest weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import narrower
 from narrower.models import CIFAR_MODELS, make_model
 
 DETECTORS = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
-NAMES = (*CIFAR_MODELS, "resnet50", "mobilenet_v3_large", "densenet121", "lraspp_mobilenet_v3_large", *DETECTORS)
+NAMES = (*CIFAR_MODELS, "resnet50", "mobilenet_v3_small", "mobilenet_v3_large", "densenet121", "lraspp_mobilenet_v3_large",
+         *DETECTORS)
 FILES = {"onnx": "net.onnx", "pt2": "net.pt2", "torchscript": "net.ts", "openvino": "net.xml"}
 
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--formats", nargs="*", default=list(FILES))
     parser.add_argument("--size", type=int, default=96, help="pixels; the CIFAR networks take 32, the detectors 320")
+    parser.add_argument("--remove", type=float, help="narrow first, by this share of all channels")
     given = parser.parse_args()
     print(f"torch {torch.__version__}, batch traced 2, compared on 2 and 3 (detectors: 2 and 2)")
     for name in given.names:
@@ -61,6 +64,9 @@ def main() -> None:
         images = nn.functional.interpolate(torch.rand(2, 3, 9, 9), size=(size, size), mode="bicubic").clamp(0, 1)
         model = network(name, images)
         inputs = (list(images),) if name in DETECTORS else images
+        if given.remove:
+            graph = narrower.trace(model, inputs)
+            model = narrower.narrow(model, narrower.plan(graph, narrower.magnitude(model, graph), remove=given.remove))
         for kind in given.formats:
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
