@@ -27,7 +27,7 @@ from torch import nn
 import narrower
 from narrower.deployment.benchmarking import middle_and_spread
 from narrower.deployment.formats import Run, open_onnx, open_openvino
-from narrower.deployment.layer_times import in_turn, machine
+from narrower.deployment.layer_times import SETTLE, in_turn, machine
 from narrower.measuring import macs_of
 
 FILES = {("dense", "float32"): "dense.onnx", ("dense", "int8"): "dense.int8.onnx",
@@ -69,7 +69,7 @@ def make_files(data: Data, folder: Path, given: argparse.Namespace) -> dict[str,
 def timed(folder: Path, x: torch.Tensor, runtime: str, threads: int, seconds: float) -> list[dict[str, Any]]:
     """A row for each file, measured in turn."""
     runs = [OPEN[runtime](folder / name, threads) for name in FILES.values()]
-    times = in_turn([lambda run=run: run(x) for run in runs], seconds, time.perf_counter)
+    times = in_turn([lambda run=run: run(x) for run in runs], seconds, time.perf_counter, SETTLE if threads > 1 else 0.0)
     rows = []
     for (width, precision), own in zip(FILES, times, strict=True):
         middle, spread = middle_and_spread(own)

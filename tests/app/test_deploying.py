@@ -86,7 +86,7 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments: list[str], text: str
 @pytest.fixture
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks take equal times, and nothing disturbs them."""
-    monkeypatch.setattr(benchmarking, "in_turn", lambda calls, seconds, clock: [[1.0] * 9 for _ in calls])
+    monkeypatch.setattr(benchmarking, "in_turn", lambda calls, *given: [[1.0] * 9 for _ in calls])
 
 
 def test_networks_are_timed_side_by_side(calm: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_networks_are_timed_side_by_side(calm: None, capsys: pytest.CaptureFixtu
 def test_noise_that_hides_which_is_faster_is_an_error(monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     """Below the table, which has all that was measured."""
-    monkeypatch.setattr(benchmarking, "in_turn", lambda calls, seconds, clock: [[1.0] * 9, [0.5, 1.5] * 4 + [1.0]])
+    monkeypatch.setattr(benchmarking, "in_turn", lambda calls, *given: [[1.0] * 9, [0.5, 1.5] * 4 + [1.0]])
     assert cli.main(["bench", "run", "net.py:net", "--seconds", "0", "--img-size", "8", "--num-classes", "3"]) == 2
     shown = capsys.readouterr()
     assert "net.py:net" in shown.out and "too noisy to say whether net.py:net is faster than run in eager" in shown.err
