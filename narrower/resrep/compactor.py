@@ -24,8 +24,8 @@ class Compactor(nn.Module):
     network, ascending.
 
     Buffers, `(K,)` each: `chosen` rows are being shrunk to zero. `gone` rows stay zero. `penalised` is 1 for rows with a
-    penalty and 0 for others. `variance` is a running variance of the output over batch and space. It is measured on a quarter
-    of a training batch (at least 16 samples) and is empty if no BatchNorm needs it.
+    penalty and 0 for others. `variance` is a running variance of the output over batch and space. It is measured on whole
+    batches: the processes' parts of one are then all of it, however they are divided. It is empty if no BatchNorm needs it.
     """
 
     chosen: Tensor
@@ -67,10 +67,10 @@ class Compactor(nn.Module):
     @torch.no_grad()
     def follow(self, y: Tensor) -> None:
         """Update the running variance from an output. `F.batch_norm` does it, which can be in sync over processes."""
-        part = y.detach()[: max(16, len(y) // 4)].float()
-        if part.numel() > part.shape[1]:
+        y = y.detach().float()
+        if y.numel() > y.shape[1]:
             running = self.variance.float()
-            F.batch_norm(part, torch.zeros_like(running), running, training=True, momentum=0.25)
+            F.batch_norm(y, torch.zeros_like(running), running, training=True, momentum=0.25)
             self.variance.copy_(running)
 
     def choose(self, rows: Tensor) -> None:

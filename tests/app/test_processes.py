@@ -25,7 +25,7 @@ from narrower.app import cli, run_folder
 
 ALONE, BOTH = ["-b", "128"], ["-b", "64", "--sync-bn"]
 ONESHOT = ["prune", *SMALL, "--epochs", "2", "--tune-steps", "2"]
-FORGETTING = ["prune", *SMALL, *RESREP, "--epochs", "3", "--checkpoint", "one/dense.safetensors", "--held-out", "46"]
+FORGETTING = ["prune", *SMALL, *RESREP, "--epochs", "3", "--checkpoint", "one/dense.safetensors"]
 RENEWED = ["prune", *SMALL, "--checkpoint", "one/dense.safetensors", "--no-reconstruct", "--epochs", "0", "--held-out", "0"]
 
 
@@ -100,7 +100,7 @@ def difference(one: Path, two: Path) -> float:
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("", 1e-3), ("-resrep", 1e-3), ("-renewed", 1e-5)])
+@pytest.mark.parametrize(("name", "tolerance"), [("", 1e-3), ("-resrep", 1e-4), ("-renewed", 1e-5)])
 def test_two_processes_make_the_network_of_one(folder: Path, name: str, tolerance: float) -> None:
     """The same images make a step; sums of float32 in another order differ in the last bits."""
     one, two = folder / f"one{name}", folder / f"two{name}"

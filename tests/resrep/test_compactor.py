@@ -73,3 +73,11 @@ def test_follows_the_variance_of_its_output() -> None:
     before = c.variance.clone()
     c.eval()(torch.zeros(4, 6, 2, 2))
     assert torch.equal(before, c.variance)
+
+
+def test_the_variance_is_that_of_the_whole_batch() -> None:
+    """A part of it would be of other images in one process than in several that share the batch."""
+    compactor = Compactor(KINDS["full"], torch.ones(6), torch.ones(6))
+    y = torch.randn(70, 6, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 70).view(-1, 1, 1, 1)
+    compactor.follow(y)
+    torch.testing.assert_close(compactor.variance, 0.75 + 0.25 * y.var((0, 2, 3)))
