@@ -31,7 +31,8 @@ from narrower.app import cli, run_folder
 WAYS = ("killed", "Ctrl-C", "full disk")
 POINTS = int(os.environ.get("NARROWER_KILLS", len(WAYS)))
 RUNS = {"oneshot": ["prune", *SMALL, "-b", "64", "--epochs", "2", "--tune-steps", "3"],
-        "resrep": ["prune", *SMALL, "-b", "64", "--epochs", "3", *RESREP]}
+        "resrep": ["prune", *SMALL, "-b", "64", "--epochs", "3", *RESREP],
+        "soft": ["prune", *SMALL, "-b", "64", "--epochs", "2", "--method", "soft", "--macs", "0.5"]}
 
 
 class Fault(NamedTuple):

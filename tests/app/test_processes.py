@@ -26,6 +26,7 @@ from narrower.app import cli, run_folder
 ALONE, BOTH = ["-b", "128"], ["-b", "64", "--sync-bn"]
 ONESHOT = ["prune", *SMALL, "--epochs", "2", "--tune-steps", "2"]
 FORGETTING = ["prune", *SMALL, *RESREP, "--epochs", "3", "--checkpoint", "one/dense.safetensors"]
+SOFT = ["prune", *SMALL, "--method", "soft", "--macs", "0.5", "--epochs", "2", "--checkpoint", "one/dense.safetensors"]
 RENEWED = ["prune", *SMALL, "--checkpoint", "one/dense.safetensors", "--no-reconstruct", "--epochs", "0", "--held-out", "0"]
 
 
@@ -64,6 +65,8 @@ def commands(rank: int) -> None:
     keep("oneshot", command([*ONESHOT, *BOTH, "--output", "two"]))
     keep("eval", command(["eval", "two", "--device", "cpu"]))
     keep("resrep", command([*FORGETTING, *BOTH, "--output", "two-resrep"]))
+    keep("soft", command([*SOFT, *BOTH, "--output", "two-soft"]))
+    keep("dry", command([*SOFT, *BOTH, "--dry-run", "--output", "dry"]))
     keep("renewed", command([*RENEWED, *BOTH, "--output", "two-renewed"]))
     keep("impossible", command([*RENEWED, *BOTH, "--macs", "1e-9", "--output", "impossible"]))
     keep("other", command([*RENEWED, *BOTH, "--lr", str(1 + rank), "--output", "other"]))
@@ -80,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "200")
-        for arguments, name in ((ONESHOT, "one"), (FORGETTING, "one-resrep"), (RENEWED, "one-renewed")):
+        for arguments, name in ((ONESHOT, "one"), (FORGETTING, "one-resrep"), (SOFT, "one-soft"), (RENEWED, "one-renewed")):
             assert command([*arguments, *ALONE, "--output", name]).code == 0
         in_two(commands)
         yield folder
@@ -100,7 +103,7 @@ def difference(one: Path, two: Path) -> float:
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("", 1e-3), ("-resrep", 1e-4), ("-renewed", 1e-5)])
+@pytest.mark.parametrize(("name", "tolerance"), [("", 1e-3), ("-resrep", 1e-4), ("-soft", 1e-4), ("-renewed", 1e-5)])
 def test_two_processes_make_the_network_of_one(folder: Path, name: str, tolerance: float) -> None:
     """The same images make a step; sums of float32 in another order differ in the last bits."""
     one, two = folder / f"one{name}", folder / f"two{name}"
@@ -113,13 +116,15 @@ def test_two_processes_make_the_network_of_one(folder: Path, name: str, toleranc
 
 
 def test_the_first_process_writes_and_prints(folder: Path) -> None:
-    for name in ("oneshot", "eval", "resrep", "renewed"):
+    for name in ("oneshot", "eval", "resrep", "soft", "dry", "renewed"):
         first, second = outcomes(folder, name)
         assert first.code == second.code == 0
         assert first.out and not (first.err or second.out or second.err)
     first, _ = outcomes(folder, "eval")
     assert f"{rows(folder / 'two')[-1]['narrow']['top1']:.2f} %" in first.out
-    assert not list(folder.glob("*/*.part"))
+    planned = outcomes(folder, "dry")[0].out.splitlines()
+    assert planned[-1].startswith("plan ") and {*planned[3:]} - {planned[-1]} <= {*outcomes(folder, "soft")[0].out.splitlines()}
+    assert not list(folder.glob("*/*.part")) and not (folder / "dry").exists()
 
 
 def test_an_error_of_all_is_told_once(folder: Path) -> None:
