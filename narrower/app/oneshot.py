@@ -13,6 +13,7 @@ import narrower
 
 from ..data.images import Batch, batches
 from ..data.seeding import mix
+from ..data.streams import StreamImages
 from ..data.task import CLASSIFICATION, Task, has_logits
 from ..deployment.fitting import elsewhere
 from ..errors import ConfigError
@@ -93,9 +94,10 @@ def sample(job: Job, count: int) -> Iterator[Batch]:
 
     They come in batches as large as those of all processes together: what is sampled from a batch depends on its size.
     """
-    config = job.settings.train
+    config, images = job.settings.train, job.fit_and_held[0]
     order, size = mix(job.settings.run.seed, "sample"), min(config.batch_size * job.shard[1], SAMPLED, count)
-    for x, y in batches(job.fit_and_held[0], size, order=order, workers=config.workers, limit=count):
+    workers = 0 if isinstance(images, StreamImages) else config.workers  # each reader of a stream has other images
+    for x, y in batches(images, size, order=order, workers=workers, limit=count):
         if len(x) > count:  # of a stream
             x, y = x[:count], y[:count]
         yield map_tensors((x, y), lambda t: t.to(job.accelerator.device))

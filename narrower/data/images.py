@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError
 from .seeding import mix, seed_all
-from .streams import StreamImages, signals_of_a_worker, stream_batches
+from .streams import StreamImages, first_images, signals_of_a_worker, stream_batches
 from .task import CLASSIFICATION, OwnTask, Task
 
 Batch = tuple[Tensor, Any]
@@ -150,11 +150,15 @@ HELD_OUT_SHARE = 0.05  # of the training images, at most
 def hold_out(images: Images, count: int, seed: int) -> tuple[Images, Images | None]:
     """Training images to fit, and `count` random others (5 % at most) that no training sees: they decide between networks.
 
-    The second part is None if there is none: for a stream, and for less than 20 images.
+    The second part is None if there is none: for less than 20 images. That of a stream is read at once, into memory.
     """
-    count = 0 if isinstance(images, StreamImages) else min(count, int(len(images) * HELD_OUT_SHARE))
+    count = min(count, int(len(images) * HELD_OUT_SHARE))
     if not count:
         return images, None
+    if isinstance(images, StreamImages):
+        found = first_images(images, count, seed)
+        return (replace(images, held_out=found.fingerprints),
+                TensorImages(found.images, found.labels, images.mean, images.std))
     index = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix(seed, "held out")))
     held, fit = (subset(images, part.sort().values) for part in (index[:count], index[count:]))
     return fit, held

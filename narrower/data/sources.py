@@ -255,7 +255,7 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
                                 augment=augmentation(reading))
         plain, training = _transforms((reading.channels, height, width), reading)
         if stream:
-            return StreamImages(parts[split], plain, training, shards_of(parts[split].reader))
+            return StreamImages(parts[split], plain, training, reading.mean, reading.std, shards_of(parts[split].reader))
         return LazyImages(parts[split], plain, training, reading.mode)
 
     return ImageData(name, num_classes, (reading.channels, height, width), read)

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ pytest.importorskip("PIL")
 from PIL import Image
 from support.processes import in_two
 
-from narrower.data import ImageData, Reading, StreamImages, batches, open_data
+from narrower.data import ImageData, Reading, StreamImages, batches, hold_out, open_data
+from narrower.data.streams import fingerprint
 from narrower.errors import DataError
 
 READING = Reading(size=8, flip=0.5)
@@ -114,6 +116,48 @@ def test_training_images_without_augmentation_are_plain(shards: Path) -> None:
 def test_fewer_shards_than_processes_are_refused(shards: Path) -> None:
     with pytest.raises(DataError, match="4 shards cannot be divided among 5 processes"):
         epoch(opened(shards), shard=(0, 5))
+
+
+def held_and_fit(shards: Path, shard: tuple[int, int] = (0, 1), workers: int = 0) -> tuple[list[int], list[int], list[int]]:
+    """The labels of the images held out; of two epochs of the others; of those sampled from these."""
+    fit, held = hold_out(opened(shards).train, 1000, seed=3)
+    assert held is not None
+    assert len(held) == 2 and len(fit) == 42  # 5 % of the images
+    first, second = (labels(batches(fit.augmented(7, k), 4, order=k, shard=shard, workers=workers)) for k in range(2))
+    assert len(first) == len(second) and len(first) % 4 == 0
+    return labels(batches(held, 4)), first + second, labels(batches(fit, 4, order=5, limit=12))[:12]
+
+
+def test_the_same_images_are_held_out_and_sampled_in_any_number_of_processes_and_readers(shards: Path) -> None:
+    held, fit, sampled = held_and_fit(shards)
+    assert len({*held}) == 2 and {*fit} == set(range(44)) - {*held} and len({*sampled}) == 12 and {*sampled} <= {*fit}
+    for found in in_two(lambda rank: held_and_fit(shards, (rank, 2), 2)):
+        assert (found[0], found[2]) == (held, sampled) and not {*found[1]} & {*held}
+    fit_alone, held_alone = hold_out(opened(shards).train, 0, seed=3)
+    assert held_alone is None and len(fit_alone) == 44
+
+
+def test_images_held_out_are_as_those_to_evaluate_on(shards: Path) -> None:
+    _, held = hold_out(opened(shards).train, 2, seed=1)
+    assert held is not None
+    plain = {int(k): x for xs, y in batches(opened(shards).train, 4, order=0) for x, k in zip(xs, y, strict=True)}
+    for image, label in batches(held, 1):
+        torch.testing.assert_close(image[0], plain[int(label)])
+
+
+def test_a_process_that_has_only_images_held_out_is_told(shards: Path) -> None:
+    """It would read its shard again for ever."""
+    train = opened(shards).train
+    assert isinstance(train, StreamImages)
+    fit = replace(train, held_out=frozenset(fingerprint(picture(k)) for k in range(11)))  # all of one shard
+    ended = 0
+    for rank in range(4):
+        try:
+            assert len(labels(batches(fit.augmented(7, 0), 4, order=0, shard=(rank, 4)))) == 12
+        except DataError as error:
+            assert "ended after 0 of 3 batches" in str(error)
+            ended += 1
+    assert ended == 1
 
 
 @pytest.fixture(scope="module")
