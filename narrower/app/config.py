@@ -16,7 +16,7 @@ from ..errors import ConfigError, PlanError
 from ..planning.requests import read_latency
 from ..training.config import check
 
-TRAINED = ("resrep", "soft")
+TRAINED = ("resrep", "soft", "centripetal")
 """Methods that narrow while they train. The others are scores."""
 METHODS = ("obs", "hrank", *TRAINED, "magnitude", "fpgm", "bn_scale", "taylor", "random")
 LEAST_IMAGES = 16
@@ -97,7 +97,7 @@ class PruneConfig:
 
     method: Annotated[
         str, "obs, hrank, magnitude, fpgm, bn_scale, taylor or random: score, cut, repair, train; resrep: train towards zeros; "
-        "soft: mask channels that may come back while training"
+        "soft: mask channels that may come back while training; centripetal: train filters to become identical, and merge them"
     ] = "obs"
     macs: Annotated[float | None, "multiply-adds that may remain: a fraction, or a number above 1 (default 0.5)"] = None
     params: Annotated[float | None, "parameters that may remain: a fraction, or a number above 1"] = None
@@ -149,9 +149,12 @@ class PruneConfig:
     distill_temperature: Annotated[float, "divides the logits of both networks"] = 4.0
     distill_weight: Annotated[float, "of the dense network's outputs; the labels have the rest; 1: no labels"] = 0.9
     distill_features: Annotated[float, "weight of the features at the end of each stage"] = 0.0
-    scope: Annotated[str, "resrep: inner (channels that one layer makes, as published) or all (residual streams too)"] = "inner"
+    scope: Annotated[
+        str, "resrep, centripetal: inner (channels that one layer makes; ResRep's paper) or all (residual streams too; C-SGD's)"
+    ] = "inner"
     prior: Annotated[
-        str, "resrep, soft: score of the plan; with --allocate norms the row norms are multiplied by it, or none (as published)"
+        str, "resrep, soft, centripetal: score of the plan; with --allocate norms the row norms are multiplied by it, or none "
+        "(as published)"
     ] = "magnitude"
     forgetting: Annotated[
         dict[str, Any], "resrep: settings instead of those that follow from --epochs, as JSON: '{\"mask_interval\": 200}'"
@@ -159,6 +162,9 @@ class PruneConfig:
     softness: Annotated[
         dict[str, Any] | str, "soft: sfp, asymptotic, softer or gradual-hard, as published; or settings of SoftPruning, JSON: "
         "'{\"factor\": 0, \"harden\": 0.5}'"
+    ] = field(default_factory=dict)
+    pull: Annotated[
+        dict[str, Any] | str, "centripetal: published, or settings of CentripetalSGD, JSON: '{\"together\": 0.3}'"
     ] = field(default_factory=dict)
     dense_epochs: Annotated[int, "epochs of the dense network, when it is trained here (no --checkpoint, no --pretrained)"] = 25
     dense_lr: Annotated[float, "its learning rate"] = 0.1
@@ -187,7 +193,7 @@ class PruneConfig:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
         if self.prior not in ("none", *METHODS) or self.prior in TRAINED:
             raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m not in TRAINED)}")
-        for name, method in (("forgetting", "resrep"), ("softness", "soft")):
+        for name, method in (("forgetting", "resrep"), ("softness", "soft"), ("pull", "centripetal")):
             if getattr(self, name) and self.method != method:
                 raise ConfigError(f"--{name} is for --method {method}, and the method is {self.method}")
         if self.method in TRAINED and (self.tune_steps or self.distill_features):

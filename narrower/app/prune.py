@@ -17,7 +17,7 @@ from ..models.checkpoints import load_checkpoint
 from ..training.agreement import first, share
 from ..training.evaluate import headline
 from ..training.methods import Methods
-from . import resrep_run, run_folder, soft_run
+from . import centripetal_run, resrep_run, run_folder, soft_run
 from .config import TRAINED
 from .job import Job, Settings
 from .layerwise import narrow_by_layers
@@ -35,7 +35,7 @@ from .networks import (
 from .oneshot import distilling, narrow_oneshot, planned, sample, saved_plan
 from .timing import Timed, check_request, timed, with_given_times, with_times
 
-TRAININGS = {"resrep": resrep_run.train_resrep, "soft": soft_run.train_soft}
+TRAININGS = {"resrep": resrep_run.train_resrep, "soft": soft_run.train_soft, "centripetal": centripetal_run.train_centripetal}
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune", "layers")
 """Stages before the fine-tuning after which the network is evaluated."""
 
@@ -140,6 +140,8 @@ def plan_only(job: Job) -> narrower.Plan:
         return cast(narrower.Plan, resrep_run.choose(job, model, graph).plan)
     if given.prune.method == "soft":
         return soft_run.choose(job, model, graph)
+    if given.prune.method == "centripetal":
+        return centripetal_run.choose(job, model, graph)
     return planned(job, model, graph, list(sample(job, given.prune.images)))
 
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
 import narrower
 
-from ..errors import ConfigError, VerifyError
-from ..inputs import flatten_tensors
+from ..errors import ConfigError
+from ..planning.requests import excluded
+from ..resrep.placement import place, without_groups
+from ..resrep.ranking import tied_parts
+from ..surgery.resize import takes_bias
 from ..training.agreement import first
 from ..training.methods import Methods
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
-from .oneshot import distilling, make_plan, planned, recalibrated, sample, scored
-
-MERGED = 1e-3  # largest difference of the merged network, relative to the outputs, in float32
+from .oneshot import distilling, make_plan, recalibrated, sample, scored
+from .trained import merged, plan_by_prior, scored_by_prior
 
 
 class Choice(NamedTuple):
@@ -51,30 +52,32 @@ def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps
 
 
 def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
-    """Check that ResRep is possible, before the dense network is trained. Raises as `compacted`."""
+    """Check that ResRep is possible, before the dense network is trained.
+
+    Raises as `compacted`, and PlanError for a plan that cannot be made.
+    """
     given = job.settings.prune
     plan = None if given.allocate == "norms" else make_plan(
-        compactable(given, model, graph), graph, narrower.random(graph), times=job.times)
+        scored_by_prior(given, graph, left_alone(given, model, graph)), graph, narrower.random(graph), times=job.times)
     compacted(given, copy.deepcopy(model), graph, 1, Choice(plan))
 
 
-def compactable(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> PruneConfig:
-    """The settings of a plan for ResRep: scored by the prior, without the groups that no compactor covers."""
-    least = replace(given, macs=1 - 1e-9, params=None)
-    covered = compacted(least, copy.deepcopy(model), graph, 1, Choice()).placement.rows
-    whole = [group.name for group in graph.free if group.name not in covered]
-    return replace(given, method=given.prior, forgetting={}, exclude=[*given.exclude, *whole])
+def left_alone(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> dict[str, str]:
+    """The free groups that no compactor covers, with the reasons. Those that the settings exclude are not among them."""
+    apart = dict.fromkeys(excluded(graph, given.exclude), "excluded")
+    found = place(graph, given.scope, partial(takes_bias, model))  # type: ignore[arg-type]
+    covered = tied_parts(graph, without_groups(found, apart))[1]
+    return {name: why for name, why in covered.reasons.items() if name not in apart}
 
 
 def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
     """Plan, or score for the choice by norms."""
     given = job.settings.prune
-    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
     if given.allocate != "norms":
-        planning = replace(job, settings=replace(job.settings, prune=compactable(given, model, graph)))
-        return Choice(planned(planning, model, graph, images))
+        return Choice(plan_by_prior(job, model, graph, left_alone(given, model, graph)))
     if given.prior == "none":
         return Choice()
+    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
     scoring = replace(given, method=given.prior, allocate="share", forgetting={})  # a method that scores has no norms
     scoring_job = replace(job, settings=replace(job.settings, prune=scoring))
     return Choice(scores=first(lambda: scored(scoring_job, model, graph, images)))
@@ -96,27 +99,4 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
         if job.run.writes:
             narrower.save(resrep.merge(), job.run.folder)
         raise
-    with job.stage("merge") as facts:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            small = resrep.merge()
-        facts["error"] = first(lambda: difference(training, small, next(sample(job, 16))[0]))
-        facts["text"] = "\n".join([str(resrep), *(f"warning: {w.message}" for w in said)])
-        facts |= job.headline(small)
-    return recalibrated(job, small), choice.plan
-
-
-@torch.inference_mode()
-def difference(trained: nn.Module, merged: nn.Module, images: Any) -> float:
-    """The largest difference of the outputs in eval mode, relative to the largest output.
-
-    Raises:
-        VerifyError: the difference is too large for rounding.
-    """
-    want, have = (flatten_tensors(net.to(images.device).eval()(images)) for net in (trained, merged))
-    error = max(float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp_min(1e-12))
-                for a, b in zip(want, have, strict=True))
-    if not error <= MERGED:
-        raise VerifyError(f"the merged network differs from the trained one by {error:.1e} of its outputs (at most "
-                          f"{MERGED:.0e} is rounding): narrower is at fault, please report it; the checkpoint is kept")
-    return error
+    return recalibrated(job, merged(job, resrep, training)), choice.plan

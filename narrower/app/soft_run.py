@@ -12,14 +12,15 @@ from torch import nn
 
 import narrower
 
-from ..errors import ConfigError, PlanError
+from ..errors import ConfigError
 from ..soft.soft_pruning import PUBLISHED, unmaskable
 from ..storage import write_whole
 from ..training.methods import Methods
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
-from .oneshot import check_plan, distilling, narrowed, planned, recalibrated, sample
+from .oneshot import check_plan, distilling, narrowed, recalibrated
+from .trained import plan_by_prior, scored_by_prior
 
 MASKINGS = 20  # so often channels are chosen at least, also in a training of fewer epochs
 KNOWN = ("factor", "grow", "harden", "fixed")
@@ -32,8 +33,9 @@ def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
         ConfigError: `--softness` has an unknown setting, or one out of range.
         PlanError: no group can be masked, or the budget cannot be reached.
     """
-    given = maskable(job.settings.prune, graph)
-    narrower.SoftPruning(model, graph, plan=check_plan(given, model, graph, job.times), steps=1, **softness(job.settings.prune))
+    given = job.settings.prune
+    plan = check_plan(scored_by_prior(given, graph, unmaskable(graph)), model, graph, job.times)
+    narrower.SoftPruning(model, graph, plan=plan, steps=1, **softness(given))
 
 
 def softness(given: PruneConfig) -> dict[str, Any]:
@@ -45,21 +47,9 @@ def softness(given: PruneConfig) -> dict[str, Any]:
     return {"fixed": False, **found}
 
 
-def maskable(given: PruneConfig, graph: narrower.Graph) -> PruneConfig:
-    """The settings of a plan for soft pruning: scored by the prior, without the groups that cannot be masked."""
-    reasons = unmaskable(graph)
-    if graph.free and len(reasons) == len(graph.free):
-        raise PlanError(f"soft pruning can mask nothing here: {'; '.join(f'{n}: {why}' for n, why in [*reasons.items()][:4])}")
-    return replace(given, method=given.prior, softness={}, exclude=[*given.exclude, *reasons])
-
-
 def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> narrower.Plan:
-    """Plan, and say which groups are left alone."""
-    given = job.settings.prune
-    for name, why in unmaskable(graph).items():
-        job.report.note(f"left alone: {name}: {why}")
-    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
-    return planned(replace(job, settings=replace(job.settings, prune=maskable(given, graph))), model, graph, images)
+    """Plan, without the groups that cannot be masked."""
+    return plan_by_prior(job, model, graph, unmaskable(graph))
 
 
 def train_soft(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:
@@ -81,7 +71,7 @@ def train_soft(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Mo
                 warnings.simplefilter("ignore")
                 narrower.save(soft.narrow(), job.run.folder)
         raise
-    found = soft.plan
+    found = replace(soft.plan, latency_ms=plan.latency_ms)  # of the same widths
     with job.stage("mask") as facts:
         facts |= {"macs": found.macs, "params": found.params, "text": str(soft)}
         if job.run.writes:

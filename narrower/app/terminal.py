@@ -124,6 +124,8 @@ def epoch_line(row: dict[str, Any]) -> str:
         narrowing = f"masked {row['masked']:.1%}  reached {row['reached']:.1%}  {row['zero']:.0f} channels at zero  "
     elif "hard" in row:
         narrowing = f"masked {row['masked']:.1%}  {row['channels']:.0f} channels masked, {row['hard']:.0f} hard  "
+    elif "spread" in row:
+        narrowing = f"filters to merge differ by {row['spread']:.2%}  "
     return (
         f"{row['stage']}  epoch {row['epoch']}/{row['epochs']}  loss {row['loss']:.4f}  {headline_of(row)}  "
         f"{narrowing}lr {row['lr']:.2g}  {row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s"

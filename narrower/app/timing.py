@@ -18,7 +18,7 @@ from ..errors import ConfigError, NoiseError
 from ..planning.requests import read_latency
 from ..storage import write_whole
 from ..training.agreement import first
-from . import resrep_run, run_folder, soft_run
+from . import centripetal_run, resrep_run, run_folder, soft_run
 from .config import PruneConfig
 from .job import Job
 from .oneshot import check_plan
@@ -79,10 +79,9 @@ def check_request(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     """Make a plan, to fail before anything is trained: without milliseconds, as long as they are not known."""
     if job.settings.prune.timed and job.times is None:
         job = replace(job, settings=replace(job.settings, prune=untimed(job.settings.prune)))
-    if job.settings.prune.method == "resrep":
-        resrep_run.check(job, model, graph)
-    elif job.settings.prune.method == "soft":
-        soft_run.check(job, model, graph)
+    checks = {"resrep": resrep_run.check, "soft": soft_run.check, "centripetal": centripetal_run.check}
+    if check := checks.get(job.settings.prune.method):
+        check(job, model, graph)
     else:
         check_plan(job.settings.prune, model, graph, job.times)
 

@@ -25,6 +25,8 @@ from ..surgery.walk import named_tensors
 from .clusters import cluster_means, cluster_sums, even_clusters, nearest_clusters
 
 FORMAT = 1
+PUBLISHED: Mapping[str, Any] = {"strength": 3e-3}
+"""The settings of the paper."""
 IDENTICAL = 1e-4
 """Filters of a cluster whose distance to their mean, relative to its norm, is no larger are merged without a warning."""
 
@@ -110,11 +112,17 @@ class CentripetalSGD:
         if (left := spread(named_tensors(source), self.graph, self.clusters)) > IDENTICAL:
             warnings.warn(f"filters that are merged still differ, by {left:.1e} of their norm: train longer (step {self.step} "
                           f"of {self.steps})", stacklevel=2)
-        whole = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
-        tensors = named_tensors(whole)
-        pull(tensors, self.graph, self.clusters, 0.0)
-        add_readers(tensors, self.graph, self.clusters)
+        whole = self.unified(source)
+        add_readers(named_tensors(whole), self.graph, self.clusters)
         return narrow(whole, self.plan)
+
+    def unified(self, model: nn.Module | None = None) -> nn.Module:
+        """A copy of the network, or of `model`, as wide as before, whose filters are the means of their clusters. It computes
+        what `merge` returns does, to rounding."""
+        source = self.model if model is None else model
+        whole = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
+        pull(named_tensors(whole), self.graph, self.clusters, 0.0)
+        return whole
 
     def progress(self) -> dict[str, float]:
         """Figures for a log. `merged`: the multiply-adds after the merge, as a share of the dense network's. `spread`: the

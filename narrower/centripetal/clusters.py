@@ -40,8 +40,9 @@ def nearest_clusters(filters: np.ndarray, count: int, seed: int = 0) -> np.ndarr
 def spread_centres(points: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Points to begin with, far from each other (k-means++: Arthur and Vassilvitskii, 2007)."""
     chosen = [int(rng.integers(len(points)))]
+    far = np.full(len(points), np.inf)
     for _ in range(count - 1):
-        far = ((points[:, None] - points[chosen]) ** 2).sum(2).min(1)
+        far = np.minimum(far, ((points - points[chosen[-1]]) ** 2).sum(1))
         far[chosen] = 0.0
         rest = np.isin(np.arange(len(points)), chosen, invert=True)
         chosen.append(int(rng.choice(len(points), p=(far if far.any() else rest) / (far if far.any() else rest).sum())))

@@ -16,7 +16,7 @@ MISSING = "training needs timm: pip install 'narrower[cli]'"
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None = None) -> torch.optim.Optimizer:
-    """timm's optimizer by name (`sgd` has Nesterov momentum); with ResRep on its parameter groups, and with its hook.
+    """timm's optimizer by name (`sgd` has Nesterov momentum); with ResRep on its parameter groups.
 
     Weight decay is of all parameters.
 
@@ -35,12 +35,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None 
     if config.opt not in list_optimizers():
         raise ConfigError(f"--opt {config.opt}: timm knows {', '.join(list_optimizers(exclude_filters=['bnb*']))}")
     try:
-        optimizer = create_optimizer_v2(groups, config.opt, **given, **{**own, **config.opt_kwargs})
+        return create_optimizer_v2(groups, config.opt, **given, **{**own, **config.opt_kwargs})
     except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:  # each has its own checks
         raise ConfigError(f"--opt {config.opt} --opt-kwargs {config.opt_kwargs}: {error}") from error
-    if resrep is not None:
-        resrep.attach(optimizer)
-    return optimizer
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> Any:

@@ -149,6 +149,7 @@ class TrainLoop:
             "grad_accum_steps": config.grad_accum_steps, "opt": config.opt,
         }
         optimizer = make_optimizer(model, config, self.resrep)
+        methods.attach(optimizer)
         self.start = self.resume(optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.compile()

@@ -437,7 +437,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--remove", '{"layer9*": 0.5}'], "no group matches 'layer9*'", nothing),
     (["--exclude", "layer9*"], "no group matches 'layer9*'", nothing),
     (["--macs", "0.5", "--remove", "0.5"], "either a budget", nothing),
-    (["--method", "best"], "take one of obs, hrank, resrep, soft, magnitude", nothing),
+    (["--method", "best"], "take one of obs, hrank, resrep, soft, centripetal, magnitude", nothing),
     (["--method", "resrep", "--allocate", "norms", "--remove", "0.5"], "works towards a budget", nothing),
     (["--allocate", "norms"], "is for --method resrep", nothing),
     (["--forgetting", '{"strength": 1}'], "--forgetting is for --method resrep, and the method is obs", nothing),

@@ -32,7 +32,9 @@ WAYS = ("killed", "Ctrl-C", "full disk")
 POINTS = int(os.environ.get("NARROWER_KILLS", len(WAYS)))
 RUNS = {"oneshot": ["prune", *SMALL, "-b", "64", "--epochs", "2", "--tune-steps", "3"],
         "resrep": ["prune", *SMALL, "-b", "64", "--epochs", "3", *RESREP],
-        "soft": ["prune", *SMALL, "-b", "64", "--epochs", "2", "--method", "soft", "--macs", "0.5"]}
+        "soft": ["prune", *SMALL, "-b", "64", "--epochs", "2", "--method", "soft", "--macs", "0.5"],
+        "centripetal": ["prune", *SMALL, "-b", "64", "--epochs", "2", "--method", "centripetal", "--scope", "all",
+                        "--macs", "0.5"]}
 
 
 class Fault(NamedTuple):
