@@ -167,7 +167,8 @@ def run_compare(settings: Settings, terminal: Terminal, given: Namespace) -> Non
 EVALUATING = ("batch_size", "amp", "channels_last", "workers")
 MEASURING = ("method", "images", "allow_inexact")
 GRID = tuple(name for name in PruneConfig.__dataclass_fields__
-             if name not in ("method", "macs", "params", "remove", "dry_run", "sensitivity", "steps", "forgetting", "report"))
+             if name not in ("method", "macs", "params", "latency", "remove", "dry_run", "sensitivity", "steps", "schedule",
+                             "epochs_per_layer", "forgetting", "softness", "pull", "report"))
 READING = ("batch_size", "workers", "held_out")
 COMMANDS = {
     "inspect": Command(

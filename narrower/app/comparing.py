@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -15,13 +15,23 @@ from ..deployment.extras import optional
 from ..errors import ConfigError, MissingExtraError, NarrowerError
 from ..storage import write_whole
 from ..training.agreement import first
-from . import run_folder
-from .config import METHODS, CompareConfig, RunConfig
-from .external import EXTERNAL, prune_external
+from ..training.config import TrainConfig
+from . import external, run_folder
+from .config import METHODS, CompareConfig, PruneConfig, RunConfig
 from .job import Job, Reporter, Settings
 from .prune import prune, train_dense
+from .resuming import WHERE, named
 
 DENSE, TABLE, PICTURE = "dense", "compare.json", "compare.svg"
+OTHERS = (external.DENSE, *external.EXTERNAL)
+"""Methods that `narrower prune` does not have."""
+PROTOCOL = (*(item.name for item in fields(TrainConfig) if item.name not in WHERE), "distill", "distill_temperature",
+            "distill_weight")
+"""Settings that all runs of a grid have in common."""
+START = ("training images", "weights of the dense network")
+"""And what they start from."""
+OURS = ("exclude", "round_to", "min_channels", "tune_steps")
+"""Settings that torch-pruning's rows would not follow."""
 Begin = Callable[[Settings, str], Job]
 """Opens the job of a command (its name)."""
 
@@ -43,8 +53,8 @@ class Outcome:
 
     Attributes:
         dense, right_after, last: top-1 in percent: of the dense network, before the fine-tuning, and at the end.
-        macs, params, latency: of the narrow network as fractions of the dense one's; latency of one image, in this run.
-        seconds: of all stages and epochs.
+        macs, params, latency: of the narrow network as fractions of the dense one's; latency of one image, both in this run.
+        seconds: of all stages and epochs, without the evaluations after epochs and without the training of the dense network.
     """
 
     cell: Cell
@@ -75,18 +85,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The grid: the lines of its table, the dense top-1, and what failed with the reason."""
+    """The grid: the dense top-1, its runs, what failed with the reason, and the lines of its table."""
 
     dense: float
-    lines: tuple[Line, ...]
+    runs: tuple[Outcome, ...]
     failed: dict[str, str]
     folder: Path
 
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        return lines(self.runs)
+
 
 def cells(given: CompareConfig) -> list[Cell]:
-    """All runs, seed by seed, so that a grid that is cut off has each method once before one has several."""
+    """All runs, seed by seed, so that a grid that is cut off has each method once before one has several.
+
+    The dense network has no budget: it is trained once for each seed.
+    """
     grid = itertools.product(given.seeds, given.budgets, given.methods)
-    return list(dict.fromkeys(Cell(method, budget, seed) for seed, budget, method in grid))
+    return list(dict.fromkeys(Cell(method, 1.0 if method == external.DENSE else budget, seed) for seed, budget, method in grid))
 
 
 def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Reporter) -> Comparison:
@@ -95,12 +112,12 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
     A run that cannot be done is reported and left out.
 
     Raises:
-        ConfigError: the folder holds a grid by other settings, or nothing could be run.
+        ConfigError: the folder holds runs by another training or from another network, or nothing could be run.
         KeyboardInterrupt: Ctrl-C. The same command goes on.
     """
     root = Path(settings.run.output or "runs/compare")
     for cell in cells(given):  # all settings are checked before anything is trained
-        settings_of(cell, settings, root)
+        check_protocol(cell.folder(root), settings_of(cell, settings, root))
     if not (settings.model.checkpoint or settings.model.pretrained):
         settings = with_dense(settings, root, begin)
     found, failed = [], {}
@@ -110,17 +127,18 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
             report.note(name)
             try:
                 one = begin(settings_of(cell, settings, root), "prune")
-                prune_external(one, cell.method) if cell.method in EXTERNAL else prune(one)
+                external.prune_external(one, cell.method) if cell.method in OTHERS else prune(one)
             except NarrowerError as error:
                 failed[name] = str(error)
                 report.note(f"{name}: {failed[name]}")
                 continue
             done = outcome(cell, folder)
         if done is not None:
+            check_start(folder, found[0].cell.folder(root) if found else folder)
             found.append(done)
     if not found:
         raise ConfigError("none of the runs could be done: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
-    return Comparison(found[0].dense, lines(found), failed, root)
+    return Comparison(found[0].dense, tuple(found), failed, root)
 
 
 def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
@@ -131,12 +149,43 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
     """
     method, _, allocate = cell.method.partition(":")
     run = replace(in_folder(settings.run, cell.folder(root)), seed=cell.seed)
-    if method in EXTERNAL:
+    if cell.method in OTHERS:
+        if method in external.EXTERNAL and (more := [name for name in OURS if getattr(settings.prune, name) != plain(name)]):
+            raise ConfigError(f"--{more[0].replace('_', '-')} is not for {method}: the rows would not be alike")
         return replace(settings, run=run, prune=replace(settings.prune, macs=cell.macs))
     if method not in METHODS:
-        raise ConfigError(f"no method is called {method!r}: take some of {', '.join((*METHODS, *EXTERNAL))}")
+        raise ConfigError(f"no method is called {cell.method!r}: take some of {', '.join((*METHODS, *OTHERS))}")
     prune = replace(settings.prune, method=method, macs=cell.macs, allocate=allocate or settings.prune.allocate)
     return replace(settings, run=run, prune=prune)
+
+
+def plain(name: str) -> Any:
+    """The default of a setting of pruning."""
+    return getattr(PruneConfig(), name)
+
+
+def check_protocol(folder: Path, settings: Settings) -> None:
+    """Raise ConfigError where a run of the grid is there already and was trained otherwise."""
+    def read() -> dict[str, Any]:
+        return run_folder.read_settings(folder) if (folder / run_folder.CONFIG).is_file() else {}
+
+    before, now = first(read), settings.flat()
+    changed = {key: (before[key], now[key]) for key in PROTOCOL if key in before and before[key] != now[key]}
+    if changed:
+        raise ConfigError(f"{folder} was trained otherwise: {named(changed, [*changed])}; all runs of a grid are trained "
+                          "alike, so give another --output")
+
+
+def check_start(folder: Path, other: Path) -> None:
+    """Raise ConfigError where two runs began with other images or weights. Runs of older versions do not say."""
+    def read(one: Path) -> dict[str, Any]:
+        row = run_folder.Run(one, resume=True, writes=False).last(run_folder.START)
+        return {key: row[key] for key in START if key in row}
+
+    mine, theirs = first(lambda: (read(folder), read(other)))
+    if differ := [key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key]]:
+        raise ConfigError(f"{folder} began with other {' and '.join(sorted(differ))} than {other}: a grid has one dense "
+                          "network and the same images for all; give another --output")
 
 
 def in_folder(given: RunConfig, folder: Path) -> RunConfig:
@@ -195,7 +244,9 @@ def lines(found: Sequence[Outcome]) -> tuple[Line, ...]:
 
 def write_comparison(found: Comparison, note: Callable[[str], None]) -> list[str]:
     """Write `compare.json` and the picture `compare.svg` into the folder of the grid. Returns the names of the files."""
-    write_whole({found.folder / TABLE: (json.dumps(asdict(found) | {"folder": found.folder.name}, indent=1) + "\n").encode()})
+    table = {"dense": found.dense, "lines": [asdict(line) for line in found.lines], "failed": found.failed,
+             "folder": found.folder.name, "runs": [{**asdict(run), "cell": run.cell._asdict()} for run in found.runs]}
+    write_whole({found.folder / TABLE: (json.dumps(table, indent=1) + "\n").encode()})
     try:
         write_whole({found.folder / PICTURE: frontier(found)})
     except MissingExtraError as error:

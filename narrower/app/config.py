@@ -255,7 +255,7 @@ class CompareConfig:
 
     methods: Annotated[
         list[str], "as for --method, each with how it spreads the budget if wanted (resrep:norms, magnitude:share); "
-        "tp-magnitude and tp-group-norm: torch-pruning's"
+        "dense: the dense network trained on; tp-magnitude and tp-group-norm: torch-pruning's"
     ] = field(default_factory=lambda: ["obs", "magnitude", "hrank", "resrep"])
     budgets: Annotated[list[float], "multiply-adds that may remain, as for --macs"] = field(default_factory=lambda: [0.5])
     seeds: Annotated[list[int], "one run for each"] = field(default_factory=lambda: [0])

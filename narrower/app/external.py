@@ -1,4 +1,4 @@
-"""Rows of `narrower compare` by another tool: torch-pruning's pruners, through its public interface."""
+"""Rows of `narrower compare` that `narrower prune` does not make: the dense network trained on, and torch-pruning's pruners."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from .prune import Result, measured, save_at_end
 
 EXTERNAL = ("tp-magnitude", "tp-group-norm")
 """The same share of every group by L2 norms; and the lowest norms of all groups together, without its sparse training."""
+DENSE = "dense"
+"""The dense network, trained on by the same training: what the others are to be held against."""
 TRIALS = 12  # halvings of the interval of ratios: 1/4096 of the channels
 
 
 def prune_external(job: Job, method: str) -> Result:
-    """From the dense network to one that torch-pruning has narrowed and the reference training has fine-tuned.
+    """From the dense network to one that torch-pruning has narrowed (left as it is with `DENSE`), and that is fine-tuned.
 
     Raises:
         MissingExtraError: torch-pruning is not installed.
@@ -38,7 +40,8 @@ def prune_external(job: Job, method: str) -> Result:
         with job.stage("evaluate dense") as facts:
             facts |= (before := job.headline(model))
         with job.stage("cut") as facts:
-            small = narrowed(model, job.example, method, job.settings.prune.macs or 0.5)
+            small = copy.deepcopy(model) if method == DENSE else narrowed(
+                model, job.example, method, job.settings.prune.macs or 0.5)
             facts |= {"method": method, **job.headline(small)}
         name = before["headline"]
         stages = {"cut": facts[name]}

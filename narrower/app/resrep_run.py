@@ -32,31 +32,33 @@ class Choice(NamedTuple):
     scores: narrower.Scores | None = None
 
 
-def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, choice: Choice) -> narrower.ResRep:
-    """Insert compactors into `model` as the settings say.
-
-    Raises:
-        ConfigError: `--forgetting` has an unknown setting.
-        PlanError: nothing can be compacted, or the budget cannot be reached.
-    """
+def forgetting(given: PruneConfig) -> narrower.Forgetting:
+    """The settings of `--forgetting`. Raises ConfigError for one that is not known."""
     try:
-        settings = narrower.Forgetting(**given.forgetting)
+        return narrower.Forgetting(**given.forgetting)
     except TypeError as error:
         known = ", ".join(narrower.Forgetting.__dataclass_fields__)
         raise ConfigError(f"--forgetting {given.forgetting}: it knows {known}") from error
+
+
+def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, choice: Choice) -> narrower.ResRep:
+    """Insert compactors into `model` as the settings say. Raises as ResRep."""
     budget = {} if choice.plan else {"macs": given.macs, "params": given.params}
     return narrower.ResRep(
         model, graph, **budget, plan=choice.plan, steps=steps, scores=choice.scores,
-        scope=given.scope, exclude=given.exclude, settings=settings,  # type: ignore[arg-type]
+        scope=given.scope, exclude=given.exclude, settings=forgetting(given),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     """Check that ResRep is possible, before the dense network is trained.
 
-    Raises as `compacted`, and PlanError for a plan that cannot be made.
+    Raises:
+        ConfigError: `--forgetting` or `--scope` is none.
+        PlanError: nothing can be compacted, or the budget cannot be reached.
     """
     given = job.settings.prune
+    forgetting(given)
     plan = None if given.allocate == "norms" else make_plan(
         scored_by_prior(given, graph, left_alone(given, model, graph)), graph, narrower.random(graph), times=job.times)
     compacted(given, copy.deepcopy(model), graph, 1, Choice(plan))

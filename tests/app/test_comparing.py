@@ -56,6 +56,27 @@ def test_a_grid_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch
     before = [len(rows(p)) for p in sorted(Path("grid").glob("*seed*"))]
     assert cli.main(grid) == 0  # nothing is done twice
     assert [len(rows(p)) for p in sorted(Path("grid").glob("*seed*"))] == before
+    assert (found["runs"][0]["cell"]["method"], found["runs"][0]["last"]) == ("magnitude", top1)
+
+    capsys.readouterr()
+    assert cli.main([*grid, "--lr", "0.5"]) == 2
+    said = capsys.readouterr().err
+    assert "magnitude-0.5-seed-1 was trained otherwise: --lr (0.02, now 0.5)" in said and "another --output" in said
+    torch.save({n: t + 1 for n, t in dense.items()}, "other.pt")
+    other = ["--checkpoint", "other.pt", "--methods", "magnitude", "bn_scale:share", "--epochs", "1"]
+    assert cli.main(["compare", *SMALL, "--output", "grid", "--seeds", "1", *other]) == 2
+    assert "began with other weights of the dense network than" in capsys.readouterr().err
+
+
+def test_the_dense_network_trained_on_is_a_row_with_no_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*GRID, "--methods", "dense", "random:share", "--budgets", "0.7", "0.8"]) == 0
+    found = json.loads(Path("grid/compare.json").read_text())
+    assert [(line["method"], line["budget"]) for line in found["lines"]] == [
+        ("dense", 1.0), ("random:share", 0.7), ("random:share", 0.8)]
+    row = found["lines"][0]
+    assert row["macs"] == row["params"] == 1 and row["right_after"] == found["dense"] and "dense" in capsys.readouterr().out
+    stages = [r["stage"] for r in rows("grid/dense-1-seed-0")]
+    assert stages.count("fine-tune") == 2, "an epoch, and the stage"
 
 
 def test_what_cannot_be_done_is_named_and_the_rest_is_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +89,8 @@ def test_what_cannot_be_done_is_named_and_the_rest_is_done(capsys: pytest.Captur
     (["--methods", "obs", "nope"], "no method is called 'nope'"),
     (["--methods", "obs:norms"], "--allocate norms is for --method resrep"),
     (["--budgets", "0"], "--budgets 0: give a fraction"),
+    (["--methods", "tp-magnitude", "--exclude", "conv1"], "--exclude is not for tp-magnitude: the rows would not be alike"),
+    (["--schedule", "layer"], "there is no option --schedule"),
 ])
 def test_a_wrong_grid_is_refused_before_anything_is_trained(flags: list[str], says: str,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +126,7 @@ def test_the_seconds_of_an_epoch_count_once_and_resuming_starts_no_stage_anew() 
 
 def test_the_picture_is_an_svg_with_every_method(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = Comparison(90.0, lines([outcome("obs", 0, 88.0), outcome("resrep", 0, 87.0, 0.4)]), {}, tmp_path)
+    found = Comparison(90.0, (outcome("obs", 0, 88.0), outcome("resrep", 0, 87.0, 0.4)), {}, tmp_path)
     picture = frontier(found)
     assert picture.startswith(b"<?xml") and b"svg" in picture and picture == frontier(found)
     for name in (b"obs", b"resrep", b"latency / dense"):
