@@ -120,7 +120,8 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
         check_protocol(cell.folder(root), settings_of(cell, settings, root))
     if not (settings.model.checkpoint or settings.model.pretrained):
         settings = with_dense(settings, root, begin)
-    found, failed = [], {}
+    found: list[Outcome] = []
+    failed: dict[str, str] = {}
     for cell in cells(given):
         folder, name = cell.folder(root), cell.folder(Path()).name
         if (done := outcome(cell, folder)) is None:
