@@ -7,13 +7,13 @@ Run it where the checkout is not on the path: it must find the installed package
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from torch import nn
 
 import narrower
 
+DEMO = ("--img-size", "8", "--dense-epochs", "1", "--epochs", "1", "--images", "48", "--recalibrate", "256",
+        "--cache-dir", "none", "--device", "cpu")
 CLI = ("timm", "torchvision", "accelerate", "rich", "jsonargparse", "sklearn", "yaml", "PIL")
 
 
@@ -55,7 +57,7 @@ def whole_way() -> None:
     assert narrower.measure(small, images, seconds=0.01)["macs"] <= 0.5 * narrower.measure(model, images, seconds=0.01)["macs"]
     with tempfile.TemporaryDirectory() as folder:
         narrower.save(small, folder)
-        again = narrower.load(folder, Net)
+        again = narrower.load(folder, Net).eval()
     torch.testing.assert_close(again(images), small(images))
     print(found)
     resrep = narrower.ResRep(model.train(), graph, macs=0.5, steps=8)
@@ -69,13 +71,24 @@ def whole_way() -> None:
     assert merged(images).shape == (8, 10)
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The installed command."""
+    program = Path(sys.executable).with_name("narrower")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600)
+
+
 def command() -> None:
-    """`narrower --help` with the extra `cli`; without it a line that names the extra."""
-    complete = all(importlib.util.find_spec(name) for name in CLI)
-    done = subprocess.run([Path(sys.executable).with_name("narrower"), "--help"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == (0 if complete else 2), done.stderr
-    assert ("prune" in done.stdout) if complete else ("narrower[cli]" in done.stderr), done.stdout + done.stderr
-    print("command:", "complete" if complete else done.stderr.strip())
+    """With the extra `cli` a small run from the digits to a narrow network; without it a line that names the extra."""
+    if not all(find_spec(name) for name in CLI):
+        done = run("--help")
+        assert done.returncode == 2 and "narrower[cli]" in done.stderr, done.stdout + done.stderr
+        print(done.stderr.strip())
+        return
+    assert "prune" in run("--help").stdout
+    with tempfile.TemporaryDirectory() as folder:
+        done = run("prune", *DEMO, "--output", folder)
+        assert done.returncode == 0 and (Path(folder) / "narrower.json").is_file(), done.stdout + done.stderr
+    print(done.stdout)
 
 
 def main() -> None:
