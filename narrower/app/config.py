@@ -70,6 +70,10 @@ class DataConfig:
         str | None, "instead of images with classes: your own data, loss and figures, package.module:Task or file.py:Task"
     ] = None
     dataset_download: Annotated[bool, "let timm download the data set"] = False
+    train_split: Annotated[str, "split of a data set of timm to train on"] = "train"
+    val_split: Annotated[str, "its split to evaluate on"] = "validation"
+    input_key: Annotated[str | None, "its column of images, where that has another name than timm expects"] = None
+    target_key: Annotated[str | None, "its column of labels"] = None
     img_size: Annotated[int | None, "pixels; default: images up to 64 px as they are, else what the network expects"] = None
     mean: Annotated[list[float] | None, "mean per channel, of pixels in [0, 1]; default: the network's, else ImageNet's"] = None
     std: Annotated[list[float] | None, "standard deviation per channel"] = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import narrower
 
 from ..data.images import Images, batches, hold_out
-from ..data.sources import ImageData, Reading, open_data
+from ..data.sources import ImageData, Parts, Reading, open_data
 from ..data.streams import StreamImages
 from ..errors import ConfigError
 from ..models import expected_images
@@ -303,8 +303,8 @@ def open_images(settings: Settings, report: Reporter) -> tuple[ImageData, Readin
     given = settings.data
     if given.task:
         return open_task(given, settings.train), None
-    reading = reading_of(settings)
+    reading, parts = reading_of(settings), Parts(given.train_split, given.val_split, given.input_key, given.target_key)
     return open_data(
-        given.dataset or ("" if given.data_dir else "digits"), given.data_dir, reading,
+        given.dataset or ("" if given.data_dir else "digits"), given.data_dir, reading, parts=parts,
         download=given.dataset_download, num_classes=settings.model.num_classes, watch=report.watch,
     ), reading  # fmt: skip

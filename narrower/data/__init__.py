@@ -2,7 +2,7 @@
 
 from .images import Batch, Images, LazyImages, OwnImages, TensorImages, batches, hold_out
 from .seeding import mix
-from .sources import ImageData, Reading, digits, folder, from_timm, open_data
+from .sources import ImageData, Parts, Reading, digits, folder, from_timm, open_data
 from .streams import StreamImages
 from .task import CLASSIFICATION, Classification, OwnTask, Task
 
@@ -15,6 +15,7 @@ __all__ = [
     "LazyImages",
     "OwnImages",
     "OwnTask",
+    "Parts",
     "Reading",
     "StreamImages",
     "Task",

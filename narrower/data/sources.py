@@ -75,6 +75,16 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a data set of timm calls its splits, and its columns of images and labels (None: timm's names for them)."""
+
+    train: str = "train"
+    val: str = "validation"
+    images: str | None = None
+    labels: str | None = None
+
+
+@dataclass(frozen=True)
 class ImageData:
     """Images for training and evaluation. Pixels are read at the first access of `train` or `val`.
 
@@ -99,8 +109,8 @@ class ImageData:
 
 
 def open_data(
-    dataset: str = "", root: str | Path | None = None, reading: Reading | None = None, *, download: bool = False,
-    num_classes: int | None = None, watch: Watch = silent,
+    dataset: str = "", root: str | Path | None = None, reading: Reading | None = None, *, parts: Parts | None = None,
+    download: bool = False, num_classes: int | None = None, watch: Watch = silent,
 ) -> ImageData:  # fmt: skip
     """Open a data set: "digits", a folder, or a name that timm's `create_dataset` takes.
 
@@ -108,6 +118,7 @@ def open_data(
         dataset: "digits", or "" or "folder" for the folder `root`, else a name of timm such as "torch/cifar10".
         root: the folder with the images. For a name of timm, where the data are stored or downloaded to.
         reading: size, channels and normalisation of the images.
+        parts: splits and columns of a data set of timm.
         download: let timm download the data.
         num_classes: needed if the data set does not tell it.
         watch: shows the progress of decoding.
@@ -128,7 +139,7 @@ def open_data(
         if root is None:
             raise ConfigError("say where the images are (--data-dir), or take the embedded ones (--dataset digits)")
         return folder(Path(root), reading, watch)
-    return from_timm(dataset, root, reading, download=download, num_classes=num_classes, watch=watch)
+    return from_timm(dataset, root, reading, parts=parts or Parts(), download=download, num_classes=num_classes, watch=watch)
 
 
 def digits(
@@ -204,10 +215,10 @@ def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
 
 
 def from_timm(
-    name: str, root: str | Path | None, reading: Reading, *, download: bool = False, num_classes: int | None = None,
-    watch: Watch = silent,
+    name: str, root: str | Path | None, reading: Reading, *, parts: Parts | None = None, download: bool = False,
+    num_classes: int | None = None, watch: Watch = silent,
 ) -> ImageData:  # fmt: skip
-    """A data set of timm's `create_dataset`, with its splits "train" and "validation"."""
+    """A data set of timm's `create_dataset`."""
     try:
         from timm.data import create_dataset
     except ImportError as error:
@@ -215,23 +226,38 @@ def from_timm(
 
     if root is None and not name.lower().startswith(("hfds/", "hfids/")):
         raise ConfigError(f"--dataset {name} needs --data-dir: the folder where the data are, or go to")
-    place = None if root is None else str(root)
+    place, parts = None if root is None else str(root), parts or Parts()
     try:
-        parts = {
-            split: create_dataset(
-                name, place, split=theirs, is_training=split == "train", download=download, input_img_mode=reading.mode
-            )
-            for split, theirs in (("train", "train"), ("val", "validation"))
-        }
+        found = {
+            split: create_dataset(name, place, split=theirs, is_training=split == "train", download=download,
+                                  input_img_mode=reading.mode, input_key=parts.images, target_key=parts.labels)
+            for split, theirs in (("train", parts.train), ("val", parts.val))
+        }  # fmt: skip
+        for part in found.values():
+            check_columns(getattr(part, "reader", None))
     except Exception as error:  # readers raise anything, and import what may be missing
         raise DataError(
-            f"timm cannot open dataset {name!r} in {place}: {type(error).__name__}: {error} "
-            "(--dataset-download gets those that can be; names: digits, folder, torch/..., hfds/..., wds/..., tfds/...)"
+            f"timm cannot open dataset {name!r} in {place}: {type(error).__name__}: {error} (--dataset-download gets those "
+            "that can be; --train-split, --val-split, --input-key and --target-key name its splits and columns; names of data "
+            "sets: digits, folder, torch/..., hfds/..., wds/..., tfds/...)"
         ) from error
-    known = _count_classes(parts["train"]) or num_classes
+    known = _count_classes(found["train"]) or num_classes
     if known is None:
         raise ConfigError(f"dataset {name!r} does not tell its number of classes: say --num-classes")
-    return _image_data(name, known, parts, reading, watch)
+    return _image_data(name, known, found, reading, watch)
+
+
+def check_columns(reader: Any) -> None:
+    """Raise DataError if a reader of Hugging Face's data sets lacks a column. It would see this at the first image."""
+    if hasattr(reader, "builder"):
+        columns, names = list(reader.builder.info.features or ()), [reader.input_key, reader.target_key]
+    elif hasattr(reader, "image_key"):  # it has cast its column of images: one that did not exist has nothing in it
+        columns = [name for name, value in reader.dataset[0].items() if value is not None]
+        names = [reader.image_key, reader.label_key]
+    else:
+        return
+    if columns and (missing := [name for name in names if name not in columns]):
+        raise DataError(f"it has no column {missing[0]!r}, but {', '.join(columns)}")
 
 
 def _count_classes(dataset: Any) -> int | None:

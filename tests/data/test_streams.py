@@ -19,7 +19,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 from support.processes import in_two
 
-from narrower.data import ImageData, Reading, StreamImages, batches, hold_out, open_data
+from narrower.data import ImageData, Parts, Reading, StreamImages, batches, hold_out, open_data
 from narrower.data.streams import fingerprint
 from narrower.errors import DataError
 
@@ -194,3 +194,21 @@ def test_hugging_face_data_sets_are_read_by_index_and_streamed(hugging_face: Pat
     parts = in_two(lambda rank: labels(batches(open_data(f"hfids/{hugging_face}", cache, READING, num_classes=44).val, 4,
                                                shard=(rank, 2))))
     assert sorted(parts[0] + parts[1]) == list(range(21))
+
+
+def test_a_folder_of_save_to_disk_is_read_by_the_names_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    features = datasets.Features({"img": datasets.Image(), "digit": datasets.ClassLabel(num_classes=9)})
+    splits = {name: datasets.Dataset.from_dict({"img": [picture(k) for k in range(count)], "digit": [*range(count)]}, features)
+              for name, count in (("train", 5), ("test", 3))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    for kind in ("hfds", "hfids"):
+        name, cache = f"{kind}/{tmp_path / 'set'}", tmp_path / "cache"
+        data = open_data(name, cache, READING, parts=Parts(val="test", images="img", labels="digit"), num_classes=9)
+        assert data.num_classes == 9 and labels(batches(data.val, 4)) == [0, 1, 2] and len(data.train) == 5
+        for parts, said in ((Parts(images="img", labels="digit"), "--val-split"),
+                            (Parts(val="test", labels="digit"), "no column 'image', but"),
+                            (Parts(val="test", images="img"), "no column 'label', but img, digit")):
+            with pytest.raises(DataError, match=said):
+                open_data(name, cache, READING, parts=parts, num_classes=9)
