@@ -3,14 +3,17 @@
     pip install -e '.[cli,export,openvino]' && python benchmarks/exports.py [NAME...] [--formats onnx pt2 ...] [--remove 0.33]
 
 Random weights that matter: BatchNorm statistics are those of the images, scales and shifts are random, so that signals keep
-their size through the whole network. A row is one network and format: the largest difference from PyTorch as a fraction of the
-largest output, or why there is no file. Images are smooth random ones (detectors: a list of two). With `--remove` the network
-is narrowed first, by this share of the channels of every group, the ones with the smallest weights.
+their size through the whole network. The layers of detectors that give scores are stronger, so that these differ as in a
+trained network, and ten boxes an image are given: the order of equal scores is chance. A row is one network and format: the
+largest difference from PyTorch as a fraction of the largest output, or why there is no file. Images are smooth random ones
+(detectors: a list of two). With `--remove` the network is narrowed first, by this share of the channels of every group, those with
+the smallest weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +24,12 @@ from torch import nn
 import narrower
 from narrower.models import CIFAR_MODELS, make_model
 
-DETECTORS = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
+# Each with what limits its boxes, the layers that give scores, and how much stronger these are.
+DETECTORS = {
+    "ssdlite320_mobilenet_v3_large": ("detections_per_img", r"head\.classification_head\.module_list\.\d\.1", 4.0),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": ("box_detections_per_img", r"roi_heads\.box_predictor\.cls_score", 20.0),
+}
+BOXES = 10
 NAMES = (*CIFAR_MODELS, "resnet50", "mobilenet_v3_small", "mobilenet_v3_large", "densenet121", "lraspp_mobilenet_v3_large",
          *DETECTORS)
 FILES = {"onnx": "net.onnx", "pt2": "net.pt2", "torchscript": "net.ts", "openvino": "net.xml"}
@@ -35,8 +43,12 @@ def network(name: str, images: torch.Tensor) -> nn.Module:
     else:
         import torchvision
 
-        given = {"weights_backbone": None} if name in DETECTORS or name.startswith("lraspp") else {}
+        given: dict[str, int | None] = {"weights_backbone": None} if name in DETECTORS or name.startswith("lraspp") else {}
+        given |= {DETECTORS[name][0]: BOXES} if name in DETECTORS else {}
         model = torchvision.models.get_model(name, weights=None, **given)
+    for path, layer in model.named_modules():
+        if name in DETECTORS and re.fullmatch(DETECTORS[name][1], path):
+            nn.init.normal_(layer.weight, std=DETECTORS[name][2] * layer.weight.std().item())
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)

@@ -143,7 +143,7 @@ def run_configs(_: Settings, terminal: Terminal, __: Namespace) -> None:
 
 
 def run_export(settings: Settings, terminal: Terminal, given: Namespace) -> None:
-    chosen = ExportConfig(given.format, given.int8, given.calibration_images, given.output)
+    chosen = ExportConfig(given.format, given.int8, given.calibration_images, given.output, given.fixed_batch)
     terminal.print(str(export_network(settings, None if given.run is None else Path(given.run), chosen, terminal)))
 
 

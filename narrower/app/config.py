@@ -323,9 +323,10 @@ class ExportConfig:
     int8: Annotated[bool, "8-bit weights and activations (onnx), quantised after training on some images"] = False
     calibration_images: Annotated[int, "how many, for --int8"] = 128
     output: Annotated[str | None, "the file; default: model.onnx (model.int8.onnx, .xml, .pt2, .ts) in the run folder"] = None
+    fixed_batch: Annotated[int | None, "the only number of images that the file takes at once; default: any number"] = None
 
     def __post_init__(self) -> None:
-        check(self, calibration_images=(1, inf))
+        check(self, calibration_images=(1, inf), fixed_batch=(1, inf))
         if self.format not in EXPORT_FORMATS:
             raise ConfigError(f"--format {self.format}: take one of {', '.join(EXPORT_FORMATS)}")
         if self.int8 and self.format != "onnx":

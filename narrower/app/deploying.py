@@ -21,7 +21,7 @@ from .oneshot import sample
 from .run_folder import NARROW, Run, read_settings
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2", "torchscript": ".ts"}
-CHECKED = 2  # images for the comparison
+CHECKED = 2  # images for the comparison, where the file takes any number
 
 
 def export_network(
@@ -36,19 +36,20 @@ def export_network(
     report = report or Reporter()
     if folder is None and not (settings.model.checkpoint or settings.model.pretrained):
         raise ConfigError("say what to export: a run folder, or --model with --checkpoint or --pretrained")
+    count = given.fixed_batch or CHECKED
     job = job_with_images(settings, folder, given, report)
     if job is None:
-        model, images, calibration = with_weights(settings.model), noise(settings), None
+        model, images, calibration = with_weights(settings.model), noise(settings, count), None
         report.note("no images: the file is compared with PyTorch on noise")
     else:
-        model, images = load_dense(job), validation_images(job)
-        calibration = [x for x, _ in sample(job, given.calibration_images)] if given.int8 else None
+        model, images = load_dense(job), validation_images(job, count)
+        calibration = calibration_batches(job, given) if given.int8 else None
     name = ("model.int8" if given.int8 else "model") + SUFFIXES[given.format]
     path = Path(given.output) if given.output else (folder or Path()) / name
     if not path.name.endswith(SUFFIXES[given.format]):
         raise ConfigError(f"--output {path} must end in {SUFFIXES[given.format]} for --format {given.format}")
     with report.busy(f"exporting to {path}"):
-        return narrower.export(model.cpu(), images, path, calibration=calibration)
+        return narrower.export(model.cpu(), images, path, dynamic_batch=given.fixed_batch is None, calibration=calibration)
 
 
 def job_with_images(settings: Settings, folder: Path | None, given: ExportConfig, report: Reporter) -> Job | None:
@@ -66,14 +67,23 @@ def job_with_images(settings: Settings, folder: Path | None, given: ExportConfig
         return None
 
 
-def noise(settings: Settings) -> Tensor:
+def calibration_batches(job: Job, given: ExportConfig) -> list[Tensor]:
+    """Training images, as many at once as the file takes."""
+    found = [x for x, _ in sample(job, given.calibration_images)]
+    if given.fixed_batch is None:
+        return found
+    return [x for x in torch.cat(found).split(given.fixed_batch) if len(x) == given.fixed_batch]
+
+
+def noise(settings: Settings, count: int) -> Tensor:
     size = settings.data.img_size or expected_size(settings.model)
-    return torch.randn(CHECKED, settings.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(count, settings.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def validation_images(job: Job) -> Tensor:
-    images, _ = next(iter(batches(job.data.val, CHECKED)))
-    return images
+def validation_images(job: Job, count: int) -> Tensor:
+    """So many. Of a smaller data set some come twice."""
+    images, _ = next(iter(batches(job.data.val, count)))
+    return images[torch.arange(count) % len(images)]
 
 
 def bench_networks(

@@ -27,6 +27,7 @@ from .int8 import quantize, relative_error
 
 Check = tuple[Any, list[Tensor]]
 EXACT, ROUGH = 1e-4, 0.3  # default tolerances, of float and of int8
+ADVICE = "A file for one batch size may do: dynamic_batch=False, --fixed-batch 1"
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def written(module: nn.Module, inputs: Any, path: Path, format: Format, agreemen
                 raise
             for file in path.parent.iterdir():
                 file.unlink()
-    raise ExportError(f"no {format.name} file of {type(module).__name__} was written: " + "; ".join(reasons))
+    advice = f". {ADVICE}" if agreement.dynamic else ""
+    raise ExportError(f"no {format.name} file of {type(module).__name__} was written: {'; '.join(reasons)}{advice}")
 
 
 def quantized(module: nn.Module, batches: Iterable[Any], path: Path, format: Format, agreement: Agreement) -> float:
@@ -227,7 +229,15 @@ def expected_outputs(module: nn.Module, inputs: Any, dynamic: bool) -> list[Chec
     other = map_tensors(inputs, lambda t: t.flip(-1) if t.ndim > 2 else t)
     if dynamic:
         other = resized(other, max(2, batch_size(inputs) or 0) + 1)
-    return [(x, [t.clone() for t in flatten_tensors(call_model(module, x))]) for x in (inputs, other)]
+    found = [(inputs, [t.clone() for t in flatten_tensors(call_model(module, inputs))])]
+    try:
+        found.append((other, [t.clone() for t in flatten_tensors(call_model(module, other))]))
+    except Exception as error:  # whatever the network raises
+        if not dynamic:
+            raise
+        raise ExportError(f"the network takes the example inputs, but not {batch_size(other)} samples: {reason(error)}. "
+                          f"{ADVICE}") from error
+    return found
 
 
 def batch_size(inputs: Any) -> int | None:

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from narrower.app import cli
+from narrower.app import cli, deploying
+from narrower.app.config import ExportConfig
 from narrower.app.run_folder import to_yaml
 from narrower.deployment import benchmarking
 
@@ -59,13 +60,22 @@ def test_int8_is_calibrated_on_images_of_the_run(capsys: pytest.CaptureFixture[s
     assert "photos" in capsys.readouterr().err
 
 
+def test_a_fixed_file_is_calibrated_on_as_many_images_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploying, "sample", lambda job, count: [(torch.zeros(4, 3, 8, 8), None)] * 2)
+    for fixed, sizes in ((None, [4, 4]), (3, [3, 3])):
+        found = deploying.calibration_batches(None, ExportConfig(int8=True, fixed_batch=fixed))  # type: ignore[arg-type]
+        assert [len(x) for x in found] == sizes
+
+
 def test_without_images_noise_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     Path("photos").rename("elsewhere")
     assert cli.main(["export", "run", "--format", "torchscript", "--output", "deep/net.ts"]) == 0
     shown = capsys.readouterr()
     assert "compared with PyTorch on noise" in shown.err and Path("deep/net.ts").is_file() and "deep/net.ts" in shown.out
+    assert "batch size: any" in shown.out
     weights = ["--model", "net.py:net", "--checkpoint", "run/model.safetensors", "--img-size", "8"]
-    assert cli.main(["export", *weights, "--format", "torchscript", "--output", "own.ts"]) == 0
+    assert cli.main(["export", *weights, "--format", "torchscript", "--output", "own.ts", "--fixed-batch", "1"]) == 0
+    assert "batch size: 1" in capsys.readouterr().out
     assert Path("own.ts").is_file()
 
 

@@ -85,14 +85,22 @@ def test_an_operator_that_an_exporter_does_not_take_is_named_in_one_line(file: s
 
 
 def test_a_network_that_fixes_its_batch_needs_a_fixed_file(tmp_path: Path) -> None:
+    """Whether PyTorch takes other numbers or not, the error says what helps."""
+
     class Fixed(nn.Module):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__()
+            self.sizes = sizes
+
         def forward(self, x: Tensor) -> Tensor:
-            return x.reshape(2, -1) * 2
+            return x.reshape(self.sizes) * 2
 
     x = images(batch=2)
-    with pytest.raises((narrower.ExportError, RuntimeError)):
-        narrower.export(Fixed(), x, tmp_path / "net.pt2")
-    assert narrower.export(Fixed(), x, tmp_path / "net.pt2", dynamic_batch=False).batch == "2"
+    for module, text in ((Fixed(2, 3, 8, 8), "takes the example inputs, but not 3 samples: RuntimeError: shape"),
+                         (Fixed(2, -1), "no pt2 file of Fixed was written")):
+        with pytest.raises(narrower.ExportError, match=rf"{text}.*dynamic_batch=False, --fixed-batch 1"):
+            narrower.export(module, x, tmp_path / "net.pt2")
+        assert narrower.export(module, x, tmp_path / "net.pt2", dynamic_batch=False).batch == "2"
 
 
 NAN, INF = float("nan"), float("inf")

@@ -33,7 +33,7 @@ def setting(monkeypatch: pytest.MonkeyPatch, drift: float, factor: float) -> tup
 
     def time_networks(modules: Sequence[nn.Module], *place: Any, seconds: float) -> list[tuple[float, float]]:
         times = [truth(survey_of(NAME), believed, sizes_in(m, survey_of(NAME))) for m in modules]
-        return [(drift * times[0], 0.0), (drift * factor * times[1], 0.0)]
+        return [(drift * times[0], 0.1), (drift * factor * times[1], 0.2)]
 
     monkeypatch.setattr(fitting, "time_networks", time_networks)
     return model, graph, narrower.random(graph), x, table
@@ -44,6 +44,7 @@ def test_a_wrong_prediction_is_corrected(monkeypatch: pytest.MonkeyPatch, wanted
     model, graph, scores, x, table = setting(monkeypatch, drift=1.3, factor=1.2)
     found = narrower.fit_latency(model, graph, scores, x, latency=table, latency_ms=wanted, round_to=1)
     first, second = found.trials
+    assert first.spread == 0.2, "the larger one"
     assert first.error == pytest.approx(1 / (1.3 * 1.2) - 1, rel=0.05)
     assert found.target_ms == pytest.approx(0.6 * first.dense_ms), "a fraction is one of the dense network measured beside"
     assert first.measured_ms > 1.1 * found.target_ms and second.measured_ms == pytest.approx(found.target_ms, rel=0.08)
@@ -64,6 +65,12 @@ def test_a_right_prediction_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fitting, "NEAR", 0.1)
     found = narrower.fit_latency(model, graph, scores, x, latency=table, latency_ms="0.6x", round_to=1)
     assert len(found.trials) == 1
+
+
+def test_a_prediction_so_far_off_that_nothing_would_have_to_go_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, scores, x, table = setting(monkeypatch, drift=1.0, factor=0.3)
+    found = narrower.fit_latency(model, graph, scores, x, latency=table, latency_ms="0.6x", round_to=1)
+    assert len(found.trials) == 1 and found.trials[0].measured_ms < 0.5 * found.target_ms
 
 
 def test_tables_of_other_places_and_missing_targets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
