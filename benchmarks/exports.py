@@ -6,8 +6,8 @@ Random weights that matter: BatchNorm statistics are those of the images, scales
 their size through the whole network. The layers of detectors that give scores are stronger, so that these differ as in a
 trained network, and ten boxes an image are given: the order of equal scores is chance. A row is one network and format: the
 largest difference from PyTorch as a fraction of the largest output, or why there is no file. Images are smooth random ones
-(detectors: a list of two). With `--remove` the network is narrowed first, by this share of the channels of every group, those with
-the smallest weights.
+(detectors: a list of two). With `--remove` the network is narrowed first, by this share of the channels of every group, with
+the smallest weights first.
 """
 
 from __future__ import annotations
