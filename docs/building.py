@@ -58,4 +58,5 @@ def place_of(path: Path) -> str:
 
 
 def as_mathml(found: re.Match[str]) -> str:
-    return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+    formula, block = html.unescape(found[2]), found[1] == "div"
+    return f'<div class="formula">{convert(formula, display="block")}</div>' if block else convert(formula)

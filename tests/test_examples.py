@@ -1,4 +1,4 @@
-"""Every file of examples/ runs, is short, and stands in the README."""
+"""Every file of examples/ runs, is short, and stands on a page of the documentation."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def macs(model: Any) -> float:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_are_short_tested_and_in_the_readme(path: Path) -> None:
+def test_examples_are_short_tested_and_on_a_page(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 100
-    assert f"(examples/{path.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(../examples/{path.name})" in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert f'"{path.stem}"' in Path(__file__).read_text(encoding="utf-8")
 
 

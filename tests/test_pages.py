@@ -1,4 +1,8 @@
-"""README.md is run: its Python blocks from top to bottom, its `narrower ...` commands, its links and its make targets.
+"""README.md and the pages of docs/ are run: their Python blocks from top to bottom, their `narrower ...` commands, their links,
+and make targets.
+
+Every page goes on from what the first page (docs/index.md) has made: its Python names, and, in the order of mkdocs.yml, the
+runs in its folder. The same command on several pages runs once.
 
 A block may be left out only for its cost, or because it needs what a test machine lacks, with the reason in an HTML
 comment directly above it: `<!-- not run: downloads weights -->`. Commands left out are still held against `--help`.
@@ -19,14 +23,27 @@ from typing import Any
 
 import pytest
 import sklearn.datasets
+import yaml
 from PIL import Image
 
 from narrower import Benchmark
 from narrower.app.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-# Added behind each command, so that the whole page runs in a minute; later flags win over earlier ones.
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+START = DOCS / "index.md"
+
+
+def names_in(nav: Any) -> list[str]:
+    """The files that the navigation of mkdocs.yml names, in order."""
+    if isinstance(nav, str):
+        return [nav]
+    return [name for part in (nav.values() if isinstance(nav, dict) else nav) for name in names_in(part)]
+
+
+NAV = names_in(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+PAGES = [*(DOCS / name for name in NAV if (DOCS / name).exists()), README]
+# Added behind each command, so that all pages run in a minute; later flags win over earlier ones.
 TINY = {
     "train": ["--epochs", "1", "--img-size", "8", "-b", "16", "--workers", "0", "--cache-dir", "none"],
     "prune": ["--epochs", "1", "--dense-epochs", "1", "--img-size", "8", "-b", "16", "--images", "16", "--recalibrate", "64"]
@@ -34,6 +51,7 @@ TINY = {
     "sensitivity": ["--img-size", "8", "--images", "16", "--workers", "0", "--cache-dir", "none"],
     "eval": ["--workers", "0", "--cache-dir", "none"],
     "bench": ["--seconds", "0"],
+    "compare": ["--images", "16"],
 }
 WITHOUT_TRAINING = ["--epochs", "0"]
 # Least squares with 4,608 inputs take a minute; the commands for digits measure and reconstruct.
@@ -90,12 +108,12 @@ def plain(text: str, figures_vary: bool) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the files that the page speaks of; every sixth of the digits is enough for it."""
+    """A working directory with the files that the pages speak of; every sixth of the digits is enough for it."""
     bunch = sklearn.datasets.load_digits()
     few = SimpleNamespace(images=bunch.images[::6], target=bunch.target[::6])
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: few)
     place = tmp_path
-    network = next(block.code for block in blocks(README, "python") if "class Net(" in block.code)
+    network = next(block.code for block in blocks(START, "python") if "class Net(" in block.code)
     (place / "net.py").write_text(network, encoding="utf-8")
     for split, count in (("train", 8), ("val", 2)):
         for label, colour in (("dark", 40), ("light", 200)):
@@ -109,64 +127,91 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-def test_python_blocks_run_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(folder))
-    page = [block for block in blocks(README, "python", "text") if not block.reason]
-    assert any(block.language == "python" for block in page), "README.md shows no Python"
-    names: dict[str, Any] = {"__name__": "readme"}
+def run_python(page: Path, names: dict[str, Any]) -> dict[str, Any]:
+    """Run the Python blocks of a page in these names, and compare what they print with the blocks that show it."""
     printed = ""
-    for block in page:
-        if block.language == "python":
+    for block in blocks(page, "python", "text"):
+        if block.language == "python" and not block.reason:
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                # Empty lines first: a traceback then names the line of the README.
-                exec(compile("\n" * block.line + block.code, str(README), "exec"), names)
+                # Empty lines first: a traceback then names the line of the page.
+                exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
             printed = output.getvalue()
         elif block.comment.startswith("output"):
             vary = "figures vary" in block.comment
-            assert plain(block.code, vary) == plain(printed, vary), f"README.md:{block.line} shows other output"
+            assert plain(block.code, vary) == plain(printed, vary), f"{page.name}:{block.line} shows other output"
+    return names
 
 
-def test_commands_of_the_readme_run_in_order(
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The names that the first page leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("start"))
+        return run_python(START, {"__name__": "pages"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != START and blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_blocks_run_from_top_to_bottom(
+    page: Path, started: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    run_python(page, dict(started))
+
+
+def test_commands_run_in_the_order_of_the_pages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(Benchmark, "check", lambda found: None)  # nine rounds do not decide which network is faster
-    shell = [(block, words) for block in blocks(README, "bash") for words in commands(block)]
-    assert shell, "README.md shows no command"
-    for block, words in shell:
+    shell = [(page, block, words) for page in PAGES for block in blocks(page, "bash") for words in commands(block)]
+    assert len(shell) > 10, "the pages show few commands"
+    done: list[list[str]] = []
+    for page, block, words in shell:
+        place = f"{page.name}:{block.line}: narrower {shlex.join(words)}"
         if block.reason:
             with pytest.raises(SystemExit):
                 main([words[0], "--help"])
             known = capfd.readouterr().out
             flags = [word for word in words if word.startswith("-")]
             unknown = [flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", known)]
-            assert not unknown, f"README.md:{block.line}: narrower {words[0]} has no {unknown}"
-        else:
-            arguments = [word for word in words if word not in OFFLINE]
-            shorter = [*TINY.get(words[0], []), *(WITHOUT_TRAINING if "--epochs 0" in shlex.join(words) else [])]
-            photos = "resnet18" in words or "runs/photos" in words
-            shorter += SMALL_IMAGES if photos else []
-            shorter += WITHOUT_SOLVING if photos and words[0] == "prune" else []
-            code = main([*arguments, *shorter])
+            assert not unknown, f"{place}: there is no {unknown}"
+        elif words not in done:
+            done.append(words)
+            code = main(shorter(words))
             said = capfd.readouterr().err[-2000:]
-            assert code == 0, f"README.md:{block.line}: narrower {shlex.join(words)}: exit code {code}\n{said}"
+            assert code == 0, f"{place}: exit code {code}\n{said}"
+
+
+def shorter(words: list[str]) -> list[str]:
+    """A command that does the same in seconds, and without a network."""
+    added = [*TINY.get(words[0], []), *(WITHOUT_TRAINING if "--epochs 0" in shlex.join(words) else [])]
+    photos = "resnet18" in words or "runs/photos" in words
+    added += SMALL_IMAGES if photos else []
+    added += WITHOUT_SOLVING if photos and words[0] == "prune" else []
+    return [*(word for word in words if word not in OFFLINE), *added]
 
 
 def test_make_targets_and_extras_exist() -> None:
-    text = README.read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(block.code for block in blocks(README, "bash"))))
-    assert {"demo", "test"} <= targets
+    shell = "\n".join(block.code for page in PAGES for block in blocks(page, "bash"))
+    targets = set(re.findall(r"\bmake ([a-z]+)\b", shell))
+    assert {"demo", "test"} <= {*re.findall(r"\bmake ([a-z]+)\b", README.read_text(encoding="utf-8"))} & targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    extras = {extra for group in re.findall(r"pip install -e '\.\[([\w,]+)\]'", text) for extra in group.split(",")}
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    groups = [group for text in texts for group in re.findall(r"pip install (?:-e )?'(?:\.|narrower)\[([\w,]+)\]'", text)]
+    extras = {extra for group in groups for extra in group.split(",")}
     assert extras and all(re.search(rf"^{extra} = \[", pyproject, re.MULTILINE) for extra in extras)
 
 
 def test_links_lead_somewhere() -> None:
-    for document in (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+    for document in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (ROOT / target).exists(), f"{document.name}: {target} is missing"
+            assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target} is missing"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(NAV)
