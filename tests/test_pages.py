@@ -12,10 +12,12 @@ to its digits.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,7 +153,10 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return run_python(START, {"__name__": "pages"})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != START and blocks(page, "python")], ids=lambda page: page.stem)
+WITH_PYTHON = [page for page in PAGES if page != START and blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_python_blocks_run_from_top_to_bottom(
     page: Path, started: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,3 +220,22 @@ def test_links_lead_somewhere() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     assert {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} <= set(NAV)
+
+
+def texts_of(source: str) -> Iterator[str]:
+    """The texts in a module, as they are joined; what is filled in stands as `...`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_of_the_page_troubleshooting_are_those_of_the_code() -> None:
+    said = [text for path in (ROOT / "narrower").rglob("*.py") for text in texts_of(path.read_text(encoding="utf-8"))]
+    lines = [line for line in (DOCS / "troubleshooting.md").read_text(encoding="utf-8").splitlines() if line.startswith("**`")]
+    messages = [message for line in lines for message in re.findall(r"`(.+?)`\*\*", line)]
+    assert len(messages) > 40
+    for message in messages:
+        parts = [part for part in re.split(r"\s*(?:macs=\.\.\.|'\.\.\.'|\.\.\.)\s*", message) if len(part) > 3]
+        assert any(all(part in text for part in parts) for text in said), f"no error says {message!r}"
