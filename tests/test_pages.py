@@ -52,7 +52,7 @@ TINY = {
     + ["--workers", "0", "--cache-dir", "none", "--no-report"],
     "sensitivity": ["--img-size", "8", "--images", "16", "--workers", "0", "--cache-dir", "none"],
     "eval": ["--workers", "0", "--cache-dir", "none"],
-    "bench": ["--seconds", "0"],
+    "bench": ["--seconds", "0", "--runtimes", "eager"],
     "compare": ["--images", "16"],
 }
 WITHOUT_TRAINING = ["--epochs", "0"]
