@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     folder = Path(given.resume or given.output or first(lambda: default_folder(name, network)))
     accelerator = make_accelerator(given.device, given.log_with, folder)
     terminal.quiet = not accelerator.is_main_process
-    run = Run(folder, command=command, resume=bool(given.resume), overwrite=given.overwrite or settings.prune.dry_run,
+    run = Run(folder, command=command, typed=terminal.typed, resume=bool(given.resume),
+              overwrite=given.overwrite or settings.prune.dry_run,
               writes=accelerator.is_main_process and not settings.prune.dry_run)
     terminal.run = run
     job = open_job(settings, run, accelerator, terminal)
@@ -261,8 +263,10 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 2 for an error of narrower, 130 for Ctrl-C."""
     terminal = Terminal()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    terminal.typed = shlex.join(["narrower", *arguments])
     try:
-        name, settings, chosen = parse(COMMANDS, sys.argv[1:] if arguments is None else arguments)
+        name, settings, chosen = parse(COMMANDS, arguments)
         with ending_together(terminal):
             COMMANDS[name].run(settings, terminal, chosen)
     except NarrowerError as error:

@@ -118,7 +118,7 @@ class Job:
             check_start(self.run, facts)
         check_same({"narrower": narrower.__version__, "the number of training images": train,
                     "the number of images to evaluate on": val, "the weights at the start": weights})
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        versions = {"torch": torch.__version__, "python": platform.python_version(), "processes": self.shard[1]}
         self.run.claim(self.settings.flat(), {**facts, "labelled": self.data.labelled, **versions}, changed)
         if self.settings.run.log_with:
             plain = {key: value for key, value in self.settings.flat().items() if isinstance(value, (bool, int, float, str))}

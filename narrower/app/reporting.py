@@ -23,8 +23,7 @@ from .config import DataConfig, ModelConfig, part
 from .job import Reporter, Settings, open_images
 from .networks import dense_network, expected_size, with_weights
 from .resuming import ENDS
-
-PICTURES = "report"
+from .run_folder import PICTURES
 
 
 def write_reports(folders: Sequence[Path], *, svg: bool = False) -> list[Path]:
@@ -35,13 +34,19 @@ def write_reports(folders: Sequence[Path], *, svg: bool = False) -> list[Path]:
         MissingExtraError: the extra `report` is not installed.
     """
     contents: dict[Path, bytes] = {}
+    stale: list[Path] = []
     pages = []
     for folder in folders:
         page, drawn = render(facts_of(folder))
         pages.append(folder / run_folder.REPORT)
         contents[pages[-1]] = page.encode()
-        contents |= {folder / PICTURES / name: picture for name, picture in drawn.items() if svg}
+        if svg:
+            places = {folder / PICTURES / name: picture for name, picture in drawn.items()}
+            contents |= places
+            stale += {folder / name for name in run_folder.DRAWN} - places.keys()
     write_whole(contents)
+    for path in stale:
+        path.unlink(missing_ok=True)
     return pages
 
 

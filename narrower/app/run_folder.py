@@ -16,6 +16,7 @@
 | `*.checkpoint.pt`     | where training stopped, for `--resume`                                       |
 | `layers.pt`           | the network after the last layer that `--schedule layer` was done with       |
 | `report.html`         | what came of it, to look at                                                  |
+| `report/*.svg`        | its pictures, on request                                                     |
 | `previous/`           | the run that this one replaces (`--overwrite`), until this one has ended     |
 """
 
@@ -24,14 +25,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import narrower
 
 from ..errors import ConfigError, StorageError
+from ..report import PICTURE_NAMES
 from ..storage import write_whole
 from ..training.agreement import is_of_another
 
@@ -39,12 +41,14 @@ MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "con
 DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
 LATENCY, TIMES = "latency.json", "latency.times.json"
 BEST = "best.safetensors"
-REPORT = "report.html"
+REPORT, PICTURES = "report.html", "report"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
 LAYERS, LAYERS_CHECKPOINT = "layers.pt", "layers.checkpoint.pt"
 FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, LATENCY, TIMES, DENSE_CHECKPOINT, CHECKPOINT,
          LAYERS, LAYERS_CHECKPOINT, REPORT)
 """In the order in which they are moved or removed: a folder without settings is no run that could go on."""
+DRAWN = tuple(f"{PICTURES}/{name}.svg" for name in PICTURE_NAMES)
+"""The pictures of the report. They go with the files; others beside them stay."""
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"
 """Rows of the metrics: which command began with which images and weights; which settings have changed since."""
@@ -54,12 +58,14 @@ class Run:
     """A run folder. Rows and log lines are kept in memory until `claim`, and written from then on."""
 
     def __init__(
-        self, folder: Path, *, command: str = "", resume: bool = False, overwrite: bool = False, writes: bool = True
-    ) -> None:
+        self, folder: Path, *, command: str = "", typed: str = "", resume: bool = False, overwrite: bool = False,
+        writes: bool = True,
+    ) -> None:  # fmt: skip
         """
         Args:
             folder: its path. `claim` creates it.
             command: that of the command line which makes the run.
+            typed: the whole line, as it was typed.
             resume: continue the run in this folder.
             overwrite: replace the run in this folder (`replacing`). Other files there stay.
             writes: True in the first process, False in the others.
@@ -68,7 +74,7 @@ class Run:
             ConfigError: the folder already holds a run, or has none of this command to resume, or is a file.
         """
         self.folder = folder
-        self.command = command
+        self.command, self.typed = command, typed
         self.resume = resume
         self.writes = writes
         self._waiting: list[tuple[str, str]] = []
@@ -128,9 +134,9 @@ class Run:
         for name in (METRICS, LOG) if self.resume else ():
             self._end_line(name)
         if not self.resume or not self.last(START):
-            self.log({"stage": START, "command": self.command, "narrower": narrower.__version__, **facts})
+            self.log({"stage": START, "command": self.command, "typed": self.typed, "narrower": narrower.__version__, **facts})
         if self.resume and changed:
-            self.log({"stage": RESUME, "changed": changed})
+            self.log({"stage": RESUME, "typed": self.typed, "changed": changed})
         for name, text in self._waiting:
             self._append(name, text)
 
@@ -151,28 +157,30 @@ class Run:
         """Move an old run into `previous`. One that is there already was whole; what came after it was not, and goes."""
         old, aside, moving = self._found(), self.folder / PREVIOUS, self.folder / MOVING
         if aside.exists():
-            for name in FILES:
-                (self.folder / name).unlink(missing_ok=True)
+            self._remove()
         elif old:
             moving.mkdir(exist_ok=True)  # a move that was cut short goes on
-            for name in FILES:
-                if (self.folder / name).exists():
-                    (self.folder / name).replace(moving / name)
+            move_files([self.folder / name for name in (*FILES, *DRAWN)], self.folder, moving)
             moving.replace(aside)
+        with suppress(OSError):  # it is not there, or has files of others
+            (self.folder / PICTURES).rmdir()
         self._replaces = bool(old)
 
     def _restore(self) -> None:
         """Put the old run back, in the place of what there is of the new one. Nothing is written from then on."""
         aside, moving = self.folder / PREVIOUS, self.folder / MOVING
         if aside.exists():
-            for name in FILES:
-                (self.folder / name).unlink(missing_ok=True)
+            self._remove()
             aside.replace(moving)
         if moving.exists():
-            for file in moving.iterdir():
-                file.replace(self.folder / file.name)
-            moving.rmdir()
+            move_files([path for path in moving.rglob("*") if path.is_file()], moving, self.folder)
+            shutil.rmtree(moving)
         self.claimed = self._replaces = False
+
+    def _remove(self) -> None:
+        """Remove all files of the run."""
+        for name in (*FILES, *DRAWN):
+            (self.folder / name).unlink(missing_ok=True)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row to the metrics, except for an epoch that has a row already (it was evaluated again)."""
@@ -222,6 +230,14 @@ class Run:
         file = self.folder / name
         if file.exists() and not file.read_bytes().endswith(b"\n"):
             self._append(name, "\n")
+
+
+def move_files(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Move those of the files under `source` that exist to the same places under `target`."""
+    for file in files:
+        if file.exists():
+            (target / file.relative_to(source)).parent.mkdir(exist_ok=True)
+            file.replace(target / file.relative_to(source))
 
 
 def default_folder(*parts: str) -> Path:

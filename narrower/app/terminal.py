@@ -31,6 +31,7 @@ class Terminal(Reporter):
         self.out = Console(highlight=False, soft_wrap=True, emoji=False)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.run: Run | None = None
+        self.typed = ""  # the command line
         self.quiet = False  # set in all processes except the first
         self.silent = local_rank() > 0  # errors are told by another process
         self._bars: list[Progress] = []

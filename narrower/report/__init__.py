@@ -3,5 +3,6 @@
 from .card import CARD, check_fields, model_card
 from .facts import Facts, Layer
 from .page import render
+from .pictures import PICTURE_NAMES
 
-__all__ = ["CARD", "Facts", "Layer", "check_fields", "model_card", "render"]
+__all__ = ["CARD", "PICTURE_NAMES", "Facts", "Layer", "check_fields", "model_card", "render"]

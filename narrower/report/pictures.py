@@ -21,6 +21,7 @@ STYLE: dict[Any, Any] = {
     "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
 }  # fmt: skip
+PICTURE_NAMES = ("widths", "macs", "latency", "damage", "scores", "training", "classes", "resrep", "norms", "maps")
 LINES = {"train": NARROW, "train dense": DENSE, "fine-tune": NARROW, "resrep": THIRD}
 
 

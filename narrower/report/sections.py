@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from math import prod
@@ -26,7 +27,7 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the page. `absent`: why it has no more than its title."""
+    """A part of the page. `absent`: why it has no more than its title. `code`: lines for a terminal."""
 
     title: str
     text: str = ""
@@ -34,6 +35,7 @@ class Section(NamedTuple):
     table: Table | None = None
     folded: bool = False
     absent: str = ""
+    code: str = ""
 
 
 def stages(facts: Facts) -> Section:
@@ -175,12 +177,17 @@ def made_by(facts: Facts) -> Section:
     """The command, the versions and all settings."""
     start = facts.last("start")
     command = start.get("command", "prune" if facts.last("measure") else "train")
-    text = f"Again: narrower {command} --config {facts.name}/config.yaml. Seed {facts.settings.get('seed', 'unknown')}. "
+    text = f"Seed {facts.settings.get('seed', 'unknown')}. "
     text += f"Run by narrower {start.get('narrower', 'of a version that was not recorded')}"
-    text += f", torch {start['torch']}, Python {start['python']}. " if {"torch", "python"} <= start.keys() else ". "
-    text += f"Page by torch {torch.__version__}, Python {sys.version.split()[0]}."
+    text += f", torch {start['torch']}, Python {start['python']}" if {"torch", "python"} <= start.keys() else ""
+    text += f", in {start['processes']} processes" if start.get("processes", 1) > 1 else ""
+    text += f". Page by torch {torch.__version__}, Python {sys.version.split()[0]}."
+    typed = [row["typed"] for row in facts.rows if row.get("stage") in ("start", "resume") and row.get("typed")]
+    again = f"narrower {command} --config {shlex.quote(f'{facts.name}/config.yaml')}"
+    text += " The command as it was typed, and one that takes the same settings:" if typed else " To run it again:"
     rows = [(str(key), str(value)) for key, value in facts.settings.items()]
-    return Section("Command, versions and settings", text, table=Table(("setting", "value"), rows, numbers=False), folded=True)
+    return Section("Command, versions and settings", text, table=Table(("setting", "value"), rows, numbers=False), folded=True,
+                   code="\n".join([*typed, again]))
 
 
 def sections(facts: Facts) -> list[Section]:

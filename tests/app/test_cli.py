@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def test_prune_trains_its_own_dense_network(capsys: pytest.CaptureFixture[str]) 
     before = "start, trace, settle, train dense, score, sensitivity, plan, narrow, verify"
     assert ", ".join(stages) == f"{before}, cut, reconstruct, save, fine-tune, measure"
     assert all(row["seconds"] >= 0 for row in stages.values() if row["stage"] != run_folder.START)
+    assert stages["start"]["typed"] == shlex.join(["narrower", "prune", *SHORT, "--output", "one"])
     assert [row["epoch"] for row in rows("one") if row["stage"] == "fine-tune" and "epoch" in row] == [1, 2]
     figures = stages["measure"]
     assert figures["narrow"]["macs"] <= 0.5 * figures["dense"]["macs"]

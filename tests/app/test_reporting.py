@@ -41,6 +41,15 @@ def test_each_run_gets_a_page_and_on_request_its_pictures(folder: Path) -> None:
     assert "Left out" not in check_page((folder / "one" / "report.html").read_text()).text
 
 
+def test_pictures_that_are_no_longer_drawn_go_and_those_of_others_stay(folder: Path) -> None:
+    write_rows(folder / "one")
+    (folder / "one" / "report").mkdir()
+    for name in ("widths.svg", "mine.svg"):
+        (folder / "one" / "report" / name).write_text("<svg/>")
+    assert cli.main(["report", "one", "--svg"]) == 0
+    assert {p.stem for p in (folder / "one" / "report").iterdir()} == {"mine", "training"}
+
+
 def test_the_facts_are_those_of_the_plan(folder: Path) -> None:
     plan = write_run(folder / "one", NETWORK)
     facts = facts_of(folder / "one")

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("yaml")
 
 from narrower.app import run_folder
-from narrower.app.run_folder import CONFIG, LOG, METRICS, MODEL, MOVING, PREVIOUS, RESUME, START, Run
+from narrower.app.run_folder import CONFIG, LOG, METRICS, MODEL, MOVING, PICTURES, PREVIOUS, RESUME, START, Run
 from narrower.errors import ConfigError, StorageError
 
 
@@ -73,6 +73,25 @@ def test_an_interrupted_run_leaves_both(folder: Path) -> None:
     with pytest.raises(ValueError):  # a second that also fails brings the first back, not the interrupted one
         replace_it(folder, ValueError())
     assert snapshot(folder) == before
+
+
+def test_pictures_of_the_report_go_with_the_run_and_other_files_beside_them_stay(folder: Path) -> None:
+    def draw(name: str, text: str) -> None:
+        (folder / PICTURES).mkdir(exist_ok=True)
+        (folder / PICTURES / name).write_text(text)
+
+    draw("widths.svg", "of the first")
+    before = snapshot(folder)
+    with pytest.raises(KeyboardInterrupt):
+        replace_it(folder, KeyboardInterrupt())
+    assert not (folder / PICTURES).exists() and (folder / PREVIOUS / PICTURES / "widths.svg").exists()
+    draw("macs.svg", "of the second")
+    with pytest.raises(ValueError):
+        replace_it(folder, ValueError())
+    assert snapshot(folder) == before
+    draw("mine.svg", "mine")
+    replace_it(folder)
+    assert [path.name for path in (folder / PICTURES).iterdir()] == ["mine.svg"]
 
 
 def test_going_on_to_the_end_removes_the_replaced_run(folder: Path) -> None:

@@ -13,7 +13,7 @@ from support.html import check_page
 from support.run_folders import ROWS, make_facts, resrep_facts
 
 import narrower
-from narrower.report import render
+from narrower.report import PICTURE_NAMES, render
 
 
 def test_a_page_is_whole_and_loads_nothing() -> None:
@@ -21,6 +21,7 @@ def test_a_page_is_whole_and_loads_nothing() -> None:
     page = check_page(html)
     assert "run <1>" in page.text  # the name of the folder is text and no markup
     assert set(pictures) == {"widths.svg", "macs.svg", "damage.svg", "training.svg", "resrep.svg"}
+    assert {name.removesuffix(".svg") for name in pictures} <= set(PICTURE_NAMES)
     assert html.count("<svg") == len(pictures) and len(html) < 5e6
     assert all(ElementTree.fromstring(svg).tag.endswith("svg") for svg in pictures.values())
     assert "prefers-color-scheme: dark" in html and "width=device-width" in html

@@ -65,8 +65,15 @@ def test_resrep_has_a_section_only_in_its_own_runs() -> None:
 def test_settings_and_seed_are_all_there() -> None:
     facts = make_facts()
     found = sections.made_by(facts)
-    assert "Seed 7." in found.text and "--config run <1>/config.yaml" in found.text
+    assert "Seed 7." in found.text and found.code == "narrower prune --config 'run <1>/config.yaml'"
     assert cells(found) == [(key, str(value)) for key, value in facts.settings.items()]
+
+
+def test_the_command_is_shown_as_it_was_typed_with_those_that_went_on() -> None:
+    start = ROWS[0] | {"typed": "narrower prune --macs '50%'", "torch": "2.14", "python": "3.12", "processes": 2}
+    found = sections.made_by(make_facts(rows=[start, {"stage": "resume", "typed": "narrower prune --resume run"}, *ROWS[1:]]))
+    assert found.code.splitlines()[:2] == ["narrower prune --macs '50%'", "narrower prune --resume run"]
+    assert "Python 3.12, in 2 processes." in found.text
 
 
 def test_a_training_has_its_accuracy() -> None:
