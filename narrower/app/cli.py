@@ -118,11 +118,11 @@ def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     if not (settings.model.checkpoint or settings.model.pretrained):
         raise ConfigError("say what to evaluate: a run folder, or --model with --checkpoint or --pretrained")
     model = load_dense(job)
-    found = job.evaluate(model)
+    found, by_class = job.evaluate(model)
     measured = costs_of(job.example, model)[0]
     name = given.run or settings.model.model
     if given.json:
-        facts = {"network": name, "data": job.data.name, "images": len(job.data.val), **found, **asdict(measured)}
+        facts = {"network": name, "data": job.data.name, "images": len(job.data.val), **found, **asdict(measured), **by_class}
         terminal.print(json.dumps(facts))
         return
     table = Table(title=f"{name} on {job.data.name}, {len(job.data.val):,} images")

@@ -20,12 +20,13 @@ import narrower
 from ..data.images import Images, batches, hold_out
 from ..data.sources import ImageData, Parts, Reading, open_data
 from ..data.streams import StreamImages
+from ..data.task import ByClass
 from ..errors import ConfigError
 from ..models import expected_images
 from ..training.accelerator import shard_of
 from ..training.agreement import check_same
 from ..training.config import TrainConfig
-from ..training.evaluate import evaluate, headline
+from ..training.evaluate import evaluate_classes, headline
 from ..training.methods import Methods
 from ..training.optimizing import updates_per_epoch
 from ..training.train import TrainContext, train
@@ -113,13 +114,14 @@ class Job:
             "training images": train,
             "weights of the dense network": weights if given.checkpoint or given.pretrained else None,
         }
+        names = {"classes": list(self.data.classes)} if self.data.classes else {}
         changed = changes(self.run, self.settings.flat()) if self.run.resume else {}
         if self.run.resume:
             check_start(self.run, facts)
         check_same({"narrower": narrower.__version__, "the number of training images": train,
                     "the number of images to evaluate on": val, "the weights at the start": weights})
         versions = {"torch": torch.__version__, "python": platform.python_version(), "processes": self.shard[1]}
-        self.run.claim(self.settings.flat(), {**facts, "labelled": self.data.labelled, **versions}, changed)
+        self.run.claim(self.settings.flat(), {**facts, "labelled": self.data.labelled, **names, **versions}, changed)
         if self.settings.run.log_with:
             plain = {key: value for key, value in self.settings.flat().items() if isinstance(value, (bool, int, float, str))}
             self.accelerator.init_trackers("narrower", config=plain)
@@ -157,12 +159,13 @@ class Job:
         self.tell({"stage": name, **facts, "seconds": time.perf_counter() - begin})
 
     def headline(self, model: nn.Module) -> dict[str, Any]:
-        """The first figure of the task, top-1 for images with classes, and its name as "headline"."""
-        return headline(self.evaluate(model))
+        """The first figure of the task, top-1 for images with classes, also by class, and its name as "headline"."""
+        figures, classes = self.evaluate(model)
+        return headline(figures) | classes
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """As `evaluate` of the training."""
-        return evaluate(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], dict[str, ByClass]]:
+        """As `evaluate_classes` of the training."""
+        return evaluate_classes(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)
 
     @cached_property
     def fit_and_held(self) -> tuple[Images, Images | None]:

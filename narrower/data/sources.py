@@ -89,7 +89,7 @@ class ImageData:
     """Images for training and evaluation. Pixels are read at the first access of `train` or `val`.
 
     Where images have no classes, `labelled` is False, `num_classes` is 0 and labels mean nothing. Of a user's `task`,
-    `num_classes` is 0 too.
+    `num_classes` is 0 too. `classes`: their names, where the data set tells them.
     """
 
     name: str
@@ -98,6 +98,7 @@ class ImageData:
     read: Callable[[str], Images] = field(repr=False)
     labelled: bool = True
     task: Task = CLASSIFICATION
+    classes: tuple[str, ...] = ()
 
     @cached_property
     def train(self) -> Images:
@@ -190,7 +191,7 @@ def folder(root: Path, reading: Reading, watch: Watch = silent) -> ImageData:
         only = [f"only under train: {name!r}" for name in classes if name not in val_classes]
         only += [f"only under val: {name!r}" for name in val_classes if name not in classes]
         raise DataError(f"train and val of {root} have different classes; " + ", ".join(only[:8]))
-    return _image_data(str(root), len(classes), {"train": train, "val": val}, reading, watch)
+    return replace(_image_data(str(root), len(classes), {"train": train, "val": val}, reading, watch), classes=tuple(classes))
 
 
 def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
@@ -241,10 +242,11 @@ def from_timm(
             "that can be; --train-split, --val-split, --input-key and --target-key name its splits and columns; names of data "
             "sets: digits, folder, torch/..., hfds/..., wds/..., tfds/...)"
         ) from error
-    known = _count_classes(found["train"]) or num_classes
+    names = _class_names(found["train"])
+    known = len(names) or _count_classes(found["train"]) or num_classes
     if known is None:
         raise ConfigError(f"dataset {name!r} does not tell its number of classes: say --num-classes")
-    return _image_data(name, known, found, reading, watch)
+    return replace(_image_data(name, known, found, reading, watch), classes=names)
 
 
 def check_columns(reader: Any) -> None:
@@ -260,10 +262,13 @@ def check_columns(reader: Any) -> None:
         raise DataError(f"it has no column {missing[0]!r}, but {', '.join(columns)}")
 
 
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    """In the order of their numbers; empty where the data set does not tell them."""
+    found = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None) or ()
+    return tuple(map(str, sorted(found, key=found.__getitem__) if isinstance(found, dict) else found))
+
+
 def _count_classes(dataset: Any) -> int | None:
-    classes = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-    if classes:
-        return len(classes)
     feature = getattr(getattr(getattr(dataset, "reader", None), "dataset", None), "features", {}).get("label")
     return getattr(feature, "num_classes", None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,13 @@ class OwnTask(Task, Protocol):
         ...
 
 
+class ByClass(TypedDict):
+    """Of each class the images, and those that are classified right."""
+
+    images: list[int]
+    right: list[int]
+
+
 @dataclass(frozen=True)
 class Classification:
     """Cross-entropy, top-1 and top-5 of logits `[N, K]`. Targets: classes `[N]`, or the share of each class `[N, <= K]`."""
@@ -62,13 +69,20 @@ class Classification:
         return F.cross_entropy(outputs, targets, label_smoothing=self.smoothing)
 
     def measure(self, outputs: Any, targets: Any) -> Tensor:
-        """(images, right, right among five)."""
+        """`[3 + 2 K]`: images, right, right among five; then of each class images, and right ones."""
         first = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
-        return torch.stack((torch.tensor(len(targets), device=outputs.device), first[:, 0].sum(), first.sum()))
+        whole = torch.stack((torch.tensor(len(targets), device=outputs.device), first[:, 0].sum(), first.sum()))
+        known = torch.stack((targets >= 0, first[:, 0])).long()  # a class below 0 is none
+        return torch.cat((whole, known.new_zeros(2, outputs.shape[1]).index_add_(1, targets.clamp(min=0), known).flatten()))
 
     def figures(self, total: Tensor) -> dict[str, float]:
-        count, right, among = total.tolist()
+        count, right, among = total[:3].tolist()
         return {"top1": 100 * right / max(1, count), "top5": 100 * among / max(1, count)}
+
+    def by_class(self, total: Tensor) -> ByClass:
+        """Of the sum over all images."""
+        images, right = total[3:].long().view(2, -1).tolist()
+        return {"images": images, "right": right}
 
 
 CLASSIFICATION = Classification()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..planning.drawing import DENSE, NARROW, draw_bars, draw_damage, matplotlib, width_for
+from .by_class import Class
 from .facts import Facts, Row
 
 if TYPE_CHECKING:
@@ -19,8 +20,10 @@ TEXT, ACCENT, THIRD = "#1f2328", "#d9480f", "#7c55b8"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": TEXT, "axes.edgecolor": TEXT,
     "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False,
+    "text.parse_math": False,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
 }  # fmt: skip
+FEW_CLASSES, LONG_NAME = 30, 24
 PICTURE_NAMES = ("widths", "macs", "latency", "damage", "scores", "training", "classes", "resrep", "norms", "maps")
 LINES = {"train": NARROW, "train dense": DENSE, "fine-tune": NARROW, "resrep": THIRD}
 
@@ -64,6 +67,46 @@ def bars(name: str, text: str, label: str, rows: Sequence[tuple[str, float, floa
         names, dense, narrow = zip(*rows, strict=True)
         draw_bars(made.subplots(), names, dense, narrow, label)
     return Picture(name, text, out.getvalue())
+
+
+def classes(found: Sequence[Class]) -> Picture:
+    """Accuracy of both networks in each class. Of many, in those that lost and gained most, and how the changes are spread."""
+    text = "Accuracy of each class, dense and narrow"
+    if len(found) <= FEW_CLASSES:
+        with figure(width_for(len(found)), 3.8) as (made, out):
+            draw_changes(made.subplots(), found)
+        return Picture("classes", text, out.getvalue())
+    ordered = sorted(found, key=lambda one: one.change)
+    with figure(14, 4.2) as (made, out):
+        left, right = made.subplots(1, 2, width_ratios=(2, 1))
+        draw_changes(left, [*ordered[: FEW_CLASSES // 2], *ordered[-(FEW_CLASSES // 2) :]])
+        left.axvline(FEW_CLASSES // 2 - 0.5, color=DENSE, linewidth=1, linestyle=":")
+        most = max(abs(ordered[0].change), abs(ordered[-1].change), 1.0)
+        right.hist([one.change for one in found], bins=31, range=(-most, most), color=NARROW)
+        right.axvline(0, color=TEXT, linewidth=0.8)
+        right.set_xlabel("change of a class (percentage points)")
+        right.set_ylabel("classes")
+        right.grid(axis="y", alpha=0.3)
+    return Picture("classes", f"{text}: those that lost and gained most, and a histogram of the changes", out.getvalue())
+
+
+def draw_changes(axes: Any, found: Sequence[Class]) -> None:
+    """A line for each class, from the dense network's accuracy to the narrow one's."""
+    at = range(len(found))
+    dense, narrow = [one.dense for one in found], [one.narrow for one in found]
+    axes.vlines(at, dense, narrow, colors=[ACCENT if one.change < 0 else NARROW for one in found], linewidth=2, alpha=0.7)
+    axes.plot(at, dense, "o", color=DENSE, markersize=7, label="dense")
+    axes.plot(at, narrow, "o", color=NARROW, markersize=5, label="narrow")
+    axes.set_xticks(at, [shortened(one.name) for one in found], rotation=90 if len(found) > 12 else 0, fontsize="small")
+    axes.set_xlim(-0.7, len(found) - 0.3)
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.14), ncols=2, borderaxespad=0)
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= LONG_NAME else name[: LONG_NAME - 1] + "…"
 
 
 def damage(facts: Facts) -> Picture:

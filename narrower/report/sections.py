@@ -11,11 +11,16 @@ from typing import NamedTuple
 import torch
 
 from . import pictures
+from .by_class import classes_of, told
 from .facts import Facts, Row
 from .pictures import Picture
 
 NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "repaired", "tune": "tuned",
          "fine-tune": "fine-tuned", "layers": "layer by layer"}  # fmt: skip
+
+
+MOST_ROWS = 2000
+"""Of a table, for the size of the page."""
 
 
 class Table(NamedTuple):
@@ -141,6 +146,24 @@ def training(facts: Facts) -> Section:
     return Section(title, picture=pictures.training(facts))
 
 
+def classes(facts: Facts) -> Section | None:
+    """Where accuracy went."""
+    if not facts.last("measure") or facts.settings.get("task"):
+        return None
+    title = f"Where {'agreement' if facts.agreement else 'accuracy'} went, class by class"
+    found = classes_of(facts)
+    if not found:
+        return Section(title, absent="the run has not counted by class (one of an older version)")
+    rows = [(one.name, f"{one.images:,}", f"{one.dense:.2f} %", f"{one.narrow:.2f} %", f"{one.change:+.2f}")
+            for one in sorted(found, key=lambda one: one.change)]
+    text = told(found) + (" Classes are those that the dense network finds." if facts.agreement else "")
+    if len(rows) > MOST_ROWS:
+        rows = [*rows[: MOST_ROWS // 2], *rows[-(MOST_ROWS // 2) :]]
+        text += f" The table has the {MOST_ROWS // 2:,} that lost most, and as many that gained most."
+    table = Table(("class", "images", "dense", "narrow", "change"), rows)
+    return Section(title, text, pictures.classes(found), table, folded=True)
+
+
 def resrep(facts: Facts) -> Section | None:
     """How ResRep went."""
     if facts.settings.get("method") != "resrep" or not facts.last("measure"):
@@ -192,5 +215,5 @@ def made_by(facts: Facts) -> Section:
 
 def sections(facts: Facts) -> list[Section]:
     """All sections of a report."""
-    made = (part(facts) for part in (stages, widths, macs, damage, training, resrep, maps, pins, made_by))
+    made = (part(facts) for part in (stages, widths, macs, damage, training, classes, resrep, maps, pins, made_by))
     return [section for section in made if section is not None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.images import Images, batches
 from ..data.sources import Watch, silent
+from ..data.task import ByClass, Classification
 from ..errors import DataError
 from ..surgery.walk import in_eval_mode
 from .accelerator import autocast, make_accelerator, shard_of, to_device
@@ -30,6 +31,14 @@ def evaluate(
     Of a user's task: its figures, the headline first, and the mean of its loss. With several processes each takes a part, and
     all get the figures of the whole.
     """
+    return evaluate_classes(model, images, config, accelerator, watch)[0]
+
+
+def evaluate_classes(
+    model: nn.Module, images: Images, config: TrainConfig | None = None, accelerator: Accelerator | None = None,
+    watch: Watch = silent,
+) -> tuple[dict[str, float], dict[str, ByClass]]:  # fmt: skip
+    """As `evaluate`, and `{"by_class": counts}`: empty for a user's task."""
     config = config or TrainConfig()
     accelerator = accelerator or make_accelerator()
     shard, task = shard_of(accelerator), images.task
@@ -48,10 +57,14 @@ def evaluate(
     total = added(total)
     if total is None:
         raise DataError("there are no images to evaluate on")
-    return {**check_figures(task.figures(total)), "loss": loss / count}
+    by_class = {"by_class": task.by_class(total)} if isinstance(task, Classification) else {}
+    return {**check_figures(task.figures(total)), "loss": loss / count}, by_class
 
 
 def headline(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The first of the figures, and its name as "headline": for a row of the metrics. Of a row that has them, the same."""
+    """The first of the figures, and its name as "headline": for a row of the metrics. Of a row that has them, the same.
+
+    With them goes what they are class by class, where it is there.
+    """
     name = figures.get("headline", next(iter(figures)))
-    return {"headline": name, name: figures[name]}
+    return {"headline": name, **{key: figures[key] for key in (name, "by_class") if key in figures}}

@@ -29,7 +29,7 @@ from .accelerator import autocast, collect_interrupts, make_accelerator, shard_o
 from .agreement import anywhere, first, share
 from .checking import task_in_training
 from .config import TrainConfig
-from .evaluate import evaluate, headline
+from .evaluate import evaluate, evaluate_classes, headline
 from .methods import Methods
 from .mixing import Mixing
 from .optimizing import make_average, make_optimizer, make_schedule, updates_per_epoch
@@ -277,13 +277,13 @@ class TrainLoop:
         row: dict[str, Any] = {"stage": "settle", "kept": found.kept, "held_out": len(self.held), "losses": found.losses,
                                "best_epoch": self.best.epoch}
         if found.changed:
-            result = evaluate(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
-            row |= headline(result) | result
+            result, classes = evaluate_classes(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
+            row |= headline(result) | result | classes
         self.context.log(row | {"seconds": time.perf_counter() - began})
 
     def evaluated(self, epoch: int, loss: float) -> dict[str, Any]:
         """The row of an epoch: its settings, its training loss, and what the evaluation images say."""
-        result = evaluate(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
+        result, classes = evaluate_classes(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
         if self.schedule is not None:  # an epoch that is only evaluated again has taken no step
             self.schedule.step_update((epoch + 1) * updates_per_epoch(self.steps, self.config) - 1)
         row = {
@@ -297,7 +297,7 @@ class TrainLoop:
                 self.best = Best(epoch + 1, row["held_loss"])
                 if self.context.best is not None:
                     self.context.best()
-        return row | self.methods.progress()
+        return row | self.methods.progress() | (classes if epoch + 1 == self.config.epochs else {})
 
     def title(self, epoch: int) -> str:
         """For a progress bar."""

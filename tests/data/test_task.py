@@ -23,6 +23,15 @@ def test_figures_of_parts_add_up_to_those_of_the_whole() -> None:
     assert whole["top5"] == pytest.approx(100 * float((ranks < 5).float().mean()))
 
 
+def test_counts_by_class_add_up_and_are_those_of_each_class() -> None:
+    parts = [CLASSIFICATION.measure(LOGITS[k::3], LABELS[k::3]) for k in range(3)]
+    found = CLASSIFICATION.by_class(torch.stack(parts).sum(0).double())
+    assert found["images"] == LABELS.bincount(minlength=8).tolist() and sum(found["images"]) == 20
+    assert found["right"] == LABELS[LOGITS.argmax(1) == LABELS].bincount(minlength=8).tolist() != found["images"]
+    unknown = CLASSIFICATION.by_class(CLASSIFICATION.measure(LOGITS, torch.full_like(LABELS, -100)))
+    assert sum(unknown["images"]) == sum(unknown["right"]) == 0
+
+
 def test_shares_of_fewer_classes_than_outputs_are_targets_too() -> None:
     shares = F.one_hot(LABELS.clamp(max=5), 6).float()
     torch.testing.assert_close(CLASSIFICATION.loss(LOGITS, shares), CLASSIFICATION.loss(LOGITS, LABELS.clamp(max=5)))

@@ -53,6 +53,29 @@ def test_pinned_groups_are_listed_with_their_reason() -> None:
     assert all(reason for *_, reason in rows)
 
 
+def counted(number: int) -> list[dict[str, object]]:
+    """Rows of a run with so many classes of 10 images: each lost one image more than the one before."""
+    right = [[10] * number, [10 - k % 10 for k in range(number)]]
+    return [{"stage": stage, "by_class": {"images": [10] * number, "right": found}}
+            for stage, found in zip(("evaluate dense", "cut"), right, strict=True)]
+
+
+@pytest.mark.parametrize(("number", "shown"), [(10, 10), (1000, pictures.FEW_CLASSES)])
+def test_classes_are_shown_those_that_changed_most_where_they_are_many(number: int, shown: int) -> None:
+    found = sections.classes(make_facts(rows=[*counted(number), *ROWS[-1:]]))
+    rows = cells(found)
+    assert found and found.picture and len(rows) == number and rows[0][2:] == ("100.00 %", "10.00 %", "-90.00")
+    names = {str(k) for k in range(number) if f">{k}</text>" in found.picture.svg.decode()}
+    assert rows[0][0] in names and len(names) >= shown
+    assert number == shown or "percentage points" in found.picture.svg.decode()
+
+
+def test_an_older_run_says_that_it_has_not_counted_by_class_and_a_task_has_no_classes() -> None:
+    found = sections.classes(make_facts())
+    assert found and "has not counted by class" in found.absent
+    assert sections.classes(make_facts(settings={"task": "task.py:Task"})) is None
+
+
 def test_resrep_has_a_section_only_in_its_own_runs() -> None:
     assert sections.resrep(make_facts()) is None
     found = sections.resrep(resrep_facts())
