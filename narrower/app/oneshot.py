@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 
 import narrower
@@ -16,7 +18,7 @@ from ..data.seeding import mix
 from ..data.streams import StreamImages
 from ..data.task import CLASSIFICATION, Task, has_logits
 from ..deployment.fitting import elsewhere
-from ..errors import ConfigError
+from ..errors import ConfigError, StorageError
 from ..graph.cost import CostKind, CostModel
 from ..inputs import map_tensors
 from ..storage import write_whole
@@ -106,13 +108,30 @@ def sample(job: Job, count: int) -> Iterator[Batch]:
             return
 
 
-def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch]) -> narrower.Scores:
-    """The scores of the settings, as a stage."""
-    given = job.settings.prune
+def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch], *,
+           again: bool = False) -> narrower.Scores:
+    """The scores of the settings, as a stage, or from the folder of a run that goes on.
+
+    `again`: of a network on its way, which is not the one of the folder.
+    """
+    given, file = job.settings.prune, job.run.folder / run_folder.SCORES
+    if job.run.resume and file.exists() and not again:
+        return read_scores(file)
     with job.stage("score") as facts:
         watched = job.report.watch(images, f"scoring ({given.method})", given.images)
         facts["method"] = given.method
-        return score(given, model, graph, watched, job.settings.run.seed, job.data.task)
+        found = score(given, model, graph, watched, job.settings.run.seed, job.data.task)
+    if job.run.writes and not again:
+        write_whole({file: save({name: values.detach().cpu().clone() for name, values in found.items()})})
+    return found
+
+
+def read_scores(file: Path) -> narrower.Scores:
+    """The scores in a file. Raises StorageError if it cannot be read."""
+    try:
+        return narrower.Scores(load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot read the scores {file}: {error}") from error
 
 
 def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower.Scores,
@@ -177,7 +196,7 @@ def planned_once(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequ
                  again: bool = False) -> narrower.Plan:
     """Score, measure (`again`: another network than the dense one) and plan."""
     given = job.settings.prune
-    scores, damage = scored(job, model, graph, images), None
+    scores, damage = scored(job, model, graph, images, again=again), None
     if given.allocate == "measured" and given.remove is None:
         damage = measured(job, model, graph, scores, images, again=again)
     with job.stage("plan") as facts:

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import narrower
 
+from ..deployment.module_times import time_modules
 from ..errors import ConfigError
 from ..models.checkpoints import load_checkpoint
 from ..training.agreement import first, share
@@ -178,9 +180,17 @@ def measured(job: Job, model: nn.Module, small: nn.Module, before: Mapping[str, 
     name = before["headline"]
     with job.stage("measure", busy="measuring") as facts:
         dense, narrow = first(lambda: costs_of(job.example, model, small))
+        facts |= first(lambda: layer_times(job.example, model, small))
         last = {name: [*stages.values()][-1]}
         facts |= {"dense": {name: before[name], **asdict(dense)}, "narrow": last | asdict(narrow), "stages": stages}
     return Result(dense, narrow, name, before[name], stages, job.run.folder, "given" if is_narrow(model) else "dense")
+
+
+def layer_times(example: Tensor, model: nn.Module, small: nn.Module) -> dict[str, Any]:
+    """`{"layers_ms": {weight: [dense, narrow]}}` in eager PyTorch, and with how many threads."""
+    dense, narrow = time_modules([model, small], example)
+    both = {name: [round(dense[name], 5), round(narrow[name], 5)] for name in dense if name in narrow}
+    return {"layers_ms": both, "threads": torch.get_num_threads()}
 
 
 def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import narrower
@@ -15,15 +16,17 @@ from ..data.images import batches
 from ..errors import ConfigError, MissingExtraError, NarrowerError
 from ..models.checkpoints import load_checkpoint
 from ..planning.damage import Sensitivity
-from ..report import Facts, Layer, render
+from ..report import Facts, Layer, Scored, render
 from ..report.feature_maps import FeatureMap, feature_maps
 from ..storage import read_meta, write_whole
 from . import run_folder
 from .config import DataConfig, ModelConfig, part
 from .job import Reporter, Settings, open_images
 from .networks import dense_network, expected_size, with_weights
+from .oneshot import read_scores
 from .resuming import ENDS
 from .run_folder import PICTURES
+from .timing import read_table
 
 
 def write_reports(folders: Sequence[Path], *, svg: bool = False) -> list[Path]:
@@ -69,7 +72,7 @@ def facts_of(folder: Path) -> Facts:
     settings, run = ended_run(folder)
     parts: dict[str, Any] = {}
     absent: dict[str, str] = {}
-    for name, read in (("layers", layers_of), ("widths", widths_of), ("sensitivity", sensitivity_of)):
+    for name, read in PARTS.items():
         try:
             parts[name] = read(folder)
         except (NarrowerError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # a damaged file
@@ -127,6 +130,30 @@ def sensitivity_of(folder: Path) -> Sensitivity:
     if not (folder / run_folder.SENSITIVITY).is_file():
         raise ConfigError("no damage was measured in this run")
     return Sensitivity.from_json((folder / run_folder.SENSITIVITY).read_text(encoding="utf-8"))
+
+
+def scores_of(folder: Path) -> dict[str, Scored]:
+    """The scores, with what the plan keeps."""
+    if not (folder / run_folder.SCORES).is_file():
+        raise ConfigError("the run has kept no scores")
+    keep = json.loads((folder / run_folder.PLAN).read_text(encoding="utf-8"))["keep"]
+    found = {}
+    for name, values in read_scores(folder / run_folder.SCORES).items():
+        kept = np.full(len(values), name not in keep)
+        kept[keep.get(name, [])] = True
+        found[name] = Scored(values.double().numpy(), kept)
+    return found
+
+
+def latency_of(folder: Path) -> narrower.LatencyTable | None:
+    """The latency table, where the run has one."""
+    file = folder / run_folder.LATENCY
+    return read_table(file) if file.is_file() else None
+
+
+PARTS: dict[str, Callable[[Path], Any]] = {
+    "layers": layers_of, "widths": widths_of, "scores": scores_of, "sensitivity": sensitivity_of, "latency": latency_of,
+}  # fmt: skip
 
 
 def maps_of(folder: Path, settings: dict[str, Any], graph: narrower.Graph) -> dict[str, list[FeatureMap]]:

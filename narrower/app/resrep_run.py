@@ -13,6 +13,7 @@ import narrower
 
 from ..errors import ConfigError
 from ..planning.requests import excluded
+from ..resrep.history import NormHistory
 from ..resrep.placement import place, without_groups
 from ..resrep.ranking import tied_parts
 from ..surgery.resize import takes_bias
@@ -96,7 +97,7 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
     resrep = compacted(given, training, graph, job.updates, choice)
     try:
         job.train(training, "resrep", run_folder.CHECKPOINT, job.settings.train,
-                  methods=Methods(resrep=resrep, distillation=distilling(job, model, training)))
+                  methods=Methods(resrep=resrep, distillation=distilling(job, model, training), norms=NormHistory(resrep)))
     except KeyboardInterrupt:
         if job.run.writes:
             narrower.save(resrep.merge(), job.run.folder)

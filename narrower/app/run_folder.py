@@ -7,6 +7,7 @@
 | `narrower.json`       | what made it narrow, for `load`                                              |
 | `plan.json`           | the channels that stay                                                       |
 | `config.yaml`         | all settings; `--config` takes it back                                       |
+| `scores.safetensors`  | the score of each channel of the dense network, by group                     |
 | `sensitivity.json`    | the measured damage of each group                                            |
 | `latency.json`        | the latency table (`--latency`, `--round-to auto`); `--latency-table` takes it back |
 | `latency.times.json`  | its times, while they are measured                                           |
@@ -38,14 +39,14 @@ from ..storage import write_whole
 from ..training.agreement import is_of_another
 
 MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
-DENSE, PLAN, SENSITIVITY = "dense.safetensors", "plan.json", "sensitivity.json"
+DENSE, PLAN, SCORES, SENSITIVITY = "dense.safetensors", "plan.json", "scores.safetensors", "sensitivity.json"
 LATENCY, TIMES = "latency.json", "latency.times.json"
 BEST = "best.safetensors"
 REPORT, PICTURES = "report.html", "report"
 DENSE_CHECKPOINT, CHECKPOINT = "dense.checkpoint.pt", "training.checkpoint.pt"
 LAYERS, LAYERS_CHECKPOINT = "layers.pt", "layers.checkpoint.pt"
-FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SENSITIVITY, LATENCY, TIMES, DENSE_CHECKPOINT, CHECKPOINT,
-         LAYERS, LAYERS_CHECKPOINT, REPORT)
+FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SCORES, SENSITIVITY, LATENCY, TIMES, DENSE_CHECKPOINT,
+         CHECKPOINT, LAYERS, LAYERS_CHECKPOINT, REPORT)
 """In the order in which they are moved or removed: a folder without settings is no run that could go on."""
 DRAWN = tuple(f"{PICTURES}/{name}.svg" for name in PICTURE_NAMES)
 """The pictures of the report. They go with the files; others beside them stay."""

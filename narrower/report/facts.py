@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..graph.types import Graph
 from ..planning.damage import Sensitivity
+from ..planning.latency import LatencyTable
 from .feature_maps import FeatureMap
 
 Row = Mapping[str, Any]
@@ -22,6 +25,13 @@ class Layer(NamedTuple):
     narrow: tuple[int, ...]
 
 
+class Scored(NamedTuple):
+    """Scores of the channels of a group, and which of them stay. Both of shape (size,)."""
+
+    values: np.ndarray
+    kept: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Facts:
     """What is known of a run.
@@ -32,10 +42,12 @@ class Facts:
         rows: its metrics.
         layers: convolutions and linear layers in the order of the network; empty for a dense network.
         widths: {group: (channels, those that the plan keeps)}.
+        scores: {group: scores of its channels, and which the plan keeps}.
         sensitivity: the damage curves.
+        latency: the latency table.
         graph: of the dense network.
         maps: of one image, by group; only of a run by HRank.
-        absent: {"layers", "widths", "sensitivity", "graph" or "maps": why it is not there}.
+        absent: {name of one of these: why it is not there}.
         agreement: whether the images have no classes, so that accuracy is the share on which the dense network agrees.
     """
 
@@ -44,7 +56,9 @@ class Facts:
     rows: Sequence[Row]
     layers: Sequence[Layer] = ()
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    scores: Mapping[str, Scored] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
+    latency: LatencyTable | None = None
     graph: Graph | None = None
     maps: Mapping[str, Sequence[FeatureMap]] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..planning.drawing import DENSE, NARROW, draw_bars, draw_damage, matplotlib, width_for
 from .by_class import Class
-from .facts import Facts, Row
+from .facts import Facts, Row, Scored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,6 +160,46 @@ def resrep(facts: Facts) -> Picture:
             over_epochs(axes, label, len(rows))
     text = "Masked and reached MACs, channels chosen and at zero, and row norms over the epochs"
     return Picture("resrep", text, out.getvalue())
+
+
+def scores(found: Mapping[str, Scored]) -> Picture:
+    """The sorted scores of each group: those of channels that stay, and that go."""
+    with panels(len(found)) as (grid, out):
+        for axes, (name, one) in zip(grid, found.items(), strict=False):
+            order = np.argsort(-one.values, kind="stable")
+            values, kept = one.values[order], one.kept[order]
+            for mask, colour, label in ((kept, NARROW, "stays"), (~kept, ACCENT, "goes")):
+                axes.stairs(np.where(mask, values, 0), fill=True, color=colour, label=label)
+            if values.min() > 0 and values.max() > 300 * np.median(values):
+                axes.set_yscale("log")
+                axes.set_ylim(values.min() / 2, values.max() * 1.5)
+            axes.set_title(f"{name}: {kept.sum()} of {len(kept)} stay", fontsize=9)
+        grid[0].legend(fontsize="small")
+    return Picture("scores", "Sorted scores of the channels of some groups, those that stay and those that go", out.getvalue())
+
+
+def norms(steps: Sequence[int], groups: Mapping[str, np.ndarray]) -> Picture:
+    """The norms `[len(steps), rows]` of each group over the steps."""
+    with panels(len(groups)) as (grid, out):
+        for axes, (name, found) in zip(grid, groups.items(), strict=False):
+            for rows, colour in ((found[:, found[-1] > 0], NARROW), (found[:, found[-1] == 0], ACCENT)):
+                axes.plot([0, *steps], np.vstack([np.ones((1, rows.shape[1])), rows]), color=colour, linewidth=0.8, alpha=0.6)
+            axes.set_title(name, fontsize=9)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+    return Picture("norms", "Row norms of some groups over the steps", out.getvalue())
+
+
+@contextmanager
+def panels(count: int) -> Iterator[tuple[list[Any], io.BytesIO]]:
+    """Axes for so many small pictures, three in a row."""
+    rows, columns = -(-count // 3), min(3, count)
+    with figure(4 * columns, 2.5 * rows) as (made, out):
+        grid = list(made.subplots(rows, columns, squeeze=False).flat)
+        for axes in grid[count:]:
+            axes.set_axis_off()
+        yield grid, out
 
 
 def maps(facts: Facts) -> Picture:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from ..resrep.history import spread
 from . import pictures
 from .by_class import classes_of, told
 from .facts import Facts, Row
@@ -118,6 +120,64 @@ def macs(facts: Facts) -> Section:
     return Section(title, picture=pictures.bars("macs", "Multiply-adds of each layer, dense and narrow", "MACs (M)", rows))
 
 
+def latency(facts: Facts) -> Section | None:
+    """Milliseconds of each layer."""
+    measured = facts.last("measure")
+    if not measured:
+        return None
+    title, rows = "Latency by layer", table_rows(facts)
+    if rows:
+        assert facts.latency is not None
+        place = facts.latency.place
+        text = (f"From the latency table: {place.get('runtime')} on {place.get('machine')}, threads: {place.get('threads')}. "
+                "Layers were timed by themselves at some widths; the times here are read between these.")
+    else:
+        rows = [(short(name), *pair) for name, pair in measured.get("layers_ms", {}).items()]
+        text = (f"One image in eager PyTorch on the machine of the run, threads: {measured.get('threads')}. Of each layer the "
+                "median of several forwards, both networks in turn. Very short layers take mostly the time of the call, and "
+                "what lies between the layers is not counted: the whole networks' latency is in the table of stages.")
+    if not rows:
+        return Section(title, absent="the run has timed no layers (one of an older version)")
+    sums = [sum(row[n] for row in rows) for n in (1, 2)]
+    text += f" All layers together: {sums[0]:,.3f} → {sums[1]:,.3f} ms."
+    picture = pictures.bars("latency", "Milliseconds of each layer, dense and narrow", "ms", rows)
+    table = Table(("layer", "dense ms", "narrow ms", "ratio"),
+                  [(name, f"{a:,.4f}", f"{b:,.4f}", f"× {b / a:.3f}" if a else "") for name, a, b in rows])
+    return Section(title, text, picture, table, folded=True)
+
+
+def table_rows(facts: Facts) -> list[tuple[str, float, float]]:
+    """Of each layer that the latency table knows the milliseconds, dense and narrow."""
+    layers = {layer.name: layer for layer in facts.layers}
+    if facts.latency is None or not layers.keys() >= {*facts.latency.tensors}:
+        return []
+    own = [layers[name] for name in facts.latency.tensors]
+    dense, narrow = (facts.latency.times(np.arange(len(own)), np.array(sizes, dtype=float).reshape(-1, 2))
+                     for sizes in ([one.dense[:2] for one in own], [one.narrow[:2] for one in own]))
+    return [(short(one.name), float(a), float(b)) for one, a, b in zip(own, dense, narrow, strict=True)]
+
+
+def scores(facts: Facts) -> Section | None:
+    """Sorted scores, with the cut."""
+    if not facts.last("measure"):
+        return None
+    title = "Scores and the cut"
+    if not facts.scores:
+        return Section(title, absent=facts.absent.get("scores", "the run has kept no scores"))
+    losing = [name for name, one in facts.scores.items() if not one.kept.all()]
+    if not losing:
+        return Section(title, absent="no group with scores has lost channels")
+    given = facts.settings
+    method = given.get("prior") if given.get("method") in ("resrep", "soft") else given.get("method")
+    text = f"Each picture is a group, a bar each of its channels by falling score ({method}): blue stays, orange goes."
+    if given.get("method") == "soft":
+        text += " The scores decided how many channels go, the training which."
+    if given.get("steps", 1) > 1:
+        text += f" The scores are those of the dense network; it was scored again in each of {given['steps']} steps."
+    shown = [losing[k] for k in spread(len(losing), 6)]
+    return Section(title, text, pictures.scores({name: facts.scores[name] for name in shown}))
+
+
 def damage(facts: Facts) -> Section:
     """Damage curves, and the point of each group that the plan chose."""
     title = "Damage curves"
@@ -174,6 +234,21 @@ def resrep(facts: Facts) -> Section | None:
     return Section(title, picture=pictures.resrep(facts))
 
 
+def norms(facts: Facts) -> Section | None:
+    """The way of the row norms."""
+    if facts.settings.get("method") != "resrep" or not facts.last("measure"):
+        return None
+    title = "ResRep: the way of the row norms"
+    rows = [row for row in facts.rows if "norms" in row]
+    if not rows:
+        return Section(title, absent="the run has noted no norms (one of an older version)")
+    steps = [step for row in rows for step in row["steps"]]
+    groups = {name: np.array([norms for row in rows for norms in row["norms"][name]]) for name in rows[0]["norms"]}
+    text = ("Each line is a row of a compactor, that is a channel, in groups along the network: orange ends at zero and goes, "
+            f"blue stays. All start at one; {len(steps)} times in the training are shown, of a wide group some of the rows.")
+    return Section(title, text, pictures.norms(steps, groups))
+
+
 def maps(facts: Facts) -> Section | None:
     """Feature maps with their ranks."""
     if facts.settings.get("method") != "hrank" or not facts.last("measure"):
@@ -213,7 +288,12 @@ def made_by(facts: Facts) -> Section:
                    code="\n".join([*typed, again]))
 
 
+PARTS: Sequence[Callable[[Facts], Section | None]] = (
+    stages, classes, widths, macs, latency, scores, damage, training, resrep, norms, maps, pins, made_by,
+)  # fmt: skip
+
+
 def sections(facts: Facts) -> list[Section]:
     """All sections of a report."""
-    made = (part(facts) for part in (stages, widths, macs, damage, training, classes, resrep, maps, pins, made_by))
+    made = (part(facts) for part in PARTS)
     return [section for section in made if section is not None]

@@ -9,6 +9,7 @@ import torch
 
 from ..centripetal.centripetal_sgd import CentripetalSGD
 from ..distillation.distill import Distillation
+from ..resrep.history import NormHistory
 from ..resrep.trainer import ResRep
 from ..soft.soft_pruning import SoftPruning
 
@@ -21,12 +22,14 @@ class Methods(NamedTuple):
         soft: masks that come and go. Its steps are spread over the steps of the optimizer.
         centripetal: filters that become identical.
         distillation: the loss against the dense network, which takes the cross-entropy as the task.
+        norms: notes how the row norms of `resrep` go.
     """
 
     resrep: ResRep | None = None
     soft: SoftPruning | None = None
     centripetal: CentripetalSGD | None = None
     distillation: Distillation | None = None
+    norms: NormHistory | None = None
 
     @property
     def named(self) -> dict[str, ResRep | SoftPruning | CentripetalSGD]:
@@ -49,8 +52,14 @@ class Methods(NamedTuple):
             if method is not None:
                 method.attach(optimizer)
 
+    def notes(self) -> dict[str, Any]:
+        """What was noted since the last time, for a row of the metrics."""
+        return {} if self.norms is None else self.norms.take()
+
     def after_step(self, number: int, of: int) -> None:
         """To be called after the optimizer's step `number`, from 1, of so many."""
+        if self.norms is not None:
+            self.norms.after_step(number, of)
         if self.soft is not None:
             self.soft.zero_hard()
             if number * self.soft.steps // of > (number - 1) * self.soft.steps // of:
@@ -58,9 +67,12 @@ class Methods(NamedTuple):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {name: method.state_dict() for name, method in self.named.items()}
+        found = {name: method.state_dict() for name, method in self.named.items()}
+        return found if self.norms is None else {**found, "norms": self.norms.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what a checkpoint has of `state_dict`. To be called before model and optimizer load theirs."""
         for name, method in self.named.items():
             method.load_state_dict(state[name])
+        if self.norms is not None and "norms" in state:  # checkpoints of older versions have none
+            self.norms.load_state_dict(state["norms"])

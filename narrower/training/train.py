@@ -297,7 +297,7 @@ class TrainLoop:
                 self.best = Best(epoch + 1, row["held_loss"])
                 if self.context.best is not None:
                     self.context.best()
-        return row | self.methods.progress() | (classes if epoch + 1 == self.config.epochs else {})
+        return row | self.methods.progress() | self.methods.notes() | (classes if epoch + 1 == self.config.epochs else {})
 
     def title(self, epoch: int) -> str:
         """For a progress bar."""

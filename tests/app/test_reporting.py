@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("rich")
@@ -37,7 +38,8 @@ def test_each_run_gets_a_page_and_on_request_its_pictures(folder: Path) -> None:
     page = check_page((folder / "two" / "report.html").read_text())
     assert "Left out" in page.text and "two" in page.text
     assert cli.main(["report", "one", "--svg"]) == 0
-    assert {p.stem for p in (folder / "one" / "report").glob("*.svg")} == {"widths", "macs", "damage", "training"}
+    assert {p.stem for p in (folder / "one" / "report").glob("*.svg")} == {
+        "widths", "macs", "latency", "scores", "damage", "training", "classes"}
     assert "Left out" not in check_page((folder / "one" / "report.html").read_text()).text
 
 
@@ -47,7 +49,7 @@ def test_pictures_that_are_no_longer_drawn_go_and_those_of_others_stay(folder: P
     for name in ("widths.svg", "mine.svg"):
         (folder / "one" / "report" / name).write_text("<svg/>")
     assert cli.main(["report", "one", "--svg"]) == 0
-    assert {p.stem for p in (folder / "one" / "report").iterdir()} == {"mine", "training"}
+    assert {p.stem for p in (folder / "one" / "report").iterdir()} == {"mine", "training", "classes", "latency"}
 
 
 def test_the_facts_are_those_of_the_plan(folder: Path) -> None:
@@ -56,6 +58,8 @@ def test_the_facts_are_those_of_the_plan(folder: Path) -> None:
     assert facts.widths == {name: (plan.graph[name].size, len(kept)) for name, kept in plan.keep.items()}
     layers = {layer.name: layer.narrow[0] for layer in facts.layers}
     assert layers["conv1.weight"] == len(plan.keep["conv1"]) and not facts.absent
+    for name, one in facts.scores.items():
+        assert np.flatnonzero(one.kept).tolist() == plan.keep[name].tolist() and len(one.values) == plan.graph[name].size
 
 
 def test_a_run_by_hrank_shows_maps_of_its_dense_network(folder: Path) -> None:
@@ -74,9 +78,9 @@ def test_what_cannot_be_read_is_absent_with_its_reason(folder: Path) -> None:
     (folder / "one" / "narrower.json").unlink()
     (folder / "net.py").unlink()
     facts = facts_of(folder / "one")
-    assert facts.absent.keys() == {"layers", "widths", "sensitivity", "graph"} and "net.py" in facts.absent["graph"]
+    assert facts.absent.keys() == {"layers", "widths", "scores", "sensitivity", "graph"} and "net.py" in facts.absent["graph"]
     assert cli.main(["report", "one"]) == 0
-    assert check_page((folder / "one" / "report.html").read_text()).text.count("Left out") == 4
+    assert check_page((folder / "one" / "report.html").read_text()).text.count("Left out") == 5
 
 
 def test_accuracy_without_labels_is_named_agreement(folder: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("matplotlib")
 from support.run_folders import DENSE, NARROW, ROWS, make_facts, resrep_facts
 
+from narrower.planning.latency import LatencyTable, LayerKind, Point
+from narrower.planning.latency import Layer as TableLayer
 from narrower.report import pictures, sections
 
 
@@ -70,8 +74,47 @@ def test_classes_are_shown_those_that_changed_most_where_they_are_many(number: i
     assert number == shown or "percentage points" in found.picture.svg.decode()
 
 
+def test_milliseconds_are_those_of_the_latency_table_where_there_is_one() -> None:
+    kinds = (LayerKind("conv", (3, 3), (1, 1), (1, 1), (1, 1), 1, (8, 8)),)
+    layers = (TableLayer("conv1.weight", (8, 3), 0, 1, 64), TableLayer("conv2.weight", (16, 8), 0, 1, 64))
+    points = tuple(Point(0, (n, m), n * m / 100) for n in (4, 8, 16) for m in (2, 4, 8))
+    table = LatencyTable({"runtime": "onnxruntime", "threads": 1}, kinds, layers, points, (), ())
+    rows = cells(sections.latency(make_facts(latency=table)))
+    assert [row[0] for row in rows] == ["conv1", "conv2"] and rows[1][3] == f"× {float(rows[1][2]) / float(rows[1][1]):.3f}"
+    assert float(rows[1][1]) == pytest.approx(1.28, rel=0.05) and float(rows[1][2]) == pytest.approx(0.48, rel=0.05)
+
+
+def test_milliseconds_without_a_table_are_those_that_the_run_measured() -> None:
+    found = sections.latency(make_facts())
+    assert cells(found) == [("conv1", "0.3000", "0.2000", "× 0.667"), ("conv2", "0.5000", "0.3000", "× 0.600")]
+    assert found and "0.800 → 0.500 ms" in found.text and "eager PyTorch" in found.text
+    found = sections.latency(make_facts(rows=[{key: value for key, value in ROWS[-1].items() if key != "layers_ms"}]))
+    assert found and "has timed no layers" in found.absent
+
+
+def test_scores_are_shown_of_groups_that_lose_channels_along_the_network() -> None:
+    some = make_facts().scores["conv1"]
+    many = {f"group{k}": some._replace(kept=some.kept | (k == 3)) for k in range(20)}
+    found = sections.scores(make_facts(scores=many))
+    assert found and found.picture
+    shown = [name for name in many if f">{name}: 6 of 8 stay</text>" in found.picture.svg.decode()]
+    assert len(shown) == 6 and shown[0] == "group0" and shown[-1] == "group19"
+    found = sections.scores(make_facts(settings={"method": "soft", "prior": "obs"}))
+    assert found and "(obs)" in found.text and "the training which" in found.text
+
+
+def test_norms_go_on_from_row_to_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(pictures, "norms", lambda *args: given.extend(args))
+    assert sections.norms(make_facts()) is None
+    assert sections.norms(resrep_facts()) is not None
+    assert given[0] == [1, 2, 4] and given[1]["conv1"].tolist() == [[1.0, 0.9], [0.9, 0.4], [0.9, 0.0]]
+    found = sections.norms(make_facts(settings={"method": "resrep"}))
+    assert found and "has noted no norms" in found.absent
+
+
 def test_an_older_run_says_that_it_has_not_counted_by_class_and_a_task_has_no_classes() -> None:
-    found = sections.classes(make_facts())
+    found = sections.classes(make_facts(rows=ROWS[-1:]))
     assert found and "has not counted by class" in found.absent
     assert sections.classes(make_facts(settings={"task": "task.py:Task"})) is None
 

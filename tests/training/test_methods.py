@@ -37,4 +37,4 @@ def test_the_steps_of_soft_pruning_spread_over_the_training_and_end_with_it(step
 def test_nothing_trains_along_by_default() -> None:
     methods = Methods()
     methods.after_step(1, 1)
-    assert not methods.narrows and methods.progress() == {} and methods.state_dict() == {}
+    assert not methods.narrows and methods.progress() == {} and methods.state_dict() == methods.notes() == {}
