@@ -187,10 +187,10 @@ def measured(job: Job, model: nn.Module, small: nn.Module, before: Mapping[str, 
 
 
 def layer_times(example: Tensor, model: nn.Module, small: nn.Module) -> dict[str, Any]:
-    """`{"layers_ms": {weight: [dense, narrow]}}` in eager PyTorch, and with how many threads."""
+    """`{"layer_times": {"ms": {weight: [dense, narrow]}, ...}}` in eager PyTorch, and with how many threads on which device."""
     dense, narrow = time_modules([model, small], example)
     both = {name: [round(dense[name], 5), round(narrow[name], 5)] for name in dense if name in narrow}
-    return {"layers_ms": both, "threads": torch.get_num_threads()}
+    return {"layer_times": {"ms": both, "threads": torch.get_num_threads(), "device": str(example.device)}}
 
 
 def restored(job: Job, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None] | None:

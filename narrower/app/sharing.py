@@ -65,13 +65,14 @@ def push_run(folder: Path, repository: str, given: PushConfig, report: Reporter 
 
 
 def facts_of(folder: Path) -> Facts:
-    """What the card says of a run. Of paths, only the last part. Raises as `push_run`."""
+    """What the card says of a run. Of paths, only the last part; nothing of what was typed. Raises as `push_run`."""
     settings, run = ended_run(folder)
     if not (folder / META).is_file() or not run.last("measure"):
         raise ConfigError(f"the network of {folder} was not narrowed: there is nothing that narrower.load could read")
     check_network(folder)
     agreement = not run.last(run_folder.START).get("labelled", True)
-    return Facts(folder.absolute().name, without_paths(settings), without_paths(run.rows()), agreement=agreement)
+    rows = [{key: value for key, value in row.items() if key != "typed"} for row in run.rows()]
+    return Facts(folder.absolute().name, without_paths(settings), without_paths(rows), agreement=agreement)
 
 
 def check_network(folder: Path) -> None:

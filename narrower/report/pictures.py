@@ -22,7 +22,6 @@ TEXT, ACCENT, THIRD = "#1f2328", "#d9480f", "#7c55b8"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": TEXT, "axes.edgecolor": TEXT,
     "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False,
-    "text.parse_math": False,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
 }  # fmt: skip
 FEW_CLASSES, LONG_NAME = 30, 24
@@ -108,7 +107,8 @@ def draw_changes(axes: Any, found: Sequence[Class]) -> None:
 
 
 def shortened(name: str) -> str:
-    return name if len(name) <= LONG_NAME else name[: LONG_NAME - 1] + "…"
+    """For an axis, where dollars would begin a formula."""
+    return (name if len(name) <= LONG_NAME else name[: LONG_NAME - 1] + "…").replace("$", r"\$")
 
 
 def damage(facts: Facts) -> Picture:
@@ -164,6 +164,8 @@ def resrep(facts: Facts) -> Picture:
 
 def scores(found: Mapping[str, Scored]) -> Picture:
     """The sorted scores of each group: those of channels that stay, and that go."""
+    from matplotlib.ticker import MaxNLocator
+
     with panels(len(found)) as (grid, out):
         for axes, (name, one) in zip(grid, found.items(), strict=False):
             order = np.argsort(-one.values, kind="stable")
@@ -174,6 +176,7 @@ def scores(found: Mapping[str, Scored]) -> Picture:
                 axes.set_yscale("log")
                 axes.set_ylim(values.min() / 2, values.max() * 1.5)
             axes.set_title(f"{name}: {kept.sum()} of {len(kept)} stay", fontsize=9)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         grid[0].legend(fontsize="small")
     return Picture("scores", "Sorted scores of the channels of some groups, those that stay and those that go", out.getvalue())
 

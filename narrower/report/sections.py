@@ -132,14 +132,15 @@ def latency(facts: Facts) -> Section | None:
         text = (f"From the latency table: {place.get('runtime')} on {place.get('machine')}, threads: {place.get('threads')}. "
                 "Layers were timed by themselves at some widths; the times here are read between these.")
     else:
-        rows = [(short(name), *pair) for name, pair in measured.get("layers_ms", {}).items()]
-        text = (f"One image in eager PyTorch on the machine of the run, threads: {measured.get('threads')}. Of each layer the "
-                "median of several forwards, both networks in turn. Very short layers take mostly the time of the call, and "
-                "what lies between the layers is not counted: the whole networks' latency is in the table of stages.")
+        found = measured.get("layer_times", {"ms": {}})
+        rows = [(short(name), *pair) for name, pair in found["ms"].items()]
+        text = (f"One image in eager PyTorch on {found.get('device')}, threads: {found.get('threads')}, at the end of the run. "
+                "Of each layer the median of several forwards, both networks in turn. Very short layers take mostly the time "
+                "of the call, and what lies between the layers is not counted: the whole networks' latency is among the stages.")
     if not rows:
         return Section(title, absent="the run has timed no layers (one of an older version)")
-    sums = [sum(row[n] for row in rows) for n in (1, 2)]
-    text += f" All layers together: {sums[0]:,.3f} → {sums[1]:,.3f} ms."
+    _, dense, narrow = zip(*rows, strict=True)
+    text += f" All layers together: {sum(dense):,.3f} → {sum(narrow):,.3f} ms."
     picture = pictures.bars("latency", "Milliseconds of each layer, dense and narrow", "ms", rows)
     table = Table(("layer", "dense ms", "narrow ms", "ratio"),
                   [(name, f"{a:,.4f}", f"{b:,.4f}", f"× {b / a:.3f}" if a else "") for name, a, b in rows])

@@ -38,7 +38,7 @@ def evaluate_classes(
     model: nn.Module, images: Images, config: TrainConfig | None = None, accelerator: Accelerator | None = None,
     watch: Watch = silent,
 ) -> tuple[dict[str, float], dict[str, ByClass]]:  # fmt: skip
-    """As `evaluate`, and `{"by_class": counts}`: empty for a user's task."""
+    """As `evaluate`, and `{"by_class": counts}`: empty for a user's task, also one that is derived from classification."""
     config = config or TrainConfig()
     accelerator = accelerator or make_accelerator()
     shard, task = shard_of(accelerator), images.task
@@ -57,7 +57,7 @@ def evaluate_classes(
     total = added(total)
     if total is None:
         raise DataError("there are no images to evaluate on")
-    by_class = {"by_class": task.by_class(total)} if isinstance(task, Classification) else {}
+    by_class = {"by_class": task.by_class(total)} if type(task) is Classification else {}
     return {**check_figures(task.figures(total)), "loss": loss / count}, by_class
 
 

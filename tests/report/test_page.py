@@ -34,7 +34,7 @@ def test_a_page_shows_the_figures_of_the_run() -> None:
 
 
 def test_what_a_run_lacks_is_named_and_the_rest_is_there() -> None:
-    measured = {key: value for key, value in ROWS[-1].items() if key != "layers_ms"}
+    measured = {key: value for key, value in ROWS[-1].items() if key != "layer_times"}
     bare = make_facts(rows=[ROWS[0], measured], layers=(), widths={}, scores={}, sensitivity=None, graph=None,
                       absent={"layers": "of layers", "sensitivity": "of damage", "graph": "of the graph"})
     html, pictures = render(bare)

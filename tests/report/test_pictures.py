@@ -10,6 +10,7 @@ pytest.importorskip("matplotlib")
 from support.run_folders import make_facts
 
 from narrower.report import pictures
+from narrower.report.by_class import Class
 
 
 def test_a_picture_in_a_page_has_no_size_of_its_own_and_the_colour_of_the_page() -> None:
@@ -25,6 +26,11 @@ def test_names_of_layers_are_text() -> None:
     """So that they can be searched for, and copied."""
     picture = pictures.bars("some", "", "channels", [("layer1.0.conv1", 4, 2)])
     assert b">layer1.0.conv1</text>" in picture.svg
+
+
+def test_names_of_classes_are_no_formulas_and_not_too_long() -> None:
+    svg = pictures.classes([Class("$x$", 10, 90.0, 80.0), Class("long " * 20, 10, 90.0, 95.0)]).svg.decode()
+    assert ">$x$</text>" in svg and ">long long long long lon…</text>" in svg
 
 
 def test_trainings_follow_each_other() -> None:

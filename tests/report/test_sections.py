@@ -88,7 +88,7 @@ def test_milliseconds_without_a_table_are_those_that_the_run_measured() -> None:
     found = sections.latency(make_facts())
     assert cells(found) == [("conv1", "0.3000", "0.2000", "× 0.667"), ("conv2", "0.5000", "0.3000", "× 0.600")]
     assert found and "0.800 → 0.500 ms" in found.text and "eager PyTorch" in found.text
-    found = sections.latency(make_facts(rows=[{key: value for key, value in ROWS[-1].items() if key != "layers_ms"}]))
+    found = sections.latency(make_facts(rows=[{key: value for key, value in ROWS[-1].items() if key != "layer_times"}]))
     assert found and "has timed no layers" in found.absent
 
 

@@ -37,7 +37,7 @@ ROWS: list[dict[str, Any]] = [
     *epochs("fine-tune", 3),
     {"stage": "fine-tune", "top1": 86.51, "by_class": {"images": [10, 20], "right": [10, 15]}, "seconds": 9.0},
     {"stage": "measure", "dense": DENSE, "narrow": NARROW, "stages": {"cut": 23.93, "reconstruct": 81.27, "fine-tune": 86.51},
-     "layers_ms": {"conv1.weight": [0.3, 0.2], "conv2.weight": [0.5, 0.3]}, "threads": 2},
+     "layer_times": {"ms": {"conv1.weight": [0.3, 0.2], "conv2.weight": [0.5, 0.3]}, "threads": 2, "device": "cpu"}},
 ]
 SETTINGS: dict[str, Any] = {"model": "net.py:Net", "method": "obs", "macs": 0.5, "seed": 7, "num_classes": 10, "in_chans": 3,
                             "img_size": 8, "model_kwargs": {}, "checkpoint": None, "pretrained": False}
