@@ -136,7 +136,7 @@ def latency(facts: Facts) -> Section | None:
         rows = [(short(name), *pair) for name, pair in found["ms"].items()]
         text = (f"One image in eager PyTorch on {found.get('device')}, threads: {found.get('threads')}, at the end of the run. "
                 "Of each layer the median of several forwards, both networks in turn. Very short layers take mostly the time "
-                "of the call, and what lies between the layers is not counted: the whole networks' latency is among the stages.")
+                "of the call, and what lies between the layers is not counted: it is in the latency of the stages.")
     if not rows:
         return Section(title, absent="the run has timed no layers (one of an older version)")
     _, dense, narrow = zip(*rows, strict=True)

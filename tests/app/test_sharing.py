@@ -78,6 +78,7 @@ def test_the_code_of_a_network_by_name_needs_nothing_else(tmp_path: Path, hub: H
 
 
 def test_all_files_are_listed_and_none_has_a_path_of_this_machine(run: Path, tmp_path: Path) -> None:
+    write_rows(run, [ROWS[0] | {"typed": f"narrower prune --data-dir={tmp_path}/photos"}, *ROWS[1:]], read_settings(run))
     assert cli.main(["push", "one", "ann/net", "--dry-run"]) == 0
     folder = run / "hub"
     check_files(folder, FILES - {"README.md", SUMS})
