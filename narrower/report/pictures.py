@@ -209,7 +209,9 @@ def maps(facts: Facts) -> Picture:
     """Feature maps of one image: a row for each group, first what stays, then (named in another colour) what goes."""
     groups = facts.maps
     columns = max(len(found) for found in groups.values())
-    with figure(1.0 * columns + 0.4, 1.35 * len(groups) + 0.2) as (made, out):
+    height = 1.35 * len(groups) + 0.4
+    with figure(1.0 * columns + 0.4, height) as (made, out):
+        made.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 0.2 / height))  # the first name stands above the titles
         grid = made.subplots(len(groups), columns, squeeze=False)
         for row, (name, found) in zip(grid, groups.items(), strict=True):
             for axes in row:

@@ -246,7 +246,8 @@ def norms(facts: Facts) -> Section | None:
     steps = [step for row in rows for step in row["steps"]]
     groups = {name: np.array([norms for row in rows for norms in row["norms"][name]]) for name in rows[0]["norms"]}
     text = ("Each line is a row of a compactor, that is a channel, in groups along the network: orange ends at zero and goes, "
-            f"blue stays. All start at one; {len(steps)} times in the training are shown, of a wide group some of the rows.")
+            f"blue stays. All start at one. They were noted {len(steps)} times, the last at step {steps[-1]}, and no more once "
+            "all compactors were merged for good; of a wide group some rows are shown.")
     return Section(title, text, pictures.norms(steps, groups))
 
 
