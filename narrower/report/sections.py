@@ -169,9 +169,9 @@ def scores(facts: Facts) -> Section | None:
     if not losing:
         return Section(title, absent="no group with scores has lost channels")
     given = facts.settings
-    method = given.get("prior") if given.get("method") in ("resrep", "soft") else given.get("method")
+    method = given.get("prior") if given.get("method") in ("resrep", "soft", "centripetal") else given.get("method")
     text = f"Each picture is a group, a bar each of its channels by falling score ({method}): blue stays, orange goes."
-    if given.get("method") == "soft":
+    if given.get("method") in ("soft", "centripetal"):
         text += " The scores decided how many channels go, the training which."
     if given.get("steps", 1) > 1:
         text += f" The scores are those of the dense network; it was scored again in each of {given['steps']} steps."
