@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,4 +60,7 @@ def place_of(path: Path) -> str:
 
 def as_mathml(found: re.Match[str]) -> str:
     formula, block = html.unescape(found[2]), found[1] == "div"
-    return f'<div class="formula">{convert(formula, display="block")}</div>' if block else convert(formula)
+    made = convert(formula, display="block" if block else "inline")
+    if "\\" in made:
+        raise PluginError(f"a formula has a command that is not known: {formula}")
+    return f'<div class="formula">{made}</div>' if block else made
