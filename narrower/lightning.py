@@ -87,7 +87,6 @@ class Narrowing(Callback):
         if self.method is not None:
             if len(trainer.optimizers) != 1:
                 raise ConfigError(f"Narrowing works with one optimizer, and this module has {len(trainer.optimizers)}")
-            trainer.optimizers[0].register_step_pre_hook(run_closure_first)
             self.method.attach(trainer.optimizers[0])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,16 +115,6 @@ class Narrowing(Callback):
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoints."""
         return {} if self.method is None else {"method": self.method.state_dict()}
-
-
-def run_closure_first(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """A pre-hook. Lightning computes gradients in a closure, inside the step; the hooks that follow need them before."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        return args, kwargs
-    with torch.enable_grad():
-        loss = closure()
-    return args[:1], {**kwargs, "closure": lambda: loss}
 
 
 def narrowing_of(module: LightningModule) -> Narrowing | None:

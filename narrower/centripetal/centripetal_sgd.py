@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PlanError, StorageError
 from ..graph.types import ChannelGroup, Graph, Slice
 from ..narrowing.narrow import narrow
+from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan, costed_plan
 from ..planning.plan import plan as plan_widths
 from ..planning.requests import excluded
@@ -88,12 +89,12 @@ class CentripetalSGD:
     # ------------------------------------------------------------------------------------------------ the user's side
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Apply the rule in every step of `optimizer`, by hooks. Raises ConfigError if an optimizer was attached before."""
+        """Apply the rule in every step of `optimizer`, by hooks; `step(closure)` works too. Raises ConfigError if it calls a
+        closure several times in a step, as LBFGS does, or if an optimizer was attached before."""
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a CentripetalSGD has one optimizer")
+        hook_steps(optimizer, before=self.before_step, after=self.after_step)
         self.optimizer = optimizer
-        optimizer.register_step_pre_hook(self.before_step)
-        optimizer.register_step_post_hook(self.after_step)
 
     @property
     def plan(self) -> Plan:
@@ -161,8 +162,8 @@ class CentripetalSGD:
     # ------------------------------------------------------------------------------------------------ the rule
 
     @torch.no_grad()
-    def before_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        """The optimizer's pre-hook: gradients are averaged, and as published the pull is added."""
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradients of a step are averaged, and as published the pull is added."""
         tensors = named_tensors(self.model)
         for s, clusters in made_by(self.graph, self.clusters):
             t = tensors[s.tensor]
@@ -176,8 +177,8 @@ class CentripetalSGD:
             put_rows(t.grad, s, mean)
 
     @torch.no_grad()
-    def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        """The optimizer's post-hook: unless as published, differences shrink in proportion to the steps that are left."""
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a step: unless as published, differences shrink in proportion to the steps that are left."""
         self.step += 1
         if self.strength is None:
             left = self.together * self.steps - self.step

@@ -22,6 +22,7 @@ from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph, html_table
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizer
+from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
@@ -138,8 +139,11 @@ class ResRep:
         return [first, second]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Apply ResRep's gradient rule in every step of `optimizer`, by hooks. Raises ConfigError if it lacks a compactor or
-        decays one, or if an optimizer was attached before."""
+        """Apply ResRep's gradient rule in every step of `optimizer`, by hooks; `step(closure)` works too.
+
+        Raises ConfigError if it lacks a compactor or decays one, if it calls a closure several times in a step as LBFGS does,
+        or if an optimizer was attached before.
+        """
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a ResRep has one optimizer")
         group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
@@ -149,9 +153,8 @@ class ResRep:
             if group_of[id(c.weight)].get("weight_decay"):
                 raise ConfigError(f"the optimizer decays the compactor of {name}: give the compactors weight_decay=0, "
                                   "as resrep.param_groups does")
+        hook_steps(optimizer, before=self.before_step, after=self.after_step)
         self.optimizer = optimizer
-        optimizer.register_step_pre_hook(self.before_step)
-        optimizer.register_step_post_hook(self.after_step)
 
     def shrink(self, *, fold: bool = True, ema: Sequence[nn.Module] = ()) -> float:
         """Remove the channels whose rows are zero from the network in training. Returns the remaining share of the dense MACs
@@ -280,8 +283,8 @@ class ResRep:
     # ------------------------------------------------------------------------------------------------ the rule
 
     @torch.no_grad()
-    def before_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        """The optimizer's pre-hook: update the masks when due, then apply the rule to every compactor's gradient."""
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """With the gradients of a step: update the masks when due, then apply the rule to every compactor's gradient."""
         if getattr(optimizer, "grad_scale", None) is not None:
             raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the rule "
                               "cannot see them: make it with fused=False to use a GradScaler")
@@ -311,8 +314,8 @@ class ResRep:
                 w.grad.copy_(resrep_gradient(w.grad, w, c.chosen, self.strengths(c, group_of(optimizer, w), decoupled)))
 
     @torch.no_grad()
-    def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        """The optimizer's post-hook: a chosen row that the step has reversed or made tiny is zero from now on."""
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a step: a chosen row that the step has reversed or made tiny is zero from now on."""
         self.step += 1
         decoupled = decouples_penalty(optimizer)
         for name, c in self.compactors().items() if self.phase != "frozen" else ():

@@ -28,6 +28,7 @@ from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..narrowing.narrow import narrow
+from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan, costed_plan
 from ..planning.plan import plan as plan_budget
 from ..planning.requests import checked_scores, excluded, lowest_channels
@@ -107,11 +108,12 @@ class SoftPruning:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep hard channels at zero between steps, by a hook on `optimizer`. From `harden` on, the training then is that of
-        the narrow network. Raises ConfigError if an optimizer was attached before."""
+        the narrow network. Raises ConfigError for LBFGS, which has no zeros within its steps, or if an optimizer was attached
+        before."""
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a SoftPruning has one optimizer")
+        hook_steps(optimizer, after=lambda optimizer: self.zero_hard())
         self.optimizer = optimizer
-        optimizer.register_step_post_hook(self.after_step)
 
     def step(self) -> float:
         """Choose the channels to mask anew, and multiply the weights that read them, in place. Returns the factor. Call it
@@ -209,10 +211,6 @@ class SoftPruning:
                   for part, n in zip(self.parts, self.goal, strict=True)]
         kept = Kept.without(self.graph, lowest_channels(self.parts, counts, order))
         return {g.name: ~kept.mask(g.name) for g in self.graph.free}
-
-    def after_step(self, optimizer: torch.optim.Optimizer, args: Any = None, kwargs: Any = None) -> None:
-        """The optimizer's post-hook."""
-        self.zero_hard()
 
     def zero_hard(self) -> None:
         """Set what reads a hard channel to zero."""

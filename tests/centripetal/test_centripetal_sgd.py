@@ -6,7 +6,6 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks, random_networks
-from support.networks import PATTERNS, TRAPS, Head, unit
+from support.networks import PATTERNS, TRAPS
 from support.plans import graph_of
 from support.random_networks import Block, Random, examples
-from support.resrep_training import called, difference, outputs, randomised
+from support.resrep_training import X, called, chain, chain_graph, difference, outputs, randomised, train
 from torch import nn
 
 import narrower
@@ -26,28 +25,6 @@ from narrower.centripetal.centripetal_sgd import unmergeable
 from narrower.narrowing.narrow import RECORD
 
 NAMES = ["residual", "dense", "depthwise", "unet", "shared", "transposed", "flattened", "inception"]
-X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return randomised(nn.Sequential(unit(3, 12), unit(12, 10, stride=2), unit(10, 8), Head(8)), seed).double()
-
-
-@cache
-def graph() -> narrower.Graph:
-    return narrower.trace(network(), X[:1])
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, inputs: Any = X, seed: int = 0) -> None:
-    g = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        out = [t for t in called(model, inputs) if t.is_floating_point()]
-        targets = [torch.randn(t.shape, generator=g).to(t.dtype) for t in out]
-        torch.stack([(t - y).square().mean() for t, y in zip(out, targets, strict=True)]).sum().backward()
-        optimizer.step()
 
 
 def sgd(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
@@ -63,7 +40,7 @@ def test_the_merged_network_is_the_trained_one(name: str, scope: Any) -> None:
     optimizer = sgd(model)
     csgd.attach(optimizer)
     before = csgd.progress()["spread"]
-    train(model, optimizer, 8, inputs)
+    train(model, optimizer, inputs, 8)
     assert csgd.progress()["spread"] < 1e-12 < before
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -83,7 +60,7 @@ def examined(make: Callable[[], nn.Module], inputs: torch.Tensor) -> None:
         return
     optimizer = sgd(model, lr=1e-3)
     csgd.attach(optimizer)
-    train(model, optimizer, 3, inputs)
+    train(model, optimizer, inputs, 3)
     if all(bool(t.isfinite().all()) for t in outputs(model, inputs)):
         assert difference(outputs(model, inputs), outputs(csgd.merge(), inputs)) < 1e-9
 
@@ -102,13 +79,13 @@ def test_no_trap_is_merged_wrongly(name: str) -> None:
 
 @pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)])
 def test_identical_filters_stay_identical_and_compute_alike_in_training(make: Any) -> None:
-    model = network()
-    csgd = narrower.CentripetalSGD(model, graph(), macs=0.5, steps=10, together=0.2)
+    model = chain()
+    csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=10, together=0.2)
     optimizer = make(model)
     csgd.attach(optimizer)
-    train(model, optimizer, 2)
+    train(model, optimizer, X, 2)
     assert csgd.progress()["spread"] < 1e-12
-    train(model, optimizer, 8, seed=1)
+    train(model, optimizer, X, 8, seed=1)
     assert csgd.progress()["spread"] < 1e-12
     small = csgd.merge()
     with torch.no_grad():
@@ -117,15 +94,15 @@ def test_identical_filters_stay_identical_and_compute_alike_in_training(make: An
 
 def test_the_published_rule_beside_a_loop_over_filters() -> None:
     """Equation 4: the mean of the gradients, weight decay, and the pull towards the mean of the cluster."""
-    model = network()
+    model = chain()
     slow = copy.deepcopy(model)
-    csgd = narrower.CentripetalSGD(model, graph(), macs=0.5, steps=30, strength=3e-3)
+    csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=30, strength=3e-3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=1e-4)
     csgd.attach(optimizer)
     made = {name: ("weight", f"{name[0]}.1.weight", f"{name[0]}.1.bias") for name in csgd.clusters}
     for step in range(30):
-        train(model, optimizer, 1, seed=step)
-        train(slow, torch.optim.SGD(slow.parameters(), lr=0.0), 1, seed=step)
+        train(model, optimizer, X, 1, seed=step)
+        train(slow, torch.optim.SGD(slow.parameters(), lr=0.0), X, 1, seed=step)
         with torch.no_grad():
             tensors, new = dict(slow.named_parameters()), {}
             for name, p in tensors.items():
@@ -146,8 +123,8 @@ def test_the_published_rule_beside_a_loop_over_filters() -> None:
 
 
 def test_differences_fall_in_proportion_to_the_steps_that_are_left() -> None:
-    model = network()
-    csgd = narrower.CentripetalSGD(model, graph(), macs=0.5, steps=10, together=0.8)
+    model = chain()
+    csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=10, together=0.8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     csgd.attach(optimizer)
     first = csgd.progress()["spread"]
@@ -160,32 +137,32 @@ def test_differences_fall_in_proportion_to_the_steps_that_are_left() -> None:
 
 def test_a_resumed_run_equals_an_uninterrupted_one() -> None:
     def start() -> tuple[nn.Module, narrower.CentripetalSGD, torch.optim.Optimizer]:
-        model = network()
-        csgd = narrower.CentripetalSGD(model, graph(), params=0.5, steps=8)
+        model = chain()
+        csgd = narrower.CentripetalSGD(model, chain_graph(), params=0.5, steps=8)
         optimizer = sgd(model)
         csgd.attach(optimizer)
         return model, csgd, optimizer
 
     model, csgd, optimizer = start()
-    train(model, optimizer, 3)
+    train(model, optimizer, X, 3)
     file = io.BytesIO()
     torch.save([part.state_dict() for part in (model, csgd, optimizer)], file)
-    train(model, optimizer, 5, seed=1)
+    train(model, optimizer, X, 5, seed=1)
     file.seek(0)
     again: Any = start()
     for part, state in zip(again, torch.load(file, weights_only=True), strict=True):
         part.load_state_dict(state)
-    train(again[0], again[2], 5, seed=1)
+    train(again[0], again[2], X, 5, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again[0].state_dict().values(), strict=True))
     assert again[1].step == 8
-    other = narrower.CentripetalSGD(network(), graph(), params=0.5, steps=9)
+    other = narrower.CentripetalSGD(chain(), chain_graph(), params=0.5, steps=9)
     with pytest.raises(narrower.StorageError, match="steps was 8, is 9"):
         other.load_state_dict(csgd.state_dict())
 
 
 def test_filters_that_still_differ_are_said_and_averaged() -> None:
-    model = network()
-    csgd = narrower.CentripetalSGD(model, graph(), macs=0.5, steps=10, clustering="even")
+    model = chain()
+    csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=10, clustering="even")
     with pytest.warns(UserWarning, match="still differ, by .* train longer \\(step 0 of 10\\)"):
         small = csgd.merge()
     clusters = csgd.clusters["0.0"]
@@ -198,14 +175,14 @@ def test_what_cannot_be_merged_is_named() -> None:
     assert "several layers make it" in str(unmergeable(graph_of("residual"), "inner"))
     assert "several layers make it" not in str(unmergeable(graph_of("residual"), "all"))
     assert "groups of a convolution" in str(unmergeable(graph_of("grouped")))
-    csgd = narrower.CentripetalSGD(network(), graph(), macs=0.5, steps=10, exclude=["1.0"])
+    csgd = narrower.CentripetalSGD(chain(), chain_graph(), macs=0.5, steps=10, exclude=["1.0"])
     assert "1.0" not in csgd.clusters and "left alone: 1.0: excluded" in str(csgd)
     assert f"{sum(len(c) for c in csgd.clusters.values())} channels become" in str(csgd)
 
 
 def test_plans_give_the_widths() -> None:
-    plan = narrower.plan(graph(), narrower.random(graph()), remove={"0.0": 0.5, "2.0": 0.25})
-    csgd = narrower.CentripetalSGD(network(), graph(), plan=plan, steps=1)
+    plan = narrower.plan(chain_graph(), narrower.random(chain_graph()), remove={"0.0": 0.5, "2.0": 0.25})
+    csgd = narrower.CentripetalSGD(chain(), chain_graph(), plan=plan, steps=1)
     assert {n: int(c.max()) + 1 for n, c in csgd.clusters.items()} == {"0.0": 6, "2.0": 6}
     assert csgd.plan.macs == plan.macs and np.array_equal(csgd.plan.keep["1.0"], np.arange(10))
 
@@ -222,8 +199,8 @@ def test_plans_give_the_widths() -> None:
 ])  # fmt: skip
 def test_requests_that_cannot_be_met(options: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        narrower.CentripetalSGD(network(), graph(), **{"macs": 0.5, "steps": 10, **options})
-    csgd = narrower.CentripetalSGD(network(), graph(), macs=0.5, steps=1)
+        narrower.CentripetalSGD(chain(), chain_graph(), **{"macs": 0.5, "steps": 10, **options})
+    csgd = narrower.CentripetalSGD(chain(), chain_graph(), macs=0.5, steps=1)
     csgd.attach(sgd(csgd.model))
     with pytest.raises(narrower.ConfigError, match="attach was called before"):
         csgd.attach(sgd(csgd.model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from support.networks import PATTERNS, Head, unit
 from support.plans import graph_of
-from support.resrep_training import called, difference, outputs, randomised
+from support.resrep_training import X, called, chain, chain_graph, difference, outputs, randomised, train
 from torch import nn
 
 import narrower
@@ -22,33 +21,13 @@ NAMES = ["residual", "dense", "depthwise", "grouped", "squeeze_excite", "shuffle
 SFP: dict[str, Any] = {"factor": 0.0, "grow": 0.0, "harden": None}
 READS = "1.0.weight"  # what reads the group 0.0
 HARD: dict[str, Any] = {"factor": 0.0, "grow": 0.0, "harden": 0.0}
-X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return randomised(nn.Sequential(unit(3, 12), unit(12, 10, stride=2), unit(10, 8), Head(8)), seed).double()
-
-
-@cache
-def graph() -> narrower.Graph:
-    return narrower.trace(network(), X[:1])
 
 
 def soft_pruning(model: nn.Module, **options: Any) -> narrower.SoftPruning:
     if "plan" not in options:
         options.setdefault("macs", 0.5)
     options.setdefault("steps", 1)
-    return narrower.SoftPruning(model, graph(), **options)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
-    g = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(X) - torch.randn(8, 5, generator=g, dtype=torch.float64)).square().mean().backward()
-        optimizer.step()
+    return narrower.SoftPruning(model, chain_graph(), **options)
 
 
 def trained(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
@@ -79,20 +58,20 @@ def test_the_narrow_network_is_the_masked_one(name: str) -> None:
 
 @pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)])
 def test_hard_pruning_trains_as_the_narrow_network_does(make: Any) -> None:
-    model = network()
+    model = chain()
     soft = soft_pruning(model, **HARD)
     optimizer = make(model)
     soft.attach(optimizer)
     soft.step()
     small = soft.narrow()
-    train(model, optimizer, 4)
-    train(small, make(small), 4)
+    train(model, optimizer, X, 4)
+    train(small, make(small), X, 4)
     assert difference(outputs(small, X), outputs(soft.narrow(), X)) < 1e-10
     assert difference(outputs(model, X), outputs(small, X)) < 1e-10
 
 
 def test_a_factor_of_one_prunes_nothing() -> None:
-    model = network()
+    model = chain()
     before = copy.deepcopy(model.state_dict())
     soft = soft_pruning(model, **SFP)
     masked = soft.choose(1.0, soft.values())
@@ -117,7 +96,7 @@ def test_a_weight_with_two_names_is_multiplied_once() -> None:
 
 
 def test_factor_number_and_hardness_follow_the_schedule() -> None:
-    soft = soft_pruning(network(), steps=8, factor=0.8, grow=0.5, harden=0.75)
+    soft = soft_pruning(chain(), steps=8, factor=0.8, grow=0.5, harden=0.75)
     total = sum(int(n.sum()) for n in soft.goal)
     factors, channels, hard = [], [], []
     for _ in range(8):
@@ -134,7 +113,7 @@ def test_factor_number_and_hardness_follow_the_schedule() -> None:
 
 def test_a_soft_channel_comes_back_when_its_readers_grow_and_a_hard_one_does_not() -> None:
     for settings, comes_back in ((SFP, True), (HARD, False)):
-        model = network()
+        model = chain()
         soft = soft_pruning(model, steps=5, **settings)
         soft.step()
         masked = soft.masked["0.0"].copy()
@@ -146,19 +125,19 @@ def test_a_soft_channel_comes_back_when_its_readers_grow_and_a_hard_one_does_not
 
 
 def test_masked_channels_learn_again_between_soft_steps() -> None:
-    model = network()
+    model = chain()
     soft = soft_pruning(model, **SFP)
     optimizer = sgd(model)
     soft.attach(optimizer)
     soft.step()
-    train(model, optimizer, 1)
+    train(model, optimizer, X, 1)
     assert weight_left(model, kept_without(soft.graph, soft.masked))
     assert bool((model.get_parameter(READS)[:, soft.masked["0.0"]].abs().amax((0, 2, 3)) > 0).all())
 
 
 def test_a_plan_says_which_channels_go() -> None:
-    model = network()
-    plan = narrower.plan(graph(), narrower.random(graph()), macs=0.5)
+    model = chain()
+    plan = narrower.plan(chain_graph(), narrower.random(chain_graph()), macs=0.5)
     soft = soft_pruning(model, plan=plan, steps=4)
     for _ in range(4):
         soft.step()
@@ -168,8 +147,8 @@ def test_a_plan_says_which_channels_go() -> None:
 
 
 def test_scores_weigh_the_choice() -> None:
-    model = network()
-    scores = narrower.Scores({g.name: torch.where(torch.arange(g.size) < 2, 1e-9, 1.0) for g in graph().free})
+    model = chain()
+    scores = narrower.Scores({g.name: torch.where(torch.arange(g.size) < 2, 1e-9, 1.0) for g in chain_graph().free})
     soft = soft_pruning(model, scores=scores, **SFP)
     soft.step()
     assert all(bool(m[:2].all()) for m in soft.masked.values())
@@ -178,14 +157,14 @@ def test_scores_weigh_the_choice() -> None:
 @pytest.mark.parametrize("settings", [SFP, {}, {"grow": 1.0, "harden": 1.0}])
 def test_a_resumed_training_is_the_uninterrupted_one(settings: dict[str, Any]) -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer, narrower.SoftPruning]:
-        model = network()
+        model = chain()
         soft, optimizer = soft_pruning(model, steps=4, **settings), sgd(model)
         soft.attach(optimizer)
         return model, optimizer, soft
 
     def epochs(model: nn.Module, optimizer: torch.optim.Optimizer, soft: narrower.SoftPruning, numbers: range) -> None:
         for n in numbers:
-            train(model, optimizer, 2, seed=n)
+            train(model, optimizer, X, 2, seed=n)
             soft.step()
 
     whole, first, second = start(), start(), start()
@@ -238,7 +217,7 @@ def test_what_cannot_be_masked_by_weights_is_left_alone_and_named() -> None:
 
 
 def test_narrowing_too_early_warns_and_cuts() -> None:
-    model = network()
+    model = chain()
     soft = soft_pruning(model, steps=4, harden=None)
     soft.step()
     with pytest.warns(UserWarning, match="of the budget are not masked yet and channels that are cut are not at zero"):
@@ -247,7 +226,7 @@ def test_narrowing_too_early_warns_and_cuts() -> None:
 
 
 def test_an_average_is_narrowed_by_the_same_channels() -> None:
-    model, average = network(), network(1)
+    model, average = chain(), chain(1)
     soft = soft_pruning(model, **SFP)
     soft.step()
     before = copy.deepcopy(average.state_dict())
@@ -264,16 +243,16 @@ def test_an_average_is_narrowed_by_the_same_channels() -> None:
 ])  # fmt: skip
 def test_bad_settings_are_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        soft_pruning(network(), **change)
+        soft_pruning(chain(), **change)
 
 
 def test_other_networks_optimizers_and_states_are_refused() -> None:
-    model = network()
+    model = chain()
     soft = soft_pruning(model)
     soft.attach(sgd(model))
     with pytest.raises(narrower.ConfigError, match="attach was called before"):
         soft.attach(sgd(model))
     with pytest.raises(narrower.StorageError, match="of another run: steps was 2, is 1"):
-        soft.load_state_dict(soft_pruning(network(), steps=2).state_dict())
+        soft.load_state_dict(soft_pruning(chain(), steps=2).state_dict())
     with pytest.raises(narrower.PlanError, match="the plan is of another network"):
         soft_pruning(model, plan=narrower.plan(graph_of("plain"), narrower.random(graph_of("plain")), remove=0.5))

@@ -1,7 +1,8 @@
-"""Shared by the tests of ResRep: networks made interesting, a short training, and a slow rule written from the paper."""
+"""Shared by the tests of methods that narrow while they train: networks made interesting, and a short training."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.inputs import flatten_tensors
+from support.networks import Head, unit
+
+X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def chain(seed: int = 0) -> nn.Module:
+    """Three layers with BatchNorm and a linear one, in double precision."""
+    torch.manual_seed(seed)
+    return randomised(nn.Sequential(unit(3, 12), unit(12, 10, stride=2), unit(10, 8), Head(8)), seed).double()
+
+
+@cache
+def chain_graph() -> narrower.Graph:
+    return narrower.trace(chain(), X[:1])
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -46,17 +61,27 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)) for x, y in zip(a, b, strict=True))
 
 
-def train(resrep: narrower.ResRep, optimizer: torch.optim.Optimizer, inputs: Any, steps: int, seed: int = 0) -> None:
-    """So many steps towards random targets, which differ from step to step."""
+def train(trained: narrower.ResRep | nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, steps: int, seed: int = 0, *,
+          closure: bool = False) -> None:
+    """So many steps towards random targets, which differ from step to step. `closure`: gradients are computed in the step."""
     g = torch.Generator().manual_seed(seed)
-    resrep.model.train()
-    for _ in range(steps):
-        out = [t for t in called(resrep.model, inputs) if t.is_floating_point()]
+    model = trained if isinstance(trained, nn.Module) else trained.model
+    model.train()
+
+    def gradients() -> Tensor:
+        out = [t for t in called(model, inputs) if t.is_floating_point()]
         targets = [torch.randn(t.shape, generator=g).to(t.dtype) for t in out]
-        loss = sum(((t - y) ** 2).mean() for t, y in zip(out, targets, strict=True))
+        loss = torch.stack([(t - y).square().mean() for t, y in zip(out, targets, strict=True)]).sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[union-attr]
-        optimizer.step()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        if closure:
+            optimizer.step(gradients)  # type: ignore[arg-type]
+        else:
+            gradients()
+            optimizer.step()
 
 
 def sgd(resrep: narrower.ResRep, lr: float = 0.01) -> torch.optim.Optimizer:

@@ -1,0 +1,55 @@
+"""Hooks around the steps of an optimizer, for methods that train a network towards a narrow one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+
+Hook = Callable[[torch.optim.Optimizer], None]
+
+
+def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, after: Hook) -> None:
+    """Call `before` and `after` around every step of an optimizer.
+
+    `before` finds the gradients of the step. A closure given to `step(closure)` therefore runs ahead of it, and the optimizer
+    is handed its loss.
+
+    Raises:
+        ConfigError: the optimizer is torch's LBFGS. Another that calls its closure more than once fails so in its first step.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(several_calls(optimizer))
+    if before is not None:
+        def gradients_first(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found = run_closure(optimizer, args, kwargs)
+            before(optimizer)
+            return found
+        optimizer.register_step_pre_hook(gradients_first)
+    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: after(optimizer))
+
+
+def run_closure(optimizer: torch.optim.Optimizer, args: tuple[Any, ...],
+                kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the closure among the arguments of `step`, the first of which is the optimizer. Returns the arguments with another
+    in its place, which gives the same loss once."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return args, kwargs
+    with torch.enable_grad():
+        losses = [closure()]
+
+    def again() -> Any:
+        if not losses:
+            raise ConfigError(several_calls(optimizer))
+        return losses.pop()
+
+    return (args, {**kwargs, "closure": again}) if "closure" in kwargs else ((args[0], again, *args[2:]), kwargs)
+
+
+def several_calls(optimizer: torch.optim.Optimizer) -> str:
+    return (f"{type(optimizer).__name__} calls its closure several times in a step, and there is no rule for the gradients in "
+            "between: take an optimizer that needs them once, such as SGD or AdamW")

@@ -1,0 +1,89 @@
+"""Hooks see the gradients of a step, whether they are computed before it or in a closure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.resrep_training import X, chain, chain_graph, train
+
+import narrower
+from narrower.narrowing.step_hooks import hook_steps
+
+
+def square(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """The gradients of the squares of what is trained."""
+    optimizer.zero_grad()
+    loss = torch.stack([p.square().sum() for group in optimizer.param_groups for p in group["params"]]).sum()
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("step", [
+    lambda optimizer, closure: (closure(), optimizer.step())[0],
+    torch.no_grad()(lambda optimizer, closure: optimizer.step(closure)),
+    torch.no_grad()(lambda optimizer, closure: optimizer.step(closure=closure)),
+], ids=["before", "by position", "by name"])  # fmt: skip
+def test_the_hooks_are_called_around_a_step_with_its_gradients(step: Callable[..., Any]) -> None:
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer, seen = torch.optim.SGD([w], lr=0.5), list[Any]()
+
+    def before(given: torch.optim.Optimizer) -> None:
+        assert given is optimizer and w.grad is not None
+        seen.append((w.tolist(), w.grad.tolist()))
+        w.grad[0] = 0
+
+    hook_steps(optimizer, before=torch.no_grad()(before), after=lambda given: seen.append((w.tolist(), given is optimizer)))
+    assert step(optimizer, lambda: square(optimizer)) == 5
+    assert seen == [([1.0, 2.0], [2.0, 4.0]), ([1.0, 0.0], True)]
+
+
+class Twice(torch.optim.SGD):
+    """Takes the gradient at a second place, as sharpness-aware minimisation does."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            closure()
+            return closure()
+
+
+def test_an_optimizer_that_calls_its_closure_again_is_refused_by_name() -> None:
+    w = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(narrower.ConfigError, match="LBFGS calls its closure several times in a step"):
+        hook_steps(torch.optim.LBFGS([w]), after=print)
+    optimizer = Twice([w], lr=0.1)
+    hook_steps(optimizer, before=print, after=print)
+    with pytest.raises(narrower.ConfigError, match="Twice calls its closure several times in a step"):
+        optimizer.step(lambda: square(optimizer))
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "resrep": lambda model: narrower.ResRep(model, chain_graph(), macs=0.6, steps=24),
+    "soft": lambda model: narrower.SoftPruning(model, chain_graph(), macs=0.6, steps=1, harden=0.0),
+    "centripetal": lambda model: narrower.CentripetalSGD(model, chain_graph(), macs=0.6, steps=24, strength=3e-3),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_alike_with_a_closure_and_refuses_lbfgs(name: str) -> None:
+    def trained(*, closure: bool) -> dict[str, torch.Tensor]:
+        model = chain()
+        method = METHODS[name](model)
+        groups = method.param_groups(lr=0.05, momentum=0.9) if name == "resrep" else model.parameters()
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+        method.attach(optimizer)
+        if name == "soft":
+            method.step()
+        train(model, optimizer, X, 20, closure=closure)
+        return model.state_dict()
+
+    plain, closed = trained(closure=False), trained(closure=True)
+    assert all(torch.equal(value, closed[key]) for key, value in plain.items())
+
+    method = METHODS[name](chain())
+    lbfgs = torch.optim.LBFGS(method.model.parameters())
+    with pytest.raises(narrower.ConfigError, match="LBFGS calls its closure several times"):
+        method.attach(lbfgs)
+    assert method.optimizer is None
