@@ -22,6 +22,7 @@ except ImportError as error:
 
 import narrower
 
+from ..data.task import TITLES, titled
 from ..training.accelerator import make_accelerator
 from ..training.agreement import first
 from ..training.config import TrainConfig
@@ -46,7 +47,7 @@ from .prune import plan_only, prune, train_dense
 from .reporting import report_at_end, write_reports
 from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
 from .sharing import push_run
-from .terminal import TITLES, Terminal, comparison, costs, ending_together, grid, headline_of, papers, titled
+from .terminal import Terminal, comparison, costs, ending_together, grid, headline_of, papers
 
 ERROR, INTERRUPTED = 2, 130
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from ..data.task import titled
 from ..deployment.extras import optional
 from ..errors import ConfigError, MissingExtraError, NarrowerError
+from ..soft.soft_pruning import PUBLISHED
 from ..storage import write_whole
 from ..training.agreement import first
 from ..training.config import TrainConfig
@@ -37,7 +39,7 @@ Begin = Callable[[Settings, str], Job]
 
 
 class Cell(NamedTuple):
-    """One run of the grid. `method`: a method, optionally with how it spreads the budget (`resrep:norms`)."""
+    """One run of the grid. `method`: with its `--allocate` (`resrep:norms`) or `--softness` (`soft:sfp`) if wanted."""
 
     method: str
     macs: float
@@ -52,12 +54,14 @@ class Outcome:
     """What a run of the grid came to.
 
     Attributes:
-        dense, right_after, last: top-1 in percent: of the dense network, before the fine-tuning, and at the end.
+        figure: the name of the figure that the task reports first, such as top1.
+        dense, right_after, last: that figure in percent: of the dense network, before the fine-tuning, and at the end.
         macs, params, latency: of the narrow network as fractions of the dense one's; latency of one image, both in this run.
         seconds: of all stages and epochs, without the evaluations after epochs and without the training of the dense network.
     """
 
     cell: Cell
+    figure: str
     dense: float
     right_after: float
     last: float
@@ -69,7 +73,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Line:
-    """A method at a budget: the mean of its seeds, and the standard deviation of the last top-1 (None where n = 1)."""
+    """A method at a budget: the mean of its seeds, and the standard deviation of the last figure (None where n = 1)."""
 
     method: str
     budget: float
@@ -85,8 +89,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The grid: the dense top-1, its runs, what failed with the reason, and the lines of its table."""
+    """The grid: the figure of the task by name, that of the dense network, its runs, what failed with the reason, and the lines
+    of its table."""
 
+    figure: str
     dense: float
     runs: tuple[Outcome, ...]
     failed: dict[str, str]
@@ -139,7 +145,7 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
             found.append(done)
     if not found:
         raise ConfigError("none of the runs could be done: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
-    return Comparison(found[0].dense, tuple(found), failed, root)
+    return Comparison(found[0].figure, found[0].dense, tuple(found), failed, root)
 
 
 def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
@@ -148,7 +154,7 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
     Raises:
         ConfigError: a method is not known, or does not go with the other settings.
     """
-    method, _, allocate = cell.method.partition(":")
+    method, _, how = cell.method.partition(":")
     run = replace(in_folder(settings.run, cell.folder(root)), seed=cell.seed)
     if cell.method in OTHERS:
         if method in external.EXTERNAL and (more := [name for name in OURS if getattr(settings.prune, name) != plain(name)]):
@@ -156,7 +162,9 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
         return replace(settings, run=run, prune=replace(settings.prune, macs=cell.macs))
     if method not in METHODS:
         raise ConfigError(f"no method is called {cell.method!r}: take some of {', '.join((*METHODS, *OTHERS))}")
-    prune = replace(settings.prune, method=method, macs=cell.macs, allocate=allocate or settings.prune.allocate)
+    prune = replace(settings.prune, method=method, macs=cell.macs)
+    if how:
+        prune = replace(prune, **{"softness" if method == "soft" and how in PUBLISHED else "allocate": how})  # type: ignore[arg-type]
     return replace(settings, run=run, prune=prune)
 
 
@@ -217,7 +225,7 @@ def outcome(cell: Cell, folder: Path) -> Outcome | None:
         name = next(iter(dense))  # of the figure that the task reports first
         before = [value for stage, value in measured["stages"].items() if stage != "fine-tune"]
         ratio = {key: narrow[key] / dense[key] for key in ("macs", "params", "latency_ms")}
-        return Outcome(cell, dense[name], (before or [narrow[name]])[-1], narrow[name], ratio["macs"], ratio["params"],
+        return Outcome(cell, name, dense[name], (before or [narrow[name]])[-1], narrow[name], ratio["macs"], ratio["params"],
                        ratio["latency_ms"], seconds_of(run.rows()))
 
     return first(read)
@@ -245,8 +253,8 @@ def lines(found: Sequence[Outcome]) -> tuple[Line, ...]:
 
 def write_comparison(found: Comparison, note: Callable[[str], None]) -> list[str]:
     """Write `compare.json` and the picture `compare.svg` into the folder of the grid. Returns the names of the files."""
-    table = {"dense": found.dense, "lines": [asdict(line) for line in found.lines], "failed": found.failed,
-             "folder": found.folder.name, "runs": [{**asdict(run), "cell": run.cell._asdict()} for run in found.runs]}
+    table = {"figure": found.figure, "dense": found.dense, "lines": [asdict(line) for line in found.lines],
+             "failed": found.failed, "folder": found.folder.name, "runs": [{**asdict(run), "cell": run.cell._asdict()} for run in found.runs]}
     write_whole({found.folder / TABLE: (json.dumps(table, indent=1) + "\n").encode()})
     try:
         write_whole({found.folder / PICTURE: frontier(found)})
@@ -257,9 +265,9 @@ def write_comparison(found: Comparison, note: Callable[[str], None]) -> list[str
 
 
 def frontier(found: Comparison) -> bytes:
-    """An SVG: top-1 at the end against MACs and against measured latency, one colour a method.
+    """An SVG: the figure of the task at the end against MACs and against measured latency, one colour a method.
 
-    The line joins the best: no other is as accurate for less. Raises MissingExtraError without matplotlib.
+    The line joins the best: no other is as good for less. Raises MissingExtraError without matplotlib.
     """
     optional("matplotlib")
     from matplotlib import rc_context
@@ -278,7 +286,7 @@ def frontier(found: Comparison) -> bytes:
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         if key == "macs":
-            axes.set_ylabel("top-1 (%)")
+            axes.set_ylabel(f"{titled(found.figure)} (%)")
             axes.legend(fontsize="small")
     out = io.BytesIO()
     with rc_context({"svg.hashsalt": "narrower"}):  # the same picture, the same bytes

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from ..data.task import titled
 from ..errors import ConfigError, StorageError
 from ..training.agreement import LOST, is_of_another, local_rank, tells
 from .comparing import Comparison
@@ -106,14 +107,6 @@ class Rate(ProgressColumn):
         return f"{task.speed or 0:,.0f}/s"
 
 
-TITLES = {"top1": "top-1", "top5": "top-5"}
-
-
-def titled(name: str) -> str:
-    """The name of a figure, for people."""
-    return TITLES.get(name, name)
-
-
 def headline_of(row: dict[str, Any]) -> str:
     name = row["headline"]
     return f"{titled(name)} {row[name]:.2f} %"
@@ -188,8 +181,8 @@ def ratios(dense: Costs, narrow: Costs) -> list[float]:
 
 
 def grid(found: Comparison) -> Table:
-    """The table of `narrower compare`: a row for each method and budget, best last top-1 first within a budget."""
-    table = Table(title=f"{found.folder}: dense {found.dense:.2f} %")
+    """The table of `narrower compare`: a row for each method and budget, the best at the end first within a budget."""
+    table = Table(title=f"{found.folder}: {titled(found.figure)}, dense {found.dense:.2f} %")
     for name in ("method", "budget", "n", "right after", "last", "MACs", "parameters", "latency", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for line in sorted(found.lines, key=lambda line: (-line.budget, -line.last)):

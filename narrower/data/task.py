@@ -14,8 +14,8 @@ from torch import Tensor
 class Task(Protocol):
     """Loss and figures of a network's outputs against targets, which may be any nesting of tensors.
 
-    A task may also have `logits = True`: outputs `(N, K, ...)` are class scores, and are distilled as such. Other outputs are
-    drawn to the dense ones by their squared difference.
+    A task may also have `logits = True`: outputs `(N, K, ...)` are class scores. Then damages, repairs and distillation compare
+    class probabilities with the dense network's; other outputs are compared by their squared difference.
     """
 
     def loss(self, outputs: Any, targets: Any, /) -> Tensor:
@@ -86,6 +86,12 @@ class Classification:
 
 
 CLASSIFICATION = Classification()
+TITLES = {"top1": "top-1", "top5": "top-5"}
+
+
+def titled(figure: str) -> str:
+    """The name of a figure, for people."""
+    return TITLES.get(figure, figure)
 
 
 def has_logits(task: Task) -> bool:

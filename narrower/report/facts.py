@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..data.task import titled
 from ..graph.types import Graph
 from ..planning.damage import Sensitivity
 from ..planning.latency import LatencyTable
 from .feature_maps import FeatureMap
 
 Row = Mapping[str, Any]
-TITLES = {"top1": "top-1", "top5": "top-5"}
 
 
 class Layer(NamedTuple):
@@ -82,7 +82,7 @@ class Facts:
     def headline_title(self) -> str:
         if self.agreement:
             return "agreement with the dense network"
-        return TITLES.get(self.headline, self.headline)
+        return titled(self.headline)
 
     @property
     def removed(self) -> dict[str, float]:

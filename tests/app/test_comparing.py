@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 import torch
 from support.command_line import NETWORK, SMALL, at_batch, rows, weights
+from support.run_folders import write_rows
 
 from narrower.app import cli
-from narrower.app.comparing import Cell, Comparison, Outcome, cells, frontier, lines, pareto, seconds_of
-from narrower.app.config import CompareConfig
+from narrower.app.comparing import Cell, Comparison, Outcome, cells, frontier, lines, pareto, seconds_of, settings_of
+from narrower.app.comparing import outcome as read_outcome
+from narrower.app.config import CompareConfig, PruneConfig
+from narrower.app.job import Settings
+from narrower.app.terminal import grid
 
 GRID = ["compare", *SMALL, "--epochs", "1", "--output", "grid"]
 
@@ -34,15 +39,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_grid_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All runs start from one dense network, and are those that `prune` makes with the same settings."""
-    grid = [*GRID, "--methods", "magnitude", "random:share", "--seeds", "1"]
+    command = [*GRID, "--methods", "magnitude", "random:share", "--seeds", "1"]
 
     with monkeypatch.context() as patch:
         at_batch(patch, "fine-tune", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert cli.main(grid) == 130
+        assert cli.main(command) == 130
     first = Path("grid/magnitude-0.5-seed-1")
     assert rows(first) and not Path("grid/random-share-0.5-seed-1").exists()
     dense = weights("grid/dense")
-    assert cli.main(grid) == 0
+    assert cli.main(command) == 0
     shown = capsys.readouterr().out
     assert "random:share" in shown and "magnitude" in shown and "compare.json" in shown
     assert all(torch.equal(t, dense[n]) for n, t in weights("grid/dense").items())
@@ -52,14 +57,15 @@ def test_a_grid_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch
 
     found = json.loads(Path("grid/compare.json").read_text())
     top1 = [row["top1"] for row in rows(first) if row["stage"] == "fine-tune"][-1]
+    assert found["figure"] == "top1"
     assert [line["method"] for line in found["lines"]] == ["magnitude", "random:share"] and found["lines"][0]["last"] == top1
     before = [len(rows(p)) for p in sorted(Path("grid").glob("*seed*"))]
-    assert cli.main(grid) == 0  # nothing is done twice
+    assert cli.main(command) == 0  # nothing is done twice
     assert [len(rows(p)) for p in sorted(Path("grid").glob("*seed*"))] == before
     assert (found["runs"][0]["cell"]["method"], found["runs"][0]["last"]) == ("magnitude", top1)
 
     capsys.readouterr()
-    assert cli.main([*grid, "--lr", "0.5"]) == 2
+    assert cli.main([*command, "--lr", "0.5"]) == 2
     said = capsys.readouterr().err
     assert "magnitude-0.5-seed-1 was trained otherwise: --lr (0.02, now 0.5)" in said and "another --output" in said
     torch.save({n: t + 1 for n, t in dense.items()}, "other.pt")
@@ -88,6 +94,8 @@ def test_what_cannot_be_done_is_named_and_the_rest_is_done(capsys: pytest.Captur
 @pytest.mark.parametrize(("flags", "says"), [
     (["--methods", "obs", "nope"], "no method is called 'nope'"),
     (["--methods", "obs:norms"], "--allocate norms is for --method resrep"),
+    (["--methods", "obs:sfp"], "--allocate sfp: take one of"),
+    (["--methods", "resrep", "soft:nope"], "--allocate nope: take one of"),
     (["--budgets", "0"], "--budgets 0: give a fraction"),
     (["--methods", "tp-magnitude", "--exclude", "conv1"], "--exclude is not for tp-magnitude: the rows would not be alike"),
     (["--schedule", "layer"], "there is no option --schedule"),
@@ -104,7 +112,28 @@ def test_each_method_comes_once_before_one_comes_twice() -> None:
 
 
 def outcome(method: str, seed: int, last: float, latency: float = 0.5) -> Outcome:
-    return Outcome(Cell(method, 0.5, seed), 90.0, 80.0, last, 0.5, 0.6, latency, 10.0)
+    return Outcome(Cell(method, 0.5, seed), "miou", 90.0, 80.0, last, 0.5, 0.6, latency, 10.0)
+
+
+def test_a_method_comes_with_its_allocation_or_its_softness() -> None:
+    def chosen(method: str) -> PruneConfig:
+        return settings_of(Cell(method, 0.3, 1), Settings(), Path("grid")).prune
+
+    assert chosen("soft:sfp") == PruneConfig(method="soft", softness="sfp", macs=0.3)
+    assert chosen("soft:share") == PruneConfig(method="soft", allocate="share", macs=0.3)
+    assert chosen("resrep:norms") == PruneConfig(method="resrep", allocate="norms", macs=0.3)
+    assert chosen("soft") == PruneConfig(method="soft", macs=0.3)
+
+
+def test_an_outcome_has_the_figure_that_the_task_reports_first(tmp_path: Path) -> None:
+    cell = Cell("obs", 0.5, 0)
+    costs = {"macs": 4.0, "params": 4.0, "latency_ms": 4.0}
+    stages = {"cut": 30.0, "reconstruct": 60.0, "fine-tune": 70.0}
+    write_rows(tmp_path, [{"stage": "measure", "dense": {"miou": 80.0, **costs}, "narrow": {"miou": 70.0, **costs, "macs": 2.0},
+                           "stages": stages}])
+    found = read_outcome(cell, tmp_path)
+    assert found == Outcome(cell, "miou", 80.0, 60.0, 70.0, 0.5, 1.0, 1.0, 0.0)
+    assert read_outcome(cell, tmp_path / "nothing") is None
 
 
 def test_a_line_has_the_mean_and_the_standard_deviation_of_its_seeds() -> None:
@@ -124,10 +153,16 @@ def test_the_seconds_of_an_epoch_count_once_and_resuming_starts_no_stage_anew() 
     assert seconds_of(found) == 23
 
 
+def test_the_table_names_the_figure(tmp_path: Path) -> None:
+    found = Comparison("top1", 90.0, (outcome("obs", 0, 88.0),), {}, tmp_path)
+    assert [str(grid(replace(found, figure=name)).title) for name in ("top1", "miou")] == [
+        f"{tmp_path}: {name}, dense 90.00 %" for name in ("top-1", "miou")]
+
+
 def test_the_picture_is_an_svg_with_every_method(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = Comparison(90.0, (outcome("obs", 0, 88.0), outcome("resrep", 0, 87.0, 0.4)), {}, tmp_path)
+    found = Comparison("miou", 90.0, (outcome("obs", 0, 88.0), outcome("resrep", 0, 87.0, 0.4)), {}, tmp_path)
     picture = frontier(found)
     assert picture.startswith(b"<?xml") and b"svg" in picture and picture == frontier(found)
-    for name in (b"obs", b"resrep", b"latency / dense"):
+    for name in (b"obs", b"resrep", b"latency / dense", b"miou (%)"):
         assert b"<!-- " + name + b" -->" in picture
