@@ -16,6 +16,9 @@ NarrowerError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class NarrowerError(Exception):
     """Base of all errors that narrower raises on purpose; the message says what to do."""
@@ -61,3 +64,9 @@ class MissingExtraError(NarrowerError):
 
 class ConfigError(NarrowerError):
     """Settings that contradict each other or an output folder that is in use."""
+
+
+def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "") -> str:
+    """A part of a message for a name that is not known: "; did you mean " and the nearest that are, or nothing."""
+    near = difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.5)
+    return f"; did you mean {', '.join(prefix + found for found in near)}?" if near else ""

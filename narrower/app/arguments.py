@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import types
@@ -17,7 +16,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 import narrower
 
-from ..errors import ConfigError
+from ..errors import ConfigError, similar
 from ..training.config import TrainConfig
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .job import Settings
@@ -85,7 +84,8 @@ class Parser(ArgumentParser):
             raise ConfigError(f"--{name.replace('_', '-')} {value[1]}: give {wanted(self.hints[name])}") from None
         if message.startswith("unrecognized arguments: "):
             option = message.split()[2]
-            near = similar(option.split("=")[0].removeprefix("--"), [key.replace("_", "-") for key in self.hints], "--")
+            flags = [key.replace("_", "-") for key in self.hints]
+            near = similar(option.split("=")[0].removeprefix("--"), flags, prefix="--")
             message = f"there is no option {option}{near}"
         message = re.sub(r"required: \w+\.", "required: ", message)
         raise ConfigError(f"{' '.join(message.split())} (all options: {self.prog.replace(' [options]', '')} --help)") from None
@@ -230,8 +230,3 @@ def checked(settings: Mapping[str, Any], known: Iterable[str], file: str) -> Map
         if key not in names:
             raise ConfigError(f"{file}: there is no setting {key}{similar(str(key), names)}")
     return settings
-
-
-def similar(name: str, names: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, sorted(names), n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""

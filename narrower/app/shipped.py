@@ -6,12 +6,11 @@ They are the YAML files in `narrower/configs`, each with a section `published` o
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, similar
 from .run_folder import read_yaml
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -52,10 +51,8 @@ def config_file(name: str) -> Path:
         return path
     if name in (known := names()):
         return FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(name, known, n=1)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"--config {name}: there is no such file, and no settings of this name are shipped{meant} "
-                      "(`narrower configs` lists them)")
+    raise ConfigError(f"--config {name}: there is no such file, and no settings of this name are shipped"
+                      f"{similar(name, known)} (`narrower configs` lists them)")
 
 
 def read_config(file: Path) -> dict[str, Any]:

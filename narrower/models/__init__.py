@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -21,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, HubError
+from ..errors import ConfigError, HubError, similar
 from ..sharing import reach
 from .densenet import cifar_densenet40
 from .googlenet import cifar_googlenet
@@ -119,9 +118,7 @@ def _call(name: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> nn.
 
 
 def _unknown(name: str, known: list[str], hint: str) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    meant = f"; did you mean {', '.join(near)}?" if near else ""
-    return ConfigError(f"no network is called {name!r}{meant} ({hint})")
+    return ConfigError(f"no network is called {name!r}{similar(name, known, most=4)} ({hint})")
 
 
 def _timm(name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]) -> nn.Module:
