@@ -46,12 +46,10 @@ def prune_external(job: Job, method: str) -> Result:
         name = before["headline"]
         stages = {"cut": facts[name]}
         if job.settings.train.epochs:
-            distillation = distilling(job, model, small)
-            with save_at_end(job, lambda: save_weights(small, job.run.folder / run_folder.MODEL)):
+            with (save_at_end(job, lambda: save_weights(small, job.run.folder / run_folder.MODEL)),
+                  distilling(job, model, small) as distillation):
                 stages["fine-tune"] = job.train(small, "fine-tune", run_folder.CHECKPOINT, job.settings.train,
                                                 methods=Methods(distillation=distillation))[name]
-            if distillation is not None:
-                distillation.close()
         return measured(job, model, small, before, stages)
 
 

@@ -42,11 +42,9 @@ def narrow_by_layers(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple
     config = replace(job.settings.train, epochs=given.epochs_per_layer)
     for number, names in enumerate(parts[done:], done + 1):
         small = cut(job, small, plan, names)
-        distillation = distilling(job, model, small)
-        job.train(small, f"layer {number}/{len(parts)} {names[0]}", LAYERS_CHECKPOINT, config,
-                  methods=Methods(distillation=distillation))
-        if distillation is not None:
-            distillation.close()
+        with distilling(job, model, small) as distillation:
+            job.train(small, f"layer {number}/{len(parts)} {names[0]}", LAYERS_CHECKPOINT, config,
+                      methods=Methods(distillation=distillation))
         save_layers(job, number, small)
     with job.stage("layers") as facts:
         facts |= {"layers": len(parts), **job.headline(small)}

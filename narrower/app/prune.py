@@ -163,14 +163,12 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
     small, plan = found
     stages = first(lambda: {stage: row[name] for stage in STAGES if name in (row := job.run.last(stage))})
     if job.settings.train.epochs and method not in TRAINED:
-        distillation = distilling(job, model, small, plan)
-        with save_at_end(job, lambda: narrower.save(small, job.run.folder)):
+        with (save_at_end(job, lambda: narrower.save(small, job.run.folder)),
+              distilling(job, model, small, plan) as distillation):
             stages["fine-tune"] = job.train(
                 small, "fine-tune", run_folder.CHECKPOINT, job.settings.train, best=lambda: save_best(job, small),
                 methods=Methods(distillation=distillation),
             )[name]  # fmt: skip
-        if distillation is not None:
-            distillation.close()
     times = timed(job, model, small, plan) if plan is not None else None
     return replace(measured(job, model, small, before, stages or {"narrow": job.headline(small)[name]}), timed=times)
 

@@ -96,8 +96,9 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
     training = copy.deepcopy(model)
     resrep = compacted(given, training, graph, job.updates, choice)
     try:
-        job.train(training, "resrep", run_folder.CHECKPOINT, job.settings.train,
-                  methods=Methods(resrep=resrep, distillation=distilling(job, model, training), norms=NormHistory(resrep)))
+        with distilling(job, model, training) as distillation:
+            job.train(training, "resrep", run_folder.CHECKPOINT, job.settings.train,
+                      methods=Methods(resrep=resrep, distillation=distillation, norms=NormHistory(resrep)))
     except KeyboardInterrupt:
         if job.run.writes:
             narrower.save(resrep.merge(), job.run.folder)

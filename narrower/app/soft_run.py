@@ -63,8 +63,9 @@ def train_soft(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Mo
     steps = min(job.updates, max(config.epochs, MASKINGS))
     soft = narrower.SoftPruning(training, graph, plan=plan, steps=steps, **softness(given))
     try:
-        job.train(training, "soft", run_folder.CHECKPOINT, config,
-                  methods=Methods(soft=soft, distillation=distilling(job, model, training)))
+        with distilling(job, model, training) as distillation:
+            job.train(training, "soft", run_folder.CHECKPOINT, config,
+                      methods=Methods(soft=soft, distillation=distillation))
     except KeyboardInterrupt:
         if job.run.writes:
             with warnings.catch_warnings():  # that it was narrowed too early

@@ -78,8 +78,14 @@ class Distillation:
         return torch.stack(errors).mean()
 
     def close(self) -> None:
-        """Take the hooks off the student."""
+        """Take the hooks off the student. At the end of a `with` block this happens by itself."""
         self.watched.close()
+
+    def __enter__(self) -> Distillation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0) -> Tensor:

@@ -91,6 +91,10 @@ def test_close_takes_all_hooks_off_and_a_copy_of_the_student_has_no_teacher_in_i
     copied(2 * X)  # the hooks of the copy write where the student's do: what counts is the last forward before the loss
     distillation.close()
     assert not any(m._forward_pre_hooks for m in small.modules())
+    with pytest.raises(ValueError, match="within"), narrower.Distillation(model, small, plan, features=1.0):
+        assert any(m._forward_pre_hooks for m in small.modules())
+        raise ValueError("within")
+    assert not any(m._forward_pre_hooks for m in small.modules())
 
 
 def test_divergence_of_other_outputs_is_relative_to_their_variance() -> None:
