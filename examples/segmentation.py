@@ -70,12 +70,12 @@ def main(epochs: int = 6) -> dict[str, float]:
     images = [batch[0] for batch in batches]
     graph = narrower.trace(model, images[0][:2])
     scores = narrower.magnitude(model, graph)
-    damage = narrower.sensitivity(model, graph, scores, images)  # KL of the class scores, averaged over pixels
+    damage = narrower.sensitivity(model, graph, scores, images, measure="kl")  # of the class scores, averaged over pixels
     plan = narrower.plan(graph, scores, macs=0.5, sensitivity=damage)
     cut = narrower.narrow(model, plan)
     narrower.verify(model, cut, plan, images[0][:2])
     result["cut"] = mean_iou(cut, held_out)
-    small = narrower.reconstruct(model, cut, plan, images).model
+    small = narrower.reconstruct(model, cut, plan, images, measure="kl").model
     result["repaired"] = mean_iou(small, held_out)
     train(small, batches, 1, lr=1e-3)
     result["trained"] = mean_iou(small, held_out)

@@ -37,7 +37,7 @@ class Shapes:
     """The protocol `narrower.data.OwnTask`."""
 
     input_size = (1, SIZE, SIZE)
-    logits = True  # outputs are class scores: distil them as such
+    logits = True  # outputs are class scores: measure, repair and distil them as such
 
     def data(self, split: str) -> Dataset:
         return Drawn(240, 0) if split == "train" else Drawn(60, 240)

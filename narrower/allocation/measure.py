@@ -13,7 +13,7 @@ from ..graph.equal_counts import Component, components
 from ..graph.types import Graph
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
-from ..repair.held_out import Comparison, checked_inputs, images_wanted, input_counts, split
+from ..repair.held_out import Comparison, Measure, checked_inputs, images_wanted, input_counts, split
 from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
@@ -37,23 +37,26 @@ class Cut(NamedTuple):
 
 @torch.no_grad()
 def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], batches: Iterable[Any], *,
-                images: int | None = None, shares: Sequence[float] = SHARES,
+                images: int | None = None, shares: Sequence[float] = SHARES, measure: Measure | None = None,
                 progress: Callable[[str], None] | None = None) -> Sensitivity:
     """How much the output changes when each group alone loses its channels with the lowest `scores`.
 
     For each group (groups with tied counts together) and each of `shares`, the layers that read the removed channels are
-    repaired by least squares, and the output is compared with the dense network's: by the Kullback-Leibler divergence of the
-    class probabilities, or, for outputs that are not one tensor of logits `(N, classes, ...)`, by the squared error relative to
-    the variance. Every sixth image (64 at most) is measured on; the second moments for the repair come from the others. Fitted
-    on the images measured, curves would be flat where a layer has more inputs than samples. Layers whose inputs cannot be seen
-    (their weight is computed first, or they are no plain layer) are cut without repair. `progress` names them.
+    repaired by least squares, and the output is compared with the dense network's. Every sixth image (64 at most) is measured
+    on; the second moments for the repair come from the others. Fitted on the images measured, curves would be flat where a
+    layer has more inputs than samples. Layers whose inputs cannot be seen (their weight is computed first, or they are no plain
+    layer) are cut without repair. `progress` names them.
+
+    `measure`: how outputs are compared. "kl": by the Kullback-Leibler divergence of the class probabilities, of one tensor of
+    class scores `(N, classes, ...)`. "relative": by the squared error relative to the variance, of any outputs. None: "kl" for
+    one tensor `(N, K)`, as of a classifier, else "relative". So say "relative" if these K numbers are no class scores.
 
     `batches` gives what the model takes, or pairs whose first part is; no labels are needed. All of them are used, or the first
     `images` samples. `progress` gets a line now and then.
 
     Raises DataError for too few images, batches without tensors, of several shapes or that the model cannot take, values that
-    are not finite, or outputs without numbers; PlanError if the model is not the one that was traced or the scores are of
-    another graph.
+    are not finite, or outputs that `measure` does not fit; PlanError if the model is not the one that was traced or the scores
+    are of another graph; ConfigError for an unknown measure.
     """
     same_tensors(model, graph)
     values = checked_scores(graph, scores, set())
@@ -68,14 +71,14 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
         if hidden and progress is not None:
             progress(f"sensitivity: cut without repair, as what they read cannot be seen: {', '.join(hidden)}")
         cuts = [cut for k, part in enumerate(parts) for cut in cuts_of(graph, k, part, values, copy, moments, shares)]
-        damages, kind = measured_damages(copy, cuts, measured, progress)
+        damages, found = measured_damages(copy, cuts, measured, measure, progress)
     curves = []
     for k, part in enumerate(parts):
         points = [(c.share, d) for c, d in zip(cuts, damages, strict=True) if c.curve == k]
         if points:
             names = tuple(dict.fromkeys(c.group for c in part.cells))
             curves.append(Curve(names, tuple(s for s, _ in points), tuple(d for _, d in points)))
-    return Sensitivity(tuple(curves), kind, sum(n for _, n in measured))
+    return Sensitivity(tuple(curves), found, sum(n for _, n in measured))
 
 
 def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.ndarray], model: nn.Module,
@@ -119,10 +122,10 @@ def without_inputs(weight: Tensor, dim: int, removed: np.ndarray) -> Tensor:
     return weight * stay.view(*stay.shape, *(1,) * (weight.ndim - stay.ndim))
 
 
-def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tuple[Any, int]],
-                     progress: Callable[[str], None] | None) -> tuple[list[float], str]:
-    """The damage of each cut, and what it measures. The model's weights are changed in place and put back."""
-    named, comparison, seen = named_tensors(model), Comparison(len(cuts)), 0
+def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tuple[Any, int]], measure: Measure | None,
+                     progress: Callable[[str], None] | None) -> tuple[list[float], Measure]:
+    """The damage of each cut, and by which measure. The model's weights are changed in place and put back."""
+    named, comparison, seen = named_tensors(model), Comparison(len(cuts), measure), 0
     for batch, count in inputs:
         record = Record(model)
         comparison.dense(run_forward(model, batch, record))
@@ -139,4 +142,4 @@ def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tup
         seen += count
         if progress is not None:
             progress(f"sensitivity: {len(cuts)} cuts measured on {seen} of {sum(n for _, n in inputs)} images")
-    return comparison.values(), comparison.kind
+    return comparison.values(), comparison.measure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..deployment.fitting import elsewhere
 from ..errors import ConfigError, StorageError
 from ..graph.cost import CostKind, CostModel
 from ..inputs import map_tensors
+from ..repair.held_out import Measure
 from ..storage import write_whole
 from ..training.agreement import first
 from ..training.settle import renew, settle
@@ -71,17 +73,24 @@ def request_of(given: PruneConfig, damage: narrower.Sensitivity | None, times: n
     }  # fmt: skip
 
 
+@contextmanager
 def distilling(job: Job, model: nn.Module, student: nn.Module,
-               plan: narrower.Plan | None = None) -> narrower.Distillation | None:
-    """The distillation of the settings, None where they want none. Features are compared where there is a plan."""
+               plan: narrower.Plan | None = None) -> Iterator[narrower.Distillation | None]:
+    """Within, the distillation of the settings; None where they want none. Features are compared where there is a plan."""
     given = job.settings.prune
     if not given.distill:
-        return None
-    temperature = given.distill_temperature if has_logits(job.data.task) else None
-    return narrower.Distillation(
-        model, student, plan, temperature=temperature, weight=given.distill_weight,
-        features=given.distill_features if plan is not None else 0.0,
-    )  # fmt: skip
+        yield None
+        return
+    with narrower.Distillation(
+        model, student, plan, temperature=given.distill_temperature if has_logits(job.data.task) else None,
+        weight=given.distill_weight, features=given.distill_features if plan is not None else 0.0,
+    ) as distillation:  # fmt: skip
+        yield distillation
+
+
+def measure_of(job: Job) -> Measure:
+    """How outputs are compared: as class scores where the task says that they are."""
+    return "kl" if has_logits(job.data.task) else "relative"
 
 
 def check_plan(given: PruneConfig, model: nn.Module, graph: narrower.Graph, times: narrower.LatencyTable | None = None,
@@ -146,7 +155,7 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
     if job.run.resume and file.exists() and not again:
         return read_sensitivity(file)
     with job.stage("sensitivity") as facts:
-        found = narrower.sensitivity(model, graph, scores, images, progress=job.note_slowly())
+        found = narrower.sensitivity(model, graph, scores, images, measure=measure_of(job), progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
     if job.run.writes and not again:
         write_whole({file: found.to_json().encode()})
@@ -228,7 +237,7 @@ def planned_in_steps(job: Job, model: nn.Module, graph: narrower.Graph, images: 
         if number < given.steps:
             small = narrower.narrow(model, plan)
             if given.reconstruct:
-                small = narrower.reconstruct(model, small, plan, images).model
+                small = narrower.reconstruct(model, small, plan, images, measure=measure_of(job)).model
     assert plan is not None
     return plan
 
@@ -279,7 +288,7 @@ def reconstructed(job: Job, model: nn.Module, small: nn.Module, plan: narrower.P
     """The cut network, its remaining weights repaired by least squares. `verify` is for the network before."""
     with job.stage("reconstruct", busy="reconstructing") as facts:
         def repair() -> nn.Module:
-            found = narrower.reconstruct(model, small, plan, images)
+            found = narrower.reconstruct(model, small, plan, images, measure=measure_of(job))
             facts["text"] = str(found)
             return found.model
 
@@ -294,7 +303,7 @@ def tuned(job: Job, model: nn.Module, small: nn.Module, plan: narrower.Plan, ima
     with job.stage("tune", busy="tuning") as facts:
         def train() -> nn.Module:
             found = narrower.tune(model, small, plan, images, steps=given.tune_steps, lr=given.tune_lr,
-                                  seed=job.settings.run.seed, progress=job.note_slowly())
+                                  seed=job.settings.run.seed, measure=measure_of(job), progress=job.note_slowly())
             facts["text"] = str(found)
             return found.model
 

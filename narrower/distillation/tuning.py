@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..inputs import call_model, flatten_tensors, map_tensors
 from ..planning.plan import Plan
-from ..repair.held_out import checked_inputs, divergences, images_at, split
+from ..repair.held_out import Measure, checked_inputs, divergences, images_at, measure_of, split
 from ..surgery.copying import duplicate, fresh_copy
 from ..surgery.walk import in_eval_mode, named_tensors
 from .distill import Distillation
@@ -45,7 +45,7 @@ class Tuned:
 
 
 def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, steps: int = 300, lr: float = 2e-5,
-         batch_size: int = 32, seed: int = 0, images: int | None = None,
+         batch_size: int = 32, seed: int = 0, images: int | None = None, measure: Measure | None = None,
          progress: Callable[[str], None] | None = None) -> Tuned:
     """Train a copy of `small` towards the outputs and features of `model`, on images without labels.
 
@@ -64,11 +64,13 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
         batch_size: images in a step.
         seed: of the order of images.
         images: use so many of the images; None for all.
+        measure: how outputs are compared, in the loss and on held-out images: "kl" (of class probabilities) or "relative"
+            (squared error, for outputs that are no class scores). None: "kl" for one tensor `(N, K)`, as of a classifier.
         progress: takes a line of text after each tenth of the steps.
 
     Raises:
         ConfigError: a setting is out of range, or the loss is no longer finite.
-        DataError: too few images, or images that are not finite or of different shapes.
+        DataError: too few images, images that are not finite or of different shapes, or outputs that `measure` does not fit.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
@@ -78,13 +80,12 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
     inputs = checked_inputs("tune", batches, model, images, 2 * HELD_OUT, "the more the better")
     fit, held_out = split(inputs, HELD_OUT, HELD_OUT_IMAGES)
     tuned = duplicate(small, {id(t): fresh_copy(t) for t in named_tensors(small).values()})
-    distillation = Distillation(model, tuned, plan, temperature=TEMPERATURE, weight=1.0, features=FEATURES)
-    try:
-        with in_eval_mode(tuned):
-            run_steps(tuned, distillation, minibatches(fit, steps, batch_size, seed), Cosine(lr, steps), progress)
-    finally:
-        distillation.close()
-    (before, after), measure = divergences(model, [small, tuned], held_out)
+    with torch.no_grad(), in_eval_mode(model):
+        measure = measure_of(call_model(model, images_at(held_out[0][0], torch.tensor([0]))), measure)
+    temperature = TEMPERATURE if measure == "kl" else None
+    with in_eval_mode(tuned), Distillation(model, tuned, plan, temperature=temperature, weight=1.0, features=FEATURES) as loss:
+        run_steps(tuned, loss, minibatches(fit, steps, batch_size, seed), Cosine(lr, steps), progress)
+    (before, after), _ = divergences(model, [small, tuned], held_out, measure)
     return Tuned(tuned if after < before else small, before, after, measure, steps)
 
 

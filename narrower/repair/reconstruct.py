@@ -19,7 +19,7 @@ from ..planning.plan import Plan
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors
-from .held_out import checked_inputs, divergences, images_wanted, joined, split
+from .held_out import Measure, checked_inputs, divergences, images_wanted, joined, split
 from .least_squares import choose
 from .patches import as_matrix, as_weight, patches_at, values_at
 from .readers import give_intercepts, losing_inputs
@@ -96,7 +96,7 @@ class Reconstruction:
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, images: int | None = None,
-                stream_targets: bool | None = None) -> Reconstruction:
+                stream_targets: bool | None = None, measure: Measure | None = None) -> Reconstruction:
     """Repair `small`, which `narrow(model, plan)` returned.
 
     Every layer that lost inputs gets the weights that best give the dense layer's output from the inputs that are left.
@@ -110,14 +110,16 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     up for what the other summand has lost as well. None tries both, in twice the time.
 
     Every eighth image (64 at most) is not fitted. On these the outputs are compared with the dense ones. The nearest network is
-    returned: the cut one, as it was, if no repair is nearer.
+    returned: the cut one, as it was, if no repair is nearer. `measure`: "kl" (of class probabilities) or "relative" (squared
+    error, of any outputs). None: "kl" for one tensor `(N, K)`, as of a classifier, else "relative".
 
     `batches` gives what the model takes, or pairs whose first part is; no labels are needed. All of them are used, or the first
     `images` samples. The dense network runs over them batch by batch. The narrow one runs once over all of them together, so
     memory grows with their number. Do not renew BatchNorm statistics after this: the targets are in the old ones.
 
     Neither `model` nor `small` is changed. Raises DataError for too few images, batches without tensors or of several shapes,
-    activations that are not finite, or outputs without numbers to compare; PlanError if the tensors of `model` are not those
+    activations that are not finite, or outputs without numbers to compare or that the measure does not
+    fit; PlanError if the tensors of `model` are not those
     that were traced, or those of `small` not those that the plan leaves.
     """
     same_tensors(model, plan.graph)
@@ -143,7 +145,7 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     found: dict[str, tuple[nn.Module, tuple[LayerRepair, ...]]] = {CUT: (cut, ())}
     for streams in ways:
         found[STREAMS if streams else LAYERS] = repaired(small, kept, targets, whole, streams, once)
-    values, measure = divergences(model, [m for m, _ in found.values()], judges)
+    values, measure = divergences(model, [m for m, _ in found.values()], judges, measure)
     by_name = dict(zip(found, values, strict=True))
     best = min(by_name, key=lambda name: by_name[name])
     if best == CUT:

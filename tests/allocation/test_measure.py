@@ -71,6 +71,16 @@ def test_outputs_that_are_no_logits_are_compared_by_squared_error() -> None:
     graph = narrower.trace(model, batches()[0][:1])
     found = narrower.sensitivity(model, graph, narrower.random(graph), batches())
     assert found.measure == "relative" and found.curves[0].damages[-1] > 0
+    with pytest.raises(narrower.DataError, match="measure='kl' compares class scores"):
+        narrower.sensitivity(model, graph, narrower.random(graph), batches(), measure="kl")
+
+
+def test_the_measure_is_the_one_that_is_given() -> None:
+    model = network()
+    graph = narrower.trace(model, batches()[0][:1])
+    scores = narrower.magnitude(model, graph)
+    kl, relative = (narrower.sensitivity(model, graph, scores, batches(), measure=measure) for measure in (None, "relative"))
+    assert (kl.measure, relative.measure) == ("kl", "relative") and kl.curves[0].damages != relative.curves[0].damages
 
 
 def test_bad_input_is_an_error() -> None:
@@ -193,7 +203,7 @@ def test_readers_at_several_depths_are_all_cut() -> None:
     x = torch.randn(4, 3, 8, 8)
     named = named_tensors(model)
     weights = {n: named[n] * (torch.arange(8) < 4).view(1, -1, 1, 1) for n in ("early.0.weight", "late.weight")}
-    found, _ = measured_damages(model, [Cut(0, 0.5, weights, {})], [(x, 4)], None)
+    found, _ = measured_damages(model, [Cut(0, 0.5, weights, {})], [(x, 4)], None, None)
     other = copy.deepcopy(model)
     for name, weight in weights.items():
         named_tensors(other)[name].data.copy_(weight)

@@ -42,6 +42,9 @@ class Empty(Small):
     def data(self, split):
         return []
 
+class NoLogits(Small):
+    logits = False
+
 class Stream(Small):
     def data(self, split):
         return iter(range(9))
@@ -68,11 +71,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_prune_and_eval_show_the_figures_of_the_task(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["prune", *SHORT, "--output", "one"]) == 0
+    assert cli.main(["prune", *SHORT, "--tune-steps", "1", "--output", "one"]) == 0
     shown = capsys.readouterr().out
+    assert "kl from the dense outputs" in shown and "kl on held-out images" in shown  # as the task has logits
     assert "own.py:tiny  Small: 1x32x32" in shown and "top-1" not in shown and "miou" in shown
     measured = rows("one")[-1]
-    assert next(iter(measured["dense"])) == "miou" and list(measured["stages"]) == ["cut", "reconstruct", "fine-tune"]
+    assert next(iter(measured["dense"])) == "miou" and list(measured["stages"]) == ["cut", "reconstruct", "tune", "fine-tune"]
     assert {"miou", "pixels", "headline"} <= rows("one")[1 + [r["stage"] for r in rows("one")].index("save")].keys()
     assert f"task: {Path.cwd() / 'own.py'}:Small" in Path("one/config.yaml").read_text()
     assert cli.main(["eval", "one", "--json", "--device", "cpu"]) == 0
@@ -109,12 +113,15 @@ def test_two_processes_find_the_figures_of_one() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_taylor_takes_the_loss_of_the_task_and_sensitivity_its_images() -> None:
+def test_taylor_takes_the_loss_of_the_task_and_sensitivity_its_images_and_whether_it_has_logits() -> None:
     start = ["train", *OWN, "--epochs", "1", "--output", "dense"]
     assert cli.main(start) == 0
     assert cli.main(["prune", "dense", "--method", "taylor", "--allocate", "share", "--dry-run", "--images", "32"]) == 0
     assert cli.main(["sensitivity", "dense", "--method", "magnitude", "--images", "32", "--output", "damage"]) == 0
-    assert Path("damage/sensitivity.json").exists()
+    assert json.loads(Path("damage/sensitivity.json").read_text())["measure"] == "kl"
+    other = ["sensitivity", "dense", "--method", "magnitude", "--images", "32", "--task", "own.py:NoLogits"]
+    assert cli.main([*other, "--output", "other"]) == 0
+    assert json.loads(Path("other/sensitivity.json").read_text())["measure"] == "relative"
 
 
 @pytest.mark.parametrize(("task", "more", "message"), [

@@ -12,7 +12,8 @@ from support.resrep_training import randomised
 from torch import nn
 
 import narrower
-from narrower.distillation.tuning import Cosine, minibatches
+from narrower.distillation import tuning
+from narrower.distillation.tuning import TEMPERATURE, Cosine, minibatches
 from narrower.repair.held_out import divergences, split
 
 BATCHES = list(torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(32))
@@ -40,6 +41,26 @@ def test_a_tuned_network_is_nearer_to_the_dense_one_on_held_out_images(networks:
     assert small.training and all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
     statistics = {k: v for k, v in found.model.state_dict().items() if "running" in k}
     assert statistics and all(torch.equal(v, before[k]) for k, v in statistics.items())
+
+
+@pytest.mark.parametrize(("measure", "temperature"), [(None, TEMPERATURE), ("relative", None)])
+def test_the_loss_and_what_decides_are_of_the_measure_that_is_given(
+    networks: Any, measure: Any, temperature: float | None, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, small, plan = networks
+    made: list[Any] = []
+
+    class Kept(narrower.Distillation):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(tuning, "Distillation", Kept)
+    found = narrower.tune(model, small, plan, BATCHES, steps=20, lr=3e-3, measure=measure)
+    assert made[0].temperature == temperature and found.measure == (measure or "kl") and found.kept
+    held_out = split([(b, len(b)) for b in BATCHES], 6, 128)[1]
+    (before, after), _ = divergences(model, [small, found.model], held_out, measure)
+    assert (before, after) == pytest.approx((found.before, found.after))
 
 
 def test_what_makes_it_worse_is_not_kept(networks: Any) -> None:

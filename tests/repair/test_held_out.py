@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import narrower
-from narrower.repair.held_out import Comparison, checked_inputs, divergences, images_wanted, split
+from narrower.repair.held_out import Comparison, Measure, checked_inputs, divergences, images_wanted, measure_of, split
 
 
 def test_no_image_is_both_fitted_and_held_out() -> None:
@@ -26,21 +26,21 @@ def test_no_more_images_are_held_out_than_asked() -> None:
     assert torch.cat([t for t, _ in held_out]).flatten().tolist() == [3, 7, 11] and sum(n for _, n in fit) == 97
 
 
-def compared(dense: list[Any], *others: list[Any]) -> tuple[list[float], str]:
+def compared(dense: list[Any], *others: list[Any], measure: Measure | None = None) -> tuple[list[float], Measure]:
     """Outputs chunk by chunk."""
-    found = Comparison(len(others))
+    found = Comparison(len(others), measure)
     for k, out in enumerate(dense):
         found.dense(out)
         for n, other in enumerate(others):
             found.other(n, other[k])
-    return found.values(), found.kind
+    return found.values(), found.measure
 
 
-@pytest.mark.parametrize("shape", [(7,), (7, 2, 3)])
-def test_class_scores_are_compared_by_the_divergence_of_torch(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "measure"), [((7,), None), ((7, 2, 3), "kl"), ((7, 4), "kl")])
+def test_class_scores_are_compared_by_the_divergence_of_torch(shape: tuple[int, ...], measure: Measure | None) -> None:
     p, q = torch.randn(5, *shape), torch.randn(5, *shape)
     want = nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), reduction="none", log_target=True).sum(1).mean()
-    (value, same), kind = compared([p[:3], p[3:]], [q[:3], q[3:]], [p[:3], p[3:]])
+    (value, same), kind = compared([p[:3], p[3:]], [q[:3], q[3:]], [p[:3], p[3:]], measure=measure)
     assert kind == "kl" and value == pytest.approx(float(want), rel=1e-5) and same == 0
 
 
@@ -50,6 +50,26 @@ def test_other_outputs_are_compared_by_squared_error_relative_to_the_variance() 
     other = [{"boxes": boxes[k], "count": count[k] + 1, "index": torch.arange(3) + 1} for k in (slice(4), slice(4, 6))]
     (value,), kind = compared(dense, other)
     assert kind == "relative" and value == pytest.approx(float(1 / count.double().var(unbiased=False)) / 2, rel=1e-6)
+
+
+def test_an_offset_of_a_regression_counts_where_it_is_said_to_be_one() -> None:
+    """Class probabilities do not see it."""
+    dense = torch.randn(8, 4)
+    assert compared([dense], [dense + 3])[0][0] == pytest.approx(0, abs=1e-6)
+    (value,), measure = compared([dense], [dense + 3], measure="relative")
+    assert measure == "relative" and value == pytest.approx(9 / float(dense.var(correction=0)), rel=1e-5)
+
+
+def test_without_a_wish_only_what_a_classifier_returns_is_taken_for_class_scores() -> None:
+    scores, map_ = torch.zeros(3, 7), torch.zeros(3, 7, 2, 2)
+    assert [measure_of(out) for out in (scores, {"out": scores}, (scores, torch.zeros(3).long()))] == ["kl"] * 3
+    assert [measure_of(out) for out in (map_, torch.zeros(3, 1), torch.zeros(3), (scores, scores))] == ["relative"] * 4
+    assert measure_of(scores, "relative") == "relative" and measure_of({"out": map_}, "kl") == "kl"
+    for out in (torch.zeros(3, 1), torch.zeros(3), (scores, scores)):
+        with pytest.raises(narrower.DataError, match=r"measure='kl' compares class scores, .* give 'relative'"):
+            measure_of(out, "kl")
+    with pytest.raises(narrower.ConfigError, match="measure='mse': give 'kl'"):
+        measure_of(scores, "mse")  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_compared_is_an_error() -> None:

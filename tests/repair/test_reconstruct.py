@@ -45,6 +45,14 @@ def duplicated(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
     return model, {}
 
 
+def test_outputs_are_compared_by_the_measure_that_is_given() -> None:
+    model = network()
+    plan, small = cut(model)
+    found = [narrower.reconstruct(model, small, plan, batches(), measure=measure) for measure in (None, "relative")]
+    assert [f.measure for f in found] == ["kl", "relative"] and "relative from the dense outputs" in str(found[1])
+    assert found[0].divergences["cut"] != found[1].divergences["cut"]
+
+
 def test_a_duplicated_channel_goes_at_no_error() -> None:
     model, _ = duplicated(network())
     graph = narrower.trace(model, batches()[0][:1])
