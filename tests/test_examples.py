@@ -16,10 +16,15 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 IMAGES = torch.randn(1, 3, 16, 16)
 
 
-def main_of(name: str, *packages: str) -> Any:
+def names_of(name: str, *packages: str) -> dict[str, Any]:
+    """What an example defines."""
     for package in packages:
         pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[examples]'")
-    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))["main"]
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+
+
+def main_of(name: str, *packages: str) -> Any:
+    return names_of(name, *packages)["main"]
 
 
 def macs(model: Any) -> float:
@@ -35,8 +40,11 @@ def test_examples_are_short_tested_and_on_a_page(path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["resrep", "soft"])
 def test_plain_loop(method: str) -> None:
-    dense, small = main_of("plain_loop")(method, epochs=8)
+    example = names_of("plain_loop")
+    dense, small = example["main"](method, epochs=8)
     assert macs(small) <= 0.5 * macs(dense)
+    right = [small.eval()(images).argmax(1) == labels for images, labels in example["make_batches"]()]
+    assert torch.cat(right).float().mean() > 0.5  # of four classes, on new images
 
 
 def test_detector() -> None:
@@ -48,6 +56,7 @@ def test_detector() -> None:
 def test_segmentation() -> None:
     result = main_of("segmentation")(epochs=1)
     assert list(result) == ["dense", "cut", "repaired", "trained"] and all(0 < value <= 1 for value in result.values())
+    assert result["cut"] < result["repaired"] < result["trained"]
 
 
 def test_segmentation_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,11 +69,20 @@ def test_segmentation_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     short = ["--dense-epochs", "1", "--epochs", "0", "--images", "16", "--no-reconstruct", "--recalibrate", "0", "-j", "0"]
     assert cli.main(["prune", *where, *short, "--method", "magnitude", "--allocate", "share"]) == 0
     assert "miou" in capsys.readouterr().out
+    shapes = names_of("segmentation_task")["Shapes"]()
+    true = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]])
+    found = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 0]])  # of the classes 3 of 5, 2 of 3 and 1 of 2
+    figures = shapes.figures(shapes.measure(torch.eye(3)[found].movedim(-1, 1), true))
+    assert figures == pytest.approx({"miou": 100 * (3 / 5 + 2 / 3 + 1 / 2) / 3, "pixels": 75})
+    images, classes = zip(*(shapes.data("val")[k] for k in range(4)), strict=True)
+    levels = [torch.stack(images)[:, 0][torch.stack(classes) == k].mean() for k in range(3)]
+    assert levels == pytest.approx([0, 1, -1], abs=0.1)
 
 
 def test_timm_train() -> None:
     small, average = main_of("timm_train", "timm")()
     assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in average.named_parameters()}
+    assert not any(p.equal(q) for p, q in zip(small.parameters(), average.parameters(), strict=True))
     assert not any("compactor" in name for name, _ in small.named_modules())
 
 
