@@ -71,8 +71,9 @@ def train_centripetal(job: Job, model: nn.Module, graph: narrower.Graph) -> tupl
     training = copy.deepcopy(model)
     csgd = pulled(job, training, graph, plan, job.updates)
     try:
-        job.train(training, "centripetal", run_folder.CHECKPOINT, job.settings.train,
-                  methods=Methods(centripetal=csgd, distillation=distilling(job, model, training)))
+        with distilling(job, model, training) as distillation:
+            job.train(training, "centripetal", run_folder.CHECKPOINT, job.settings.train,
+                      methods=Methods(centripetal=csgd, distillation=distillation))
     except KeyboardInterrupt:
         if job.run.writes:
             with warnings.catch_warnings():  # that filters still differ
