@@ -254,7 +254,8 @@ def lines(found: Sequence[Outcome]) -> tuple[Line, ...]:
 def write_comparison(found: Comparison, note: Callable[[str], None]) -> list[str]:
     """Write `compare.json` and the picture `compare.svg` into the folder of the grid. Returns the names of the files."""
     table = {"figure": found.figure, "dense": found.dense, "lines": [asdict(line) for line in found.lines],
-             "failed": found.failed, "folder": found.folder.name, "runs": [{**asdict(run), "cell": run.cell._asdict()} for run in found.runs]}
+             "failed": found.failed, "folder": found.folder.name,
+             "runs": [{**asdict(run), "cell": run.cell._asdict()} for run in found.runs]}
     write_whole({found.folder / TABLE: (json.dumps(table, indent=1) + "\n").encode()})
     try:
         write_whole({found.folder / PICTURE: frontier(found)})
