@@ -25,7 +25,7 @@ from repair import BATCH, Data, cifar, lite
 from torch import nn
 
 import narrower
-from narrower.deployment.benchmarking import middle_and_spread
+from narrower.deployment.benchmarking import middle_and_spread, ratio_and_error
 from narrower.deployment.formats import Run, open_onnx, open_openvino
 from narrower.deployment.layer_times import SETTLE, in_turn, machine
 from narrower.measuring import macs_of
@@ -73,10 +73,10 @@ def timed(folder: Path, x: torch.Tensor, runtime: str, threads: int, seconds: fl
     rows = []
     for (width, precision), own in zip(FILES, times, strict=True):
         middle, spread = middle_and_spread(own)
-        ratio, width_of = middle_and_spread([b / a for a, b in zip(times[0], own, strict=True)])
+        ratio, error = ratio_and_error(times[0], own)
         rows.append({"width": width, "precision": precision, "runtime": runtime, "threads": threads, "ms": 1e3 * middle,
                      "least_ms": 1e3 * min(own), "spread": spread, "ratio": ratio, "rounds": len(own),
-                     "ratio_error": 1.96 * 0.93 * width_of * ratio / len(own) ** 0.5, "machine": machine()})
+                     "ratio_error": error, "machine": machine()})
     return rows
 
 
