@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.networks import Plain, images
 from torch import nn
 
 import narrower
+from narrower.deployment import runtimes
 from narrower.deployment.runtimes import RUNTIMES, runtime_named, torch_threads
 from narrower.inputs import flatten_tensors
 
@@ -34,6 +37,15 @@ def test_a_compiled_call_computes_what_the_network_does() -> None:
 def test_cuda_graphs_need_cuda() -> None:
     with pytest.raises(narrower.ConfigError, match="cudagraph needs a network on a CUDA device, not on cpu"):
         runtime_named("cudagraph").prepare(nn.Conv2d(3, 4, 1), images(), 1)
+
+
+def test_files_run_on_as_many_threads_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, int]] = []
+    monkeypatch.setattr(runtimes, "export", lambda module, inputs, path, **given: SimpleNamespace(path=path))
+    monkeypatch.setattr(runtimes, "format_of", lambda path: SimpleNamespace(open=lambda *given: opened.append(given)))
+    for name in PACKAGES:
+        runtime_named(name).prepare(Plain(), images(), 3)
+    assert [threads for _, threads in opened] == [3, 3]
 
 
 def test_threads_are_put_back() -> None:
