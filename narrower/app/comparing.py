@@ -27,6 +27,8 @@ from .resuming import WHERE, named
 DENSE, TABLE, PICTURE = "dense", "compare.json", "compare.svg"
 OTHERS = (external.DENSE, *external.EXTERNAL)
 """Methods that `narrower prune` does not have."""
+NAMED: dict[str, tuple[str, Sequence[str]]] = {"soft": ("softness", [*PUBLISHED]), "centripetal": ("pull", ["published"])}
+"""Settings of a method, and the values by name that follow it in a grid."""
 PROTOCOL = (*(item.name for item in fields(TrainConfig) if item.name not in WHERE), "distill", "distill_temperature",
             "distill_weight")
 """Settings that all runs of a grid have in common."""
@@ -39,7 +41,7 @@ Begin = Callable[[Settings, str], Job]
 
 
 class Cell(NamedTuple):
-    """One run of the grid. `method`: with its `--allocate` (`resrep:norms`) or `--softness` (`soft:sfp`) if wanted."""
+    """One run of the grid. `method`: with its `--allocate` (`resrep:norms`) or `--softness` (`soft:sfp`) or `--pull` if wanted."""
 
     method: str
     macs: float
@@ -117,6 +119,8 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
 
     A run that cannot be done is reported and left out.
 
+    After each run `compare.json` is written.
+
     Raises:
         ConfigError: the folder holds runs by another training or from another network, or nothing could be run.
         KeyboardInterrupt: Ctrl-C. The same command goes on.
@@ -128,6 +132,10 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
         settings = with_dense(settings, root, begin)
     found: list[Outcome] = []
     failed: dict[str, str] = {}
+
+    def comparison() -> Comparison:
+        return Comparison(found[0].figure, found[0].dense, tuple(found), failed, root)
+
     for cell in cells(given):
         folder, name = cell.folder(root), cell.folder(Path()).name
         if (done := outcome(cell, folder)) is None:
@@ -143,9 +151,10 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
         if done is not None:
             check_start(folder, found[0].cell.folder(root) if found else folder)
             found.append(done)
+            first(lambda: write_table(comparison()))
     if not found:
         raise ConfigError("none of the runs could be done: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
-    return Comparison(found[0].figure, found[0].dense, tuple(found), failed, root)
+    return comparison()
 
 
 def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
@@ -164,7 +173,8 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
         raise ConfigError(f"no method is called {cell.method!r}: take some of {', '.join((*METHODS, *OTHERS))}")
     prune = replace(settings.prune, method=method, macs=cell.macs)
     if how:
-        prune = replace(prune, **{"softness" if method == "soft" and how in PUBLISHED else "allocate": how})  # type: ignore[arg-type]
+        name, values = NAMED.get(method, ("", ()))
+        prune = replace(prune, **{name if how in values else "allocate": how})  # type: ignore[arg-type]
     return replace(settings, run=run, prune=prune)
 
 
@@ -253,16 +263,21 @@ def lines(found: Sequence[Outcome]) -> tuple[Line, ...]:
 
 def write_comparison(found: Comparison, note: Callable[[str], None]) -> list[str]:
     """Write `compare.json` and the picture `compare.svg` into the folder of the grid. Returns the names of the files."""
-    table = {"figure": found.figure, "dense": found.dense, "lines": [asdict(line) for line in found.lines],
-             "failed": found.failed, "folder": found.folder.name,
-             "runs": [{**asdict(run), "cell": run.cell._asdict()} for run in found.runs]}
-    write_whole({found.folder / TABLE: (json.dumps(table, indent=1) + "\n").encode()})
+    write_table(found)
     try:
         write_whole({found.folder / PICTURE: frontier(found)})
     except MissingExtraError as error:
         note(f"no picture: {error}")
         return [TABLE]
     return [TABLE, PICTURE]
+
+
+def write_table(found: Comparison) -> None:
+    """Write `compare.json`."""
+    table = {"figure": found.figure, "dense": found.dense, "lines": [asdict(line) for line in found.lines],
+             "failed": found.failed, "folder": found.folder.name,
+             "runs": [{**asdict(run), "cell": run.cell._asdict()} for run in found.runs]}
+    write_whole({found.folder / TABLE: (json.dumps(table, indent=1) + "\n").encode()})
 
 
 def frontier(found: Comparison) -> bytes:

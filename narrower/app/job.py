@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import narrower
 
-from ..data.images import Images, batches, hold_out
+from ..data.images import Images, batches
 from ..data.sources import ImageData, Parts, Reading, open_data
 from ..data.streams import StreamImages
 from ..data.task import ByClass
@@ -167,10 +166,10 @@ class Job:
         """As `evaluate_classes` of the training."""
         return evaluate_classes(model, self.data.val, self.settings.train, self.accelerator, self.report.watch)
 
-    @cached_property
+    @property
     def fit_and_held(self) -> tuple[Images, Images | None]:
         """The training images to fit, and those that decide what is kept."""
-        return hold_out(self.data.train, self.settings.train.held_out, self.settings.run.seed)
+        return self.data.split(self.settings.train.held_out, self.settings.run.seed)
 
     @property
     def updates(self) -> int:

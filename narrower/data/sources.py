@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
-from .images import Files, Images, LazyImages, Source, TensorImages
+from .images import Files, Images, LazyImages, Source, TensorImages, hold_out
 from .seeding import mix
 from .streams import StreamImages, shards_of
 from .task import CLASSIFICATION, Task
@@ -107,6 +107,16 @@ class ImageData:
     @cached_property
     def val(self) -> Images:
         return self.read("val")
+
+    def split(self, held_out: int, seed: int) -> tuple[Images, Images | None]:
+        """The training images to fit, and those that are held out, as `hold_out` gives them. Kept: both may be copies."""
+        if (held_out, seed) not in self._splits:
+            self._splits[held_out, seed] = hold_out(self.train, held_out, seed)
+        return self._splits[held_out, seed]
+
+    @cached_property
+    def _splits(self) -> dict[tuple[int, int], tuple[Images, Images | None]]:
+        return {}
 
 
 def open_data(

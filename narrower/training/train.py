@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.images import Images, batches, hold_out, trained_on
+from ..data.images import Images, batches, trained_on
 from ..data.seeding import mix
 from ..data.sources import ImageData, Watch, silent
 from ..data.streams import StreamImages
@@ -139,7 +139,7 @@ class TrainLoop:
         if self.distillation is not None:
             self.distillation.teacher.to(self.accelerator.device)
         self.task = task_in_training(data.task, config)
-        self.fit, self.held = hold_out(data.train, config.held_out, seed)
+        self.fit, self.held = data.split(config.held_out, seed)
         self.average = make_average(model, config, methods.narrows)
         self.mixing = Mixing(config, self.accelerator.device)
         scales = config.amp and config.amp_dtype == "float16"

@@ -23,7 +23,8 @@ from narrower.app import cli
 from narrower.app.comparing import Cell, Comparison, Outcome, cells, frontier, lines, pareto, seconds_of, settings_of
 from narrower.app.comparing import outcome as read_outcome
 from narrower.app.config import CompareConfig, PruneConfig
-from narrower.app.job import Settings
+from narrower.app.job import Job, Settings
+from narrower.app.prune import Result, prune
 from narrower.app.terminal import grid
 
 GRID = ["compare", *SMALL, "--epochs", "1", "--output", "grid"]
@@ -89,6 +90,21 @@ def test_what_cannot_be_done_is_named_and_the_rest_is_done(capsys: pytest.Captur
     assert cli.main([*GRID, "--methods", "random:share", "--budgets", "0.5", "1e-9", "--epochs", "0"]) == 0
     shown = capsys.readouterr().out
     assert "not done: random-share-1e-09-seed-0: " in shown and "the least" in shown and "random:share" in shown
+
+
+def test_an_interrupted_grid_has_the_table_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Job] = []
+
+    def once(job: Job) -> Result:
+        if done:
+            raise KeyboardInterrupt
+        done.append(job)
+        return prune(job)
+
+    monkeypatch.setattr("narrower.app.comparing.prune", once)
+    quick = ["--epochs", "0", "--dense-epochs", "0"]
+    assert cli.main([*GRID, *quick, "--methods", "random:share", "--seeds", "0", "1"]) == 130
+    assert [run["cell"]["seed"] for run in json.loads(Path("grid/compare.json").read_text())["runs"]] == [0]
 
 
 @pytest.mark.parametrize(("flags", "says"), [

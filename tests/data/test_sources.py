@@ -44,6 +44,14 @@ def test_digits_split_is_stratified_and_fixed() -> None:
     assert shared == 0
 
 
+def test_images_are_held_out_once_for_all() -> None:
+    data = digits()
+    fit, held = data.split(30, 1)
+    assert isinstance(fit, TensorImages) and isinstance(held, TensorImages) and (len(fit), len(held)) == (1168, 30)
+    assert data.split(30, 1) is data.split(30, 1) and data.split(0, 1) == (data.train, None)
+    assert not torch.equal(data.split(30, 2)[1].labels, held.labels)  # type: ignore[union-attr]
+
+
 def test_folder_in_natural_order_with_values(tmp_path: Path) -> None:
     data = folder(images(tmp_path), Reading(mean=(0.0,) * 3, std=(1.0,) * 3))
     assert (data.num_classes, data.input_size) == (2, (3, 8, 8))
