@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ Begin = Callable[[Settings, str], Job]
 
 
 class Cell(NamedTuple):
-    """One run of the grid. `method`: with its `--allocate` (`resrep:norms`) or `--softness` (`soft:sfp`) or `--pull` if wanted."""
+    """One run of the grid. `method`: some with `--allocate` (`resrep:norms`), `--softness` (`soft:sfp`) or `--pull`."""
 
     method: str
     macs: float
@@ -130,31 +131,31 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
         check_protocol(cell.folder(root), settings_of(cell, settings, root))
     if not (settings.model.checkpoint or settings.model.pretrained):
         settings = with_dense(settings, root, begin)
-    found: list[Outcome] = []
     failed: dict[str, str] = {}
-
-    def comparison() -> Comparison:
-        return Comparison(found[0].figure, found[0].dense, tuple(found), failed, root)
-
     for cell in cells(given):
-        folder, name = cell.folder(root), cell.folder(Path()).name
-        if (done := outcome(cell, folder)) is None:
-            report.note(name)
-            try:
-                one = begin(settings_of(cell, settings, root), "prune")
-                external.prune_external(one, cell.method) if cell.method in OTHERS else prune(one)
-            except NarrowerError as error:
-                failed[name] = str(error)
-                report.note(f"{name}: {failed[name]}")
-                continue
-            done = outcome(cell, folder)
-        if done is not None:
-            check_start(folder, found[0].cell.folder(root) if found else folder)
-            found.append(done)
-            first(lambda: write_table(comparison()))
+        if outcome(cell, cell.folder(root)) is not None:
+            continue
+        name = cell.folder(Path()).name
+        report.note(name)
+        try:
+            one = begin(settings_of(cell, settings, root), "prune")
+            external.prune_external(one, cell.method) if cell.method in OTHERS else prune(one)
+        except NarrowerError as error:
+            failed[name] = str(error)
+            report.note(f"{name}: {failed[name]}")
+            continue
+        first(partial(write_table, together(root, cells(given), failed)))
+    return together(root, cells(given), failed)
+
+
+def together(root: Path, grid: Sequence[Cell], failed: dict[str, str]) -> Comparison:
+    """What has ended so far. Raises ConfigError if nothing has, or if runs began with different networks or images."""
+    found = [done for cell in grid if (done := outcome(cell, cell.folder(root))) is not None]
     if not found:
         raise ConfigError("none of the runs could be done: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
-    return comparison()
+    for one in found[1:]:
+        check_start(one.cell.folder(root), found[0].cell.folder(root))
+    return Comparison(found[0].figure, found[0].dense, tuple(found), failed, root)
 
 
 def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:

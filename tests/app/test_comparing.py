@@ -136,6 +136,7 @@ def test_a_method_comes_with_its_allocation_or_its_softness() -> None:
         return settings_of(Cell(method, 0.3, 1), Settings(), Path("grid")).prune
 
     assert chosen("soft:sfp") == PruneConfig(method="soft", softness="sfp", macs=0.3)
+    assert chosen("centripetal:published") == PruneConfig(method="centripetal", pull="published", macs=0.3)
     assert chosen("soft:share") == PruneConfig(method="soft", allocate="share", macs=0.3)
     assert chosen("resrep:norms") == PruneConfig(method="resrep", allocate="norms", macs=0.3)
     assert chosen("soft") == PruneConfig(method="soft", macs=0.3)
