@@ -90,6 +90,15 @@ def test_prune_trains_its_own_dense_network(capsys: pytest.CaptureFixture[str]) 
     assert figures["stages"] == {name: stages[name]["top1"] for name in ("cut", "reconstruct", "fine-tune")}
     assert figures["dense"]["top1"] == stages["train dense"]["top1"] > 15
     assert stages["verify"]["error"] < 1e-9
+    for name in ("train dense", "cut", "reconstruct", "fine-tune"):
+        counted = stages[name]["by_class"]
+        assert len(counted["images"]) == 10 and sum(counted["images"]) == 599
+        assert 100 * sum(counted["right"]) / 599 == pytest.approx(stages[name]["top1"])
+    assert all(min(pair) > 0 for pair in figures["layer_times"]["ms"].values())
+    assert figures["layer_times"]["ms"].keys() == {name for name, t in weights("one").items() if t.ndim > 1}
+    sizes = json.loads((Path("one") / run_folder.PLAN).read_text())["groups"]
+    scores = load_file(Path("one") / run_folder.SCORES)
+    assert scores and all(len(values) == sizes[name] for name, values in scores.items())
 
     assert cli.main(["eval", "one", "--device", "cpu"]) == 0
     assert f"{figures['narrow']['top1']:.2f} %" in capsys.readouterr().out
@@ -143,6 +152,7 @@ def test_the_network_of_a_run_is_narrowed_again_trained_further_and_evaluated(ca
     top1 = [row["top1"] for row in rows("further") if "top1" in row][-1]
     assert found["top1"] == pytest.approx(top1) and found["top1"] <= found["top5"] and found["images"] == 599
     assert found["macs"] == last["twice"]["narrow"]["macs"] and found["loss"] > 0
+    assert 100 * sum(found["by_class"]["right"]) / 599 == pytest.approx(top1)
     best = load_file("further/best.safetensors")  # of its only epoch
     assert best.keys() == two.keys() and best["conv1.weight"].shape == two["conv1.weight"].shape
     assert cli.main(["inspect", "further", "--checkpoint", "further/best.safetensors"]) == 0
@@ -607,6 +617,8 @@ def test_a_resumed_resrep_run_equals_an_uninterrupted_one(
     assert cli.main(["eval", "cut"]) == 0
     assert cli.main(["prune", "--resume", "cut"]) == 0
     assert same(weights("whole"), weights("cut"))
+    noted = [[(row["epoch"], row["steps"], row["norms"]) for row in rows(run) if "norms" in row] for run in ("whole", "cut")]
+    assert noted[0] == noted[1] != []
     assert cli.main(["prune", "--resume", "cut"]) == 0
     assert same(weights("whole"), weights("cut"))
 
