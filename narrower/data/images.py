@@ -212,7 +212,7 @@ def batches(
         images: the images to read.
         batch_size: images per batch and process. The last batch may be smaller.
         order: seed of the shuffling, for training. All processes then get equally many batches, with one image more or less
-            in the last, and no batch has one image (`trained_on`). None keeps the order and all images.
+            in the last, and the last is not too small (`trained_on`). None keeps the order and all images.
         start: number of batches to skip, for a resumed epoch.
         shard: (rank, number of processes). Each process takes every n-th image.
         workers: number of reader processes. Not used for images in memory.
@@ -234,14 +234,16 @@ def batches(
 
 
 def trained_on(count: int, batch_size: int, processes: int = 1) -> int:
-    """How many of `count` images an epoch has: without a last batch in which a process had less than two, as BatchNorm needs.
+    """How many of `count` images an epoch has: without a small last batch, of less than a sixteenth of a whole one.
 
-    Raises DataError if there are more processes than images.
+    With 32 images or more a process, this is the same for any number of processes. With less, a last batch in which a process
+    had less than two images, as BatchNorm needs, is left out too. Raises DataError if there are more processes than images.
     """
     if count < processes:
         raise DataError(f"{count} images cannot be divided among {processes} processes")
-    rest = count % (batch_size * processes)
-    return count - rest if rest < min(2 * processes, count) else count
+    whole = batch_size * processes
+    rest = count % whole
+    return count - rest if rest < min(max(2 * processes, whole // 16), count) else count
 
 
 def _as_it_is(batch: Any) -> Any:

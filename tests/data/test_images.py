@@ -85,6 +85,13 @@ def test_a_step_of_all_processes_has_the_images_of_one_step_of_a_single_one(coun
     assert all(len(part) > 1 for steps in parts for part in steps)
 
 
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_any_number_of_processes_trains_on_as_many_images(processes: int) -> None:
+    for count in range(processes, 1100):
+        assert trained_on(count, 256 // processes, processes) == trained_on(count, 256)
+    assert [trained_on(256 + rest, 256) for rest in (0, 15, 16, 255)] == [256, 256, 272, 511]
+
+
 def test_images_cannot_be_fewer_than_processes() -> None:
     with pytest.raises(DataError, match="2 images cannot be divided among 3 processes"):
         trained_on(2, 4, 3)
