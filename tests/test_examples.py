@@ -95,10 +95,12 @@ def test_lightning_callback(method: str) -> None:
 
 
 @pytest.mark.slow
-def test_huggingface_trainer_and_its_resuming(tmp_path: Path) -> None:
+def test_huggingface_trainer_and_its_resuming(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = main_of("huggingface_trainer", "timm", "transformers", "accelerate")
     whole = main(tmp_path / "whole")
     assert main(tmp_path / "parts", stop_after=1) is None
+    capsys.readouterr()
     resumed = main(tmp_path / "parts")
+    assert "step 8 of 8" in capsys.readouterr().out
     for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
