@@ -205,9 +205,12 @@ class SoftPruning:
         return {n: made[n] * read[n] * self.prior.get(n, 1.0) for n in made if n not in self.reasons}
 
     def choose(self, share: float, values: Mapping[str, np.ndarray]) -> Masks:
-        """A share of the channels to remove: those of the lowest values. With a plan, its channels only."""
+        """A share of the channels to remove, to the nearest number: those of the lowest values. With a plan, its channels only.
+
+        Rounded down, the last channel of every group would go in the last step, after which nothing trains.
+        """
         order = {n: v if self.wanted is None else np.where(self.wanted[n], v, np.inf) for n, v in values.items()}
-        counts = [part.removable(np.floor(share * n + 1e-9).astype(np.int64), n)
+        counts = [part.removable(np.floor(share * n + 0.5).astype(np.int64), n)
                   for part, n in zip(self.parts, self.goal, strict=True)]
         kept = Kept.without(self.graph, lowest_channels(self.parts, counts, order))
         return {g.name: ~kept.mask(g.name) for g in self.graph.free}

@@ -111,6 +111,18 @@ def test_factor_number_and_hardness_follow_the_schedule() -> None:
     assert [share_at(t, 0.5) for t in (0.25, 0.5, 1.0)] == [0.875, 1.0, 1.0] and share_at(0.1, 0.0) == 1.0
 
 
+def test_the_number_of_masked_channels_is_the_nearest_to_the_share_so_that_none_waits_for_the_end() -> None:
+    soft = soft_pruning(chain(), steps=10, factor=0.0, grow=1.0, harden=None)
+    masked = []
+    for _ in range(10):
+        soft.step()
+        masked.append({name: int(m.sum()) for name, m in soft.masked.items() if m.any()})
+    assert masked[8] == masked[9] and sum(masked[9].values()) == sum(int(n.sum()) for n in soft.goal)
+    shares = [share_at(t / 10, 1.0) for t in range(1, 11)]
+    assert all(abs(now[name] - share * most) <= 0.5 for now, share in zip(masked, shares, strict=True)
+               for name, most in masked[9].items())
+
+
 def test_a_soft_channel_comes_back_when_its_readers_grow_and_a_hard_one_does_not() -> None:
     for settings, comes_back in ((SFP, True), (HARD, False)):
         model = chain()
