@@ -56,6 +56,7 @@ TESTED_ELSEWHERE = {
     "app/oneshot.py": "app/test_cli.py",
     "app/prune.py": "app/test_cli.py",
     "app/resrep_run.py": "app/test_cli.py",
+    "data/decoding.py": "data/test_sources.py",
     "data/seeding.py": "data/test_streams.py: an epoch comes again as it was",
     "models/densenet.py": "models/test_models.py",
     "models/googlenet.py": "models/test_models.py",

@@ -133,15 +133,16 @@ def sensitivity_of(folder: Path) -> Sensitivity:
 
 
 def scores_of(folder: Path) -> dict[str, Scored]:
-    """The scores, with what the plan keeps."""
+    """The scores along the network, with what the plan keeps."""
     if not (folder / run_folder.SCORES).is_file():
         raise ConfigError("the run has kept no scores")
-    keep = json.loads((folder / run_folder.PLAN).read_text(encoding="utf-8"))["keep"]
+    plan, scores = json.loads((folder / run_folder.PLAN).read_text(encoding="utf-8")), read_scores(folder / run_folder.SCORES)
     found = {}
-    for name, values in read_scores(folder / run_folder.SCORES).items():
-        kept = np.full(len(values), name not in keep)
-        kept[keep.get(name, [])] = True
-        found[name] = Scored(values.double().numpy(), kept)
+    for name in plan["groups"]:  # in the order of the network, which the file of scores has not
+        if name in scores:
+            kept = np.full(len(scores[name]), name not in plan["keep"])
+            kept[plan["keep"].get(name, [])] = True
+            found[name] = Scored(scores[name].double().numpy(), kept)
     return found
 
 

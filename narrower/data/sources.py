@@ -6,9 +6,7 @@ needed, with timm's transforms.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
+from .decoding import decoded
 from .images import Files, Images, LazyImages, Source, TensorImages, hold_out
-from .seeding import mix
 from .streams import StreamImages, shards_of
 from .task import CLASSIFICATION, Task
 from .unlabelled import unlabelled_files
@@ -291,7 +289,8 @@ def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Rea
 
     def read(split: str) -> Images:
         if not stream and max(size) <= SMALL:
-            images, labels = _decoded(parts[split], size, reading, lambda it, n: watch(it, f"decoding {split} images", n))
+            images, labels = decoded(parts[split], size, reading.mode, reading.cache,
+                                     lambda it, n: watch(it, f"decoding {split} images", n))
             return TensorImages(images, labels, reading.mean, reading.std, max(1, min(size) // 8), reading.flip,
                                 augment=augmentation(reading))
         plain, training = _transforms((reading.channels, height, width), reading)
@@ -345,57 +344,3 @@ def augmentation(reading: Reading) -> Callable[[Any], Any] | None:
         return make(reading.aa, {"translate_const": 10, "img_mean": tuple(round(255 * value) for value in reading.mean)})
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(f"--aa {reading.aa}: {error}; give a name of timm's, such as rand-m9-mstd0.5-inc1") from error
-
-
-def _decoded(source: Source, size: tuple[int, int], reading: Reading, watch: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-    """All images as uint8 `[N, C, H, W]`, and their labels. Read from the cache if possible."""
-    file = _cache_file(source, size, reading)
-    if file is not None and file.is_file() and isinstance(source, Files):
-        try:
-            return torch.from_numpy(np.load(file)).permute(0, 3, 1, 2), torch.tensor(source.labels)
-        except (OSError, ValueError):
-            pass  # replace a damaged cache
-    pixels = np.empty((len(source), *size, reading.channels), dtype=np.uint8)
-    labels = np.empty(len(source), dtype=np.int64)
-
-    def decode(index: int) -> None:
-        image, labels[index] = source[index]
-        pixels[index] = _fitted(image, size, reading.mode)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in watch(pool.map(decode, range(len(source))), len(source)):
-            pass
-    if file is not None:
-        _store(file, pixels)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels)
-
-
-def _fitted(image: Any, size: tuple[int, int], mode: str) -> np.ndarray[Any, Any]:
-    from PIL import ImageOps
-
-    image = image if image.mode == mode else image.convert(mode)
-    if image.size != (size[1], size[0]):
-        image = ImageOps.fit(image, (size[1], size[0]))
-    return np.asarray(image).reshape(*size, -1)
-
-
-def _cache_file(source: Source, size: tuple[int, int], reading: Reading) -> Path | None:
-    """The cache file. Its name is a hash of all that determines the pixels: paths, sizes and times of the files, and `reading`.
-
-    None if nothing is cached.
-    """
-    if reading.cache is None or not isinstance(source, Files):
-        return None
-    stats = [(path, stat.st_size, stat.st_mtime_ns) for path in source.paths for stat in [os.stat(path)]]
-    return reading.cache / f"images-{mix(stats, size, reading.mode):014x}.npy"
-
-
-def _store(file: Path, pixels: np.ndarray[Any, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as stream:
-            np.save(stream, pixels)
-        part.replace(file)
-    except OSError:
-        pass  # disk full or no permission: the images are in memory anyway

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from ..inputs import device_of
 from ..measuring import forward
 from ..surgery.walk import in_eval_mode
+from .layer_times import clock_for, clock_named
 
 WARMUP, LEAST, MOST = 3, 7, 100
 """Rounds."""
@@ -25,37 +25,39 @@ Marks = list[tuple[str, Any, Any]]
 def time_modules(networks: Sequence[nn.Module], example_inputs: Any, *, seconds: float = 1.0) -> list[dict[str, float]]:
     """Milliseconds of each convolution and linear layer in a forward of each network: `[{name of its weight: ms}]`.
 
-    Of several rounds in turn, for about so many `seconds` in all, the median. Layers are timed by hooks, in eval mode, on the
-    device of the first network; on CUDA by events. What lies between the layers is left out: BatchNorm, activations, additions.
+    Of several rounds in turn, for about so many `seconds` in all, the shortest. Layers are timed by hooks, in eval mode, on the
+    device of the first network: on CUDA by events, on the CPU with one thread in processor time, which other programs disturb
+    little. What lies between the layers is left out: BatchNorm, activations, additions.
     """
-    cuda = device_of(networks[0]).type == "cuda"
-    found: list[dict[str, list[float]]] = [{} for _ in networks]
+    device = device_of(networks[0]).type
+    now = cuda_event if device == "cuda" else clock_named(clock_for(device, torch.get_num_threads()))
+    found: list[dict[str, float]] = [{} for _ in networks]
     with ExitStack() as stack, torch.inference_mode():
         marks: list[Marks] = [[] for _ in networks]
         for model, own in zip(networks, marks, strict=True):
             stack.enter_context(in_eval_mode(model))
-            stack.enter_context(hooked(model, own, cuda))
+            stack.enter_context(hooked(model, own, now))
         end, done = time.perf_counter() + seconds, -WARMUP
         while done < LEAST or (done < MOST and time.perf_counter() < end):
             for model, own, times in zip(networks, marks, found, strict=True):
                 own.clear()
                 forward(model, example_inputs)
                 for name, ms in added_up(own).items() if done >= 0 else ():
-                    times.setdefault(name, []).append(ms)
+                    times[name] = min(ms, times.get(name, ms))
             done += 1
-    return [{name: median(times) for name, times in own.items()} for own in found]
+    return found
+
+
+def cuda_event() -> torch.cuda.Event:
+    """An event that the device will reach at this point."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @contextmanager
-def hooked(model: nn.Module, marks: Marks, cuda: bool) -> Iterator[None]:
-    """Within, each call of a layer adds to `marks`."""
-    def now() -> Any:
-        if not cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
+def hooked(model: nn.Module, marks: Marks, now: Callable[[], Any]) -> Iterator[None]:
+    """Within, each call of a layer adds to `marks`, with what `now` gives before and after."""
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         begun: list[Any] = []
         return (lambda *_: begun.append(now())), (lambda *_: marks.append((name, begun.pop(), now())))

@@ -49,4 +49,5 @@ def told(classes: Sequence[Class]) -> str:
     counts = sorted(one.images for one in classes)
     middle = counts[len(counts) // 2]
     text += "." if lost or gained else ""
-    return f"{text} A class has {middle:,} images (the median): one of them is {100 / middle:.1f} points."
+    images = f"{middle:,} image{'s' if middle > 1 else ''}"
+    return f"{text} A class has {images} (the median): one image is {100 / middle:.1f} points."

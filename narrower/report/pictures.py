@@ -70,17 +70,17 @@ def bars(name: str, text: str, label: str, rows: Sequence[tuple[str, float, floa
     return Picture(name, text, out.getvalue())
 
 
-def classes(found: Sequence[Class]) -> Picture:
+def classes(found: Sequence[Class], label: str = "accuracy") -> Picture:
     """Accuracy of both networks in each class. Of many, in those that lost and gained most, and how the changes are spread."""
-    text = "Accuracy of each class, dense and narrow"
+    text = f"{label.capitalize()} of each class, dense and narrow"
     if len(found) <= FEW_CLASSES:
         with figure(width_for(len(found)), 3.8) as (made, out):
-            draw_changes(made.subplots(), found)
+            draw_changes(made.subplots(), found, label)
         return Picture("classes", text, out.getvalue())
     ordered = sorted(found, key=lambda one: one.change)
     with figure(14, 4.2) as (made, out):
         left, right = made.subplots(1, 2, width_ratios=(2, 1))
-        draw_changes(left, [*ordered[: FEW_CLASSES // 2], *ordered[-(FEW_CLASSES // 2) :]])
+        draw_changes(left, [*ordered[: FEW_CLASSES // 2], *ordered[-(FEW_CLASSES // 2) :]], label)
         left.axvline(FEW_CLASSES // 2 - 0.5, color=DENSE, linewidth=1, linestyle=":")
         most = max(abs(ordered[0].change), abs(ordered[-1].change), 1.0)
         right.hist([one.change for one in found], bins=31, range=(-most, most), color=NARROW)
@@ -91,7 +91,7 @@ def classes(found: Sequence[Class]) -> Picture:
     return Picture("classes", f"{text}: those that lost and gained most, and a histogram of the changes", out.getvalue())
 
 
-def draw_changes(axes: Any, found: Sequence[Class]) -> None:
+def draw_changes(axes: Any, found: Sequence[Class], label: str) -> None:
     """A line for each class, from the dense network's accuracy to the narrow one's."""
     at = range(len(found))
     dense, narrow = [one.dense for one in found], [one.narrow for one in found]
@@ -100,7 +100,7 @@ def draw_changes(axes: Any, found: Sequence[Class]) -> None:
     axes.plot(at, narrow, "o", color=NARROW, markersize=5, label="narrow")
     axes.set_xticks(at, [shortened(one.name) for one in found], rotation=90 if len(found) > 12 else 0, fontsize="small")
     axes.set_xlim(-0.7, len(found) - 0.3)
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel(f"{label} (%)")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(loc="upper left", bbox_to_anchor=(0, 1.14), ncols=2, borderaxespad=0)
@@ -170,8 +170,9 @@ def scores(found: Mapping[str, Scored]) -> Picture:
         for axes, (name, one) in zip(grid, found.items(), strict=False):
             order = np.argsort(-one.values, kind="stable")
             values, kept = one.values[order], one.kept[order]
+            floor = min(values.min(), 0.0) - 0.04 * np.ptp(np.append(values, 0.0))  # a channel of score 0 is seen too
             for mask, colour, label in ((kept, NARROW, "stays"), (~kept, ACCENT, "goes")):
-                axes.stairs(np.where(mask, values, 0), fill=True, color=colour, label=label)
+                axes.stairs(np.where(mask, values, floor), baseline=floor, fill=True, color=colour, label=label)
             if values.min() > 0 and values.max() > 300 * np.median(values):
                 axes.set_yscale("log")
                 axes.set_ylim(values.min() / 2, values.max() * 1.5)

@@ -135,7 +135,7 @@ def latency(facts: Facts) -> Section | None:
         found = measured.get("layer_times", {"ms": {}})
         rows = [(short(name), *pair) for name, pair in found["ms"].items()]
         text = (f"One image in eager PyTorch on {found.get('device')}, threads: {found.get('threads')}, at the end of the run. "
-                "Of each layer the median of several forwards, both networks in turn. Very short layers take mostly the time "
+                "Of each layer the shortest of several forwards, both networks in turn. Very short layers take mostly the time "
                 "of the call, and what lies between the layers is not counted: it is in the latency of the stages.")
     if not rows:
         return Section(title, absent="the run has timed no layers (one of an older version)")
@@ -211,7 +211,8 @@ def classes(facts: Facts) -> Section | None:
     """Where accuracy went."""
     if not facts.last("measure") or facts.settings.get("task"):
         return None
-    title = f"Where {'agreement' if facts.agreement else 'accuracy'} went, class by class"
+    figure = "agreement" if facts.agreement else "accuracy"
+    title = f"Where {figure} went, class by class"
     found = classes_of(facts)
     if not found:
         return Section(title, absent="the run has not counted by class (one of an older version)")
@@ -222,7 +223,7 @@ def classes(facts: Facts) -> Section | None:
         rows = [*rows[: MOST_ROWS // 2], *rows[-(MOST_ROWS // 2) :]]
         text += f" The table has the {MOST_ROWS // 2:,} that lost most, and as many that gained most."
     table = Table(("class", "images", "dense", "narrow", "change"), rows)
-    return Section(title, text, pictures.classes(found), table, folded=True)
+    return Section(title, text, pictures.classes(found, figure), table, folded=True)
 
 
 def resrep(facts: Facts) -> Section | None:

@@ -53,11 +53,12 @@ def test_pictures_that_are_no_longer_drawn_go_and_those_of_others_stay(folder: P
 
 
 def test_the_facts_are_those_of_the_plan(folder: Path) -> None:
-    plan = write_run(folder / "one", NETWORK)
+    plan = write_run(folder / "one", NETWORK.replace("conv1", "stem"))
     facts = facts_of(folder / "one")
     assert facts.widths == {name: (plan.graph[name].size, len(kept)) for name, kept in plan.keep.items()}
     layers = {layer.name: layer.narrow[0] for layer in facts.layers}
-    assert layers["conv1.weight"] == len(plan.keep["conv1"]) and not facts.absent
+    assert layers["stem.weight"] == len(plan.keep["stem"]) and not facts.absent
+    assert list(facts.scores) == list(facts.widths)  # in the order of the network
     for name, one in facts.scores.items():
         assert np.flatnonzero(one.kept).tolist() == plan.keep[name].tolist() and len(one.values) == plan.graph[name].size
 

@@ -18,7 +18,7 @@ def test_the_last_network_is_compared_with_the_dense_one_in_classes_that_have_im
     found = classes_of(make_facts(rows=rows))
     assert [tuple(one) for one in found] == [("cat", 10, 90.0, 100.0), ("cow", 20, 100.0, 75.0)]
     assert told(found) == ("Of 2 classes 1 lost and 1 gained. Most lost cow (-25.0 points) and most gained cat (+10.0). "
-                           "A class has 20 images (the median): one of them is 5.0 points.")
+                           "A class has 20 images (the median): one image is 5.0 points.")
 
 
 @pytest.mark.parametrize("rows", [ROWS[-1:], [counted("evaluate dense", [9, 0, 20])], [counted("cut", [9, 0, 20])]])
