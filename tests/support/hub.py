@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -169,12 +170,11 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def running(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     """A hub that huggingface_hub goes to, with a token, and an empty cache."""
-    constants: Any = pytest.importorskip("huggingface_hub.constants")
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_address[1]}"
     at(hub.address, monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    set_constants(monkeypatch, HF_HUB_CACHE=str(cache))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -188,8 +188,14 @@ def running(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
 
 def at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let huggingface_hub go to the hub at this address."""
-    constants: Any = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HF_URL_HOSTS", frozenset({"127.0.0.1"}), raising=False)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    set_constants(monkeypatch, HF_HUB_OFFLINE=False, ENDPOINT=address, HF_URL_HOSTS=frozenset({"127.0.0.1"}),
+                  HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def set_constants(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
+    """Set constants of huggingface_hub, wherever one of its modules has its own copy, as those of older versions have."""
+    for name in ("constants", "file_download", "hf_api"):
+        pytest.importorskip(f"huggingface_hub.{name}")
+    for module in [module for name, module in sys.modules.items() if name.startswith("huggingface_hub.")]:
+        for name in values.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, values[name])
