@@ -22,7 +22,7 @@ from torch import nn
 import narrower
 
 DEMO = ("--img-size", "8", "--dense-epochs", "1", "--epochs", "1", "--images", "48", "--recalibrate", "256",
-        "--cache-dir", "none", "--device", "cpu")
+        "--cache-dir", "none", "--device", "cpu", "--method", "magnitude", "--allocate", "share", "--no-reconstruct")
 CLI = ("timm", "torchvision", "accelerate", "rich", "jsonargparse", "sklearn", "yaml", "PIL")
 
 

@@ -85,6 +85,7 @@ ROWS: tuple[Operator, ...] = (
     # one element at a time
     *each("relu silu gelu sigmoid tanh hardsigmoid hardswish hardtanh leaky_relu elu mish", elementwise, constants="pointwise",
           shape_rule=shapes.unary),
+    *each("softplus celu", elementwise, constants="pointwise"),  # torch 2.4 does not tag them as pointwise
     *each("add sub", elementwise, constants="pointwise", shape_rule=shapes.binary),
     *each("mul", elementwise, constants="product", shape_rule=shapes.binary),
     *each("div", elementwise, constants="quotient", shape_rule=shapes.binary),

@@ -10,6 +10,7 @@ from narrower.tracing.operators.interface import Operator
 from narrower.tracing.operators.table import ROWS, TABLE, operator_of, row_of
 
 TORCHVISION = {"roi_align", "roi_pool", "nms"}
+LATER = {"_safe_softmax"}  # not in the oldest torch that is promised
 
 
 def test_every_operator_has_one_row() -> None:
@@ -18,7 +19,7 @@ def test_every_operator_has_one_row() -> None:
 
 def test_every_row_is_of_an_operator_that_exists() -> None:
     known = {n.split(".")[0].removeprefix("aten::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")}
-    assert not {n for n in TABLE if n not in known and f"{n}_" not in known} - TORCHVISION
+    assert not {n for n in TABLE if n not in known and f"{n}_" not in known} - TORCHVISION - LATER
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
