@@ -112,7 +112,7 @@ def test_without_a_connection_what_was_fetched_before_is_taken(hub: Hub, monkeyp
     stand_in.at("http://127.0.0.1:9", monkeypatch)
     assert fetch("ann/net") == folder
     started = time.monotonic()
-    with pytest.raises(HubError, match=r"narrower.json of ann/other .* http://127.0.0.1:9 cannot be reached \(Connect\w*Error\)"):
+    with pytest.raises(HubError, match=r"of ann/other .* http://127.0.0.1:9 cannot be reached \(Connect\w*Error\)"):
         fetch("ann/other")
     with pytest.raises(HubError, match="http://127.0.0.1:9 cannot be reached"):
         upload(SHARED, "ann/net", message="one")
