@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--formats", nargs="*", default=list(FILES))
     parser.add_argument("--size", type=int, default=96, help="pixels; the CIFAR networks take 32, the detectors 320")
+    parser.add_argument("--images", type=int, default=2, help="for the statistics; few leave channels without any variance")
     parser.add_argument("--remove", type=float, help="narrow first, by this share of all channels")
     given = parser.parse_args()
     print(f"torch {torch.__version__}, batch traced 2, compared on 2 and 3 (detectors: 2 and 2)")
     for name in given.names:
         size = 32 if name in CIFAR_MODELS else 320 if name in DETECTORS else given.size
-        images = nn.functional.interpolate(torch.rand(2, 3, 9, 9), size=(size, size), mode="bicubic").clamp(0, 1)
-        model = network(name, images)
+        images = nn.functional.interpolate(torch.rand(given.images, 3, 9, 9), size=(size, size), mode="bicubic").clamp(0, 1)
+        model, images = network(name, images), images[:2]
         inputs = (list(images),) if name in DETECTORS else images
         if given.remove:
             graph = narrower.trace(model, inputs)

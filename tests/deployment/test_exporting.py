@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import narrower
 from narrower.deployment import exporting
 from narrower.deployment.exporting import batch_size, reason, relative_difference, resized, telling
+from narrower.deployment.formats import Format
 
 
 def test_a_narrow_network_is_exported_and_stays_as_it_is(
@@ -60,6 +61,28 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(narrower.ExportError, match=r"differs in TorchScript from PyTorch by \d\.\d\de.*tolerance 0.0001"):
         narrower.export(Forgetful(), images(), path)
     assert path.read_text() == "an older file" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_compared_on_mirror_images_and_never_on_equal_values(tmp_path: Path) -> None:
+    x = images(batch=2)
+    (given, _), (other, (expected,)) = exporting.expected_outputs(nn.Identity(), x, False)
+    assert given is x and torch.equal(other, x.flip(-1)) and torch.equal(expected, other)
+    with pytest.raises(narrower.ExportError, match="differs in TorchScript"):
+        narrower.export(Forgetful(), torch.zeros(2, 3, 8, 8), tmp_path / "net.ts")
+
+
+def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(module: nn.Module, inputs: Any, path: Path, dynamic: bool) -> None:
+        path.with_name("weights.bin").write_text("half of them")
+        raise ValueError("full")
+
+    def second(module: nn.Module, inputs: Any, path: Path, dynamic: bool) -> None:
+        path.write_text("all")
+
+    made = Format("made", (".made",), "nothing", (), (first, second), lambda path, threads: lambda inputs: [inputs])
+    monkeypatch.setattr(exporting, "format_of", lambda path: made)
+    narrower.export(nn.Identity(), images(), tmp_path / "net.made")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.made"]
 
 
 def test_the_tolerance_is_that_of_the_caller(tmp_path: Path) -> None:

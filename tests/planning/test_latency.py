@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,6 +112,9 @@ def test_widths_that_a_runtime_likes_are_the_steps_of_a_plan() -> None:
     table = found.table({}, {key_of(job): blocks_of_eight(job) for job in found.jobs()},
                         [Whole(sizes, truth(found, blocks_of_eight, sizes), 0.0)])
     assert table.multiples(graph) == {"0": 8, "2": 8} and table.liked(found.layers[1].kind) == (8, 2)
+    for other in ((89, 64), (96, 63)):  # as slow as (96, 64), and slower
+        changed = {**sizes, "2.weight": other}
+        assert table.predict(changed) == pytest.approx(truth(found, blocks_of_eight, changed), rel=0.03)
     scores = narrower.random(graph)
     for request in ({"latency_ms": 0.6}, {"macs": 0.6, "round_to": "auto"},
                     {"remove": 0.4, "round_to": "auto"}):
@@ -133,6 +137,21 @@ def test_a_group_of_one_multiple_stays_whole_while_the_budget_allows() -> None:
     near, far = (widths(narrower.plan(graph, scores, macs=macs, round_to="auto", latency=table)) for macs in (0.4, 0.1))
     assert near["0"] == 8 and near["2"] < 96, "eight channels take as long as four"
     assert far["0"] == 4, "the budget cannot be met otherwise"
+
+
+def test_a_channel_with_many_positions_needs_a_smaller_multiple() -> None:
+    """Four inputs of a linear layer for each channel: two channels fill eight."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 7), nn.ReLU(), nn.Flatten(), nn.Linear(256, 40), nn.ReLU(), nn.Linear(40, 6)).eval()
+    x = torch.zeros(1, 3, 8, 8)
+    graph = narrower.trace(model, x)
+    found = survey(model, graph, x)
+
+    def machine(job: Mapping[str, Any]) -> float:
+        n0, n1 = job["sizes"]
+        return 1e-4 * (4 + n0) * (8 + (8 * math.ceil(n1 / 8) if job["operator"] == "linear" else n1))
+
+    table = found.table({}, {key_of(job): machine(job) for job in found.jobs()}, [])
+    assert table.multiples(graph) == {"0": 2, "3": 8}
 
 
 def test_tables_and_plans_go_through_json() -> None:
@@ -159,7 +178,9 @@ def test_wrong_requests_are_refused() -> None:
     graph = graph_of("plain")
     scores = narrower.random(graph)
     table = table_of("plain", bilinear)
+    wider = replace(table, layers=(table.layers[0]._replace(sizes=(99, 3)), *table.layers[1:]))
     for request, message in [
+        ({"latency_ms": 0.5, "latency": wider}, r"of another network: its weight .* of sizes \(99, 3\) has \("),
         ({"latency_ms": 0.5}, "needs latency="), ({"macs": 0.5, "round_to": "auto"}, "needs latency="),
         ({"latency_ms": "half", "latency": table}, "write 0.6x"), ({"latency_ms": "9999ms", "latency": table}, "no less than"),
         ({"latency_ms": "1.2x", "latency": table}, "no less than"), ({"macs": 0.5, "round_to": "odd"}, "whole number"),
