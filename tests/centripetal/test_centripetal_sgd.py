@@ -169,6 +169,7 @@ def test_filters_that_still_differ_are_said_and_averaged() -> None:
     first = model.get_parameter("0.0.weight")[clusters == 0].mean(0)
     torch.testing.assert_close(small.get_parameter("0.0.weight")[0], first)
     assert hasattr(small, RECORD)
+    assert difference(outputs(csgd.unified(), X), outputs(small, X)) < 1e-10 < difference(outputs(model, X), outputs(small, X))
 
 
 def test_what_cannot_be_merged_is_named() -> None:
