@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -182,13 +183,15 @@ def ratios(dense: Costs, narrow: Costs) -> list[float]:
 
 def grid(found: Comparison) -> Table:
     """The table of `narrower compare`: a row for each method and budget, the best at the end first within a budget."""
-    table = Table(title=f"{found.folder}: {titled(found.figure)}, dense {found.dense:.2f} %")
-    for name in ("method", "budget", "n", "right after", "last", "MACs", "parameters", "latency", "seconds"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    title = f"{found.folder}: {titled(found.figure)}, dense {found.dense:.2f} %"
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("method", overflow="fold")  # of 80 columns the numbers take 65
+    for name in ("budget", "n", "right\nafter %", "last %", "MACs\n%", "params\n%", "latency\n%", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for line in sorted(found.lines, key=lambda line: (-line.budget, -line.last)):
-        spread = "" if line.spread is None else f" ± {line.spread:.2f}"
-        table.add_row(line.method, f"{line.budget:g}", str(line.n), f"{line.right_after:.2f} %", f"{line.last:.2f}{spread} %",
-                      f"{line.macs:.1%}", f"{line.params:.1%}", f"x {line.latency:.2f}", f"{line.seconds:,.0f}")
+        spread = "" if line.spread is None else f"±{line.spread:.2f}"
+        table.add_row(line.method, f"{line.budget:g}", str(line.n), f"{line.right_after:.2f}", f"{line.last:.2f}{spread}",
+                      *(f"{100 * share:.1f}" for share in (line.macs, line.params, line.latency)), f"{line.seconds:,.0f}")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ pytest.importorskip("timm")
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 import torch
+from rich.console import Console
 from support.command_line import NETWORK, SMALL, at_batch, rows, weights
 from support.run_folders import write_rows
 
@@ -172,6 +174,10 @@ def test_the_seconds_of_an_epoch_count_once_and_resuming_starts_no_stage_anew() 
 
 def test_the_table_names_the_figure(tmp_path: Path) -> None:
     found = Comparison("top1", 90.0, (outcome("obs", 0, 88.0),), {}, tmp_path)
+    page = Console(width=80, record=True, file=io.StringIO())
+    page.print(grid(replace(found, runs=(*found.runs, outcome("tp-group-norm", 0, 87.0), outcome("obs", 1, 89.0)))))
+    shown = page.export_text()
+    assert "tp-group-norm" in shown and "88.50±0.71" in shown and "…" not in shown, "it fits into 80 columns"
     assert [str(grid(replace(found, figure=name)).title) for name in ("top1", "miou")] == [
         f"{tmp_path}: {name}, dense 90.00 %" for name in ("top-1", "miou")]
 
