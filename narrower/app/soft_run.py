@@ -35,7 +35,10 @@ def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     """
     given = job.settings.prune
     plan = check_plan(scored_by_prior(given, graph, unmaskable(graph)), model, graph, job.times)
-    narrower.SoftPruning(model, graph, plan=plan, steps=1, **softness(given))
+    try:
+        narrower.SoftPruning(model, graph, plan=plan, steps=1, **softness(given))
+    except TypeError as error:  # a text where a number belongs
+        raise ConfigError(f"--softness {given.softness}: {error}") from error
 
 
 def softness(given: PruneConfig) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_meets_the_budget(monkeypa
     (["--model-ema"], "--model-ema"),
     (["--softness", "hardest"], "gradual-hard"),
     (["--softness", '{"speed": 1}'], "factor"),
+    (["--softness", '{"factor": "half"}'], "--softness {'factor': 'half'}: "),
     (["--prior", "none"], "--prior none"),
     (["--steps", "2"], "--steps"),
     (["--schedule", "layer"], "--schedule layer"),
