@@ -168,7 +168,7 @@ def scores(found: Mapping[str, Scored]) -> Picture:
 
     with panels(len(found)) as (grid, out):
         for axes, (name, one) in zip(grid, found.items(), strict=False):
-            order = np.argsort(-one.values, kind="stable")
+            order = falling(one.values)
             values, kept = one.values[order], one.kept[order]
             floor = min(values.min(), 0.0) - 0.04 * np.ptp(np.append(values, 0.0))  # a channel of score 0 is seen too
             for mask, colour, label in ((kept, NARROW, "stays"), (~kept, ACCENT, "goes")):
@@ -180,6 +180,11 @@ def scores(found: Mapping[str, Scored]) -> Picture:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         grid[0].legend(fontsize="small")
     return Picture("scores", "Sorted scores of the channels of some groups, those that stay and those that go", out.getvalue())
+
+
+def falling(values: np.ndarray) -> np.ndarray:
+    """Channels by falling score. Of equal ones the later stands before, as a plan removes the earlier first."""
+    return np.argsort(values, kind="stable")[::-1]
 
 
 def norms(steps: Sequence[int], groups: Mapping[str, np.ndarray]) -> Picture:

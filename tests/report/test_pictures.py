@@ -5,10 +5,12 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
-from support.run_folders import make_facts
+from support.run_folders import make_facts, traced
 
+import narrower
 from narrower.report import pictures
 from narrower.report.by_class import Class
 
@@ -31,6 +33,13 @@ def test_names_of_layers_are_text() -> None:
 def test_names_of_classes_are_no_formulas_and_not_too_long() -> None:
     svg = pictures.classes([Class("$x$", 10, 90.0, 80.0), Class("long " * 20, 10, 90.0, 95.0)]).svg.decode()
     assert ">$x$</text>" in svg and ">long long long long lon…</text>" in svg
+
+
+def test_of_equal_scores_those_that_a_plan_removes_first_stand_last() -> None:
+    scores = narrower.Scores({"conv1": torch.tensor([2.0, 1.0, 3.0, 1.0, 1.0, 2.0, 1.0, 1.0]), "conv2": torch.ones(16)})
+    kept = narrower.plan(traced(), scores, remove=0.25).keep
+    for name, values in scores.items():
+        assert set(pictures.falling(values.numpy())[: len(kept[name])]) == set(kept[name])
 
 
 def test_trainings_follow_each_other() -> None:
