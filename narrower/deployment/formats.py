@@ -54,10 +54,13 @@ def format_of(path: Path) -> Format:
 
 
 def exported_program(module: nn.Module, inputs: Any, dynamic: bool) -> torch.export.ExportedProgram:
-    """`torch.export` of a module, for one batch size or for any."""
+    """`torch.export` of a module, for one batch size or for any. It has no stack traces: they hold paths of this machine."""
     args, kwargs = arguments(inputs)
     shapes = batch_dimensions(inputs, torch.export.Dim("batch")) if dynamic else None
-    return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -58,6 +58,13 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     yield format, path, model
 
 
+def test_a_file_that_may_be_shared_has_no_path_of_this_machine(written: tuple[Format, Path, Any]) -> None:
+    """But for TorchScript, which keeps the places of its source."""
+    path = written[1]
+    files = [file for file in path.parent.iterdir() if file.suffix != ".ts"]
+    assert not [file for file in files if str(Path(__file__).parent).encode() in file.read_bytes()]
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_file_takes_keywords_in_any_order_and_any_batch(written: tuple[Format, Path, Any], batch: int) -> None:
     format, path, model = written
