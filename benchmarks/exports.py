@@ -24,12 +24,13 @@ from torch import nn
 import narrower
 from narrower.models import CIFAR_MODELS, make_model
 
-# Each with what limits its boxes, the layers that give scores, and how much stronger these are.
-DETECTORS = {
-    "ssdlite320_mobilenet_v3_large": ("detections_per_img", r"head\.classification_head\.module_list\.\d\.1", 4.0),
-    "fasterrcnn_mobilenet_v3_large_320_fpn": ("box_detections_per_img", r"roi_heads\.box_predictor\.cls_score", 20.0),
+# Each with how it gives few boxes, the layers that give scores, and how much stronger these are.
+DETECTORS: dict[str, tuple[dict[str, float], str, float]] = {
+    "ssdlite320_mobilenet_v3_large": (
+        {"detections_per_img": 10}, r"head\.classification_head\.module_list\.\d\.1", 4.0),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": (
+        {"box_detections_per_img": 10, "box_score_thresh": 0.0}, r"roi_heads\.box_predictor\.cls_score", 20.0),
 }
-BOXES = 10
 NAMES = (*CIFAR_MODELS, "resnet50", "mobilenet_v3_small", "mobilenet_v3_large", "densenet121", "lraspp_mobilenet_v3_large",
          *DETECTORS)
 FILES = {"onnx": "net.onnx", "pt2": "net.pt2", "torchscript": "net.ts", "openvino": "net.xml"}
@@ -43,8 +44,8 @@ def network(name: str, images: torch.Tensor) -> nn.Module:
     else:
         import torchvision
 
-        given: dict[str, int | None] = {"weights_backbone": None} if name in DETECTORS or name.startswith("lraspp") else {}
-        given |= {DETECTORS[name][0]: BOXES} if name in DETECTORS else {}
+        given: dict[str, float | None] = {"weights_backbone": None} if name in DETECTORS or name.startswith("lraspp") else {}
+        given |= DETECTORS[name][0] if name in DETECTORS else {}
         model = torchvision.models.get_model(name, weights=None, **given)
     for path, layer in model.named_modules():
         if name in DETECTORS and re.fullmatch(DETECTORS[name][1], path):

@@ -60,6 +60,17 @@ def test_what_disturbs_some_rounds_does_not_count() -> None:
     assert layer_times.shortest([run, run], 0.0, lambda: now[0]) == [1.0, 1.0]
 
 
+def test_other_data_fills_the_cache_before_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        def add_(self, number: int) -> None:
+            seen.append("other")
+
+    seen: list[str] = []
+    monkeypatch.setattr(torch, "zeros", lambda count: Other())
+    layer_times.shortest([lambda: seen.append("a"), lambda: seen.append("b")], 0.0, lambda: 0.0, flush=True)
+    assert seen == ["a", "b"] + 7 * ["other", "a", "other", "b"], "after a call of each"
+
+
 def test_only_unknown_layers_are_measured_and_each_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(per_copy=0.002, start=0.0)
     monkeypatch.setattr(layer_times, "clock_named", lambda name: lambda: machine.now)
