@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2, help="for the statistics; few leave channels without any variance")
     parser.add_argument("--remove", type=float, help="narrow first, by this share of all channels")
     given = parser.parse_args()
+    torch.manual_seed(0)
     print(f"torch {torch.__version__}, batch traced 2, compared on 2 and 3 (detectors: 2 and 2)")
     for name in given.names:
         size = 32 if name in CIFAR_MODELS else 320 if name in DETECTORS else given.size
