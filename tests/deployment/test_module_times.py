@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from narrower.deployment import module_times
 from narrower.deployment.module_times import time_modules
 
-
 NOW = [0.0]  # seconds on a clock that only `Slow` moves
 
 
