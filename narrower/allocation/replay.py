@@ -17,7 +17,7 @@ class Record(TorchDispatchMode):
     """Runs a forward and keeps the output of every call.
 
     `first_read`: the first call that reads each parameter or buffer, by the address of its memory. `overwritten`: for each
-    call that writes in place, the tensor and its values before.
+    call that writes in place, the tensor and its values before. `final`: each such tensor with its values after the last one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,15 +26,19 @@ class Record(TorchDispatchMode):
         self.outputs: list[Any] = []
         self.first_read: dict[int, int] = {}
         self.overwritten: dict[int, tuple[Tensor, Tensor]] = {}
+        self.final: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number = len(self.outputs)
         for t in tensors_in(args):
             if (memory := t.untyped_storage()._cdata) in self.held:
                 self.first_read.setdefault(memory, number)
-        if func._schema.name[-1] == "_" and isinstance(args[0], Tensor):
+        in_place = func._schema.name[-1] == "_" and isinstance(args[0], Tensor)
+        if in_place:
             self.overwritten[number] = args[0], args[0].clone()
         out = func(*args, **(kwargs or {}))
+        if in_place:
+            self.final[id(args[0])] = args[0], args[0].clone()
         self.outputs.append(out)
         return out
 
@@ -46,11 +50,12 @@ class Replay(TorchDispatchMode):
     def __init__(self, record: Record, start: int, intercepts: Mapping[int, Tensor]) -> None:
         super().__init__()
         self.record, self.start, self.intercepts, self.number = record, start, intercepts, 0
-        restored: set[int] = set()
-        for number, (t, before) in record.overwritten.items():  # recorded tensors as they were when `start` began
-            if number >= start and id(t) not in restored:
-                restored.add(id(t))
-                t.copy_(before)
+        states: dict[int, tuple[Tensor, Tensor]] = {}  # recorded tensors as they were when `start` began
+        for number, (t, before) in record.overwritten.items():
+            if number >= start:
+                states.setdefault(id(t), (t, before))
+        for t, values in (record.final | states).values():  # an earlier replay may have left other values
+            t.copy_(values)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number, self.number = self.number, self.number + 1
