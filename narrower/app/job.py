@@ -22,7 +22,7 @@ from ..data.streams import StreamImages
 from ..data.task import ByClass
 from ..errors import ConfigError
 from ..models import expected_images
-from ..training.accelerator import shard_of
+from ..training.accelerator import emulated, shard_of
 from ..training.agreement import check_same
 from ..training.config import TrainConfig
 from ..training.evaluate import evaluate_classes, headline
@@ -217,6 +217,9 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     if (workers := settings.train.workers) > max(cores, TrainConfig.workers):
         report.note(f"warning: --workers {workers}: this machine has {cores} cores, {cores} workers read as fast")
         workers = cores
+    if emulated(settings.train, accelerator.device):
+        report.note(f"warning: --amp: this processor computes {settings.train.amp_dtype} by software, many times slower than "
+                    "without --amp")
     settings = replace(
         settings,
         train=replace(settings.train, workers=workers),

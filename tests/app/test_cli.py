@@ -349,6 +349,16 @@ def test_more_workers_than_cores_are_a_warning(capsys: pytest.CaptureFixture[str
         assert f"\nworkers: {used}\n" in (Path(f"run{workers}") / run_folder.CONFIG).read_text()
 
 
+def test_a_short_type_that_is_slow_here_is_a_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert cli.main(["train", *SMALL, "--epochs", "0", "--amp", "--output", "a"]) == 0
+    assert "warning: --amp: this processor computes bfloat16 by software" in capsys.readouterr().err
+    assert cli.main(["train", *SMALL, "--epochs", "0", "--output", "b"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_run_is_not_overwritten_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", *SMALL, "--epochs", "1", "--output", "run"]
     assert cli.main(train) == 0

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("accelerate")
 from narrower.errors import ConfigError
-from narrower.training.accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
+from narrower.training.accelerator import autocast, collect_interrupts, emulated, make_accelerator, shard_of, to_device
 from narrower.training.config import TrainConfig
 
 
@@ -66,3 +66,14 @@ def test_other_threads_leave_the_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [([], before)]
+
+
+@pytest.mark.parametrize(("dtype", "operator"), [("bfloat16", "_is_mkldnn_bf16_supported"),
+                                                 ("float16", "_is_mkldnn_fp16_supported")])
+def test_a_processor_without_the_short_type_emulates_it(monkeypatch: pytest.MonkeyPatch, dtype: str, operator: str) -> None:
+    config = TrainConfig(amp=True, amp_dtype=dtype)
+    for supported in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, operator, lambda found=supported: found)
+        assert emulated(config, torch.device("cpu")) is not supported
+        assert not emulated(TrainConfig(amp_dtype=dtype), torch.device("cpu"))
+        assert not emulated(config, torch.device("cuda"))
