@@ -123,8 +123,8 @@ class PruneConfig:
     ] = None
     round_to: Annotated[
         int | Literal["auto"] | None,
-        "kept widths are multiples of this (8 suits most hardware); auto: of what the runtime computes in; default 1, with "
-        "--latency auto",
+        "kept widths are multiples of this (8 suits most hardware); auto: of what the runtime computes in; default: 1; "
+        "auto where --latency is given",
     ] = None
     dry_run: Annotated[bool, "plan only: nothing is cut, trained or written"] = False
     exclude: Annotated[list[str], "patterns of groups or layers to leave alone, such as layer1.* fc"] = field(
