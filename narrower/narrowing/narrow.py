@@ -13,7 +13,7 @@ from ..graph.selection import Kept
 from ..planning.plan import Plan
 from ..surgery.attributes import Place, attribute_values, set_attributes
 from ..surgery.copying import duplicate, parameter_like, same_tensors
-from ..surgery.resize import fit, format_of, slice_tensor
+from ..surgery.resize import fit, format_of, outputs_dim, slice_tensor
 from ..surgery.walk import named_tensors, pause_collector, tensor_shapes
 from .optimizer import Swap, carry_optimizer, check_optimizer
 
@@ -68,7 +68,10 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
 def record_biases(small: nn.Module, names: Iterable[str]) -> None:
     """Note in a narrow network that its layers were given these biases."""
     before: NarrowRecord = getattr(small, RECORD)
-    new = {n: before.dense[f"{n.removesuffix('bias')}weight"][:1] for n in names}
+    new = {}
+    for n in names:
+        dim = outputs_dim(small.get_submodule(n.rpartition(".")[0]))
+        new[n] = before.dense[f"{n.removesuffix('bias')}weight"][dim : dim + 1]
     setattr(small, RECORD, replace(before, dense={**new, **before.dense}, shapes=tensor_shapes(named_tensors(small)),
                                    created=(*before.created, *new)))
 

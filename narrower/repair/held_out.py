@@ -159,9 +159,9 @@ def divergences(dense: nn.Module, others: Sequence[nn.Module], inputs: Iterable[
         for model in (dense, *others):
             modes.enter_context(in_eval_mode(model))
         for batch, _ in inputs:
-            comparison.dense(call_model(dense, batch))
+            comparison.dense(call_model(dense, map_tensors(batch, torch.clone)))  # a forward may write into its inputs
             for k, other in enumerate(others):
-                comparison.other(k, call_model(other, batch))
+                comparison.other(k, call_model(other, map_tensors(batch, torch.clone)))
     return comparison.values(), comparison.measure
 
 

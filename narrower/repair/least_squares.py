@@ -102,8 +102,12 @@ def choose(x: Tensor, r: Tensor, held_out: Tensor, scale: Tensor) -> Choice:
     if not errors[strength] < before:
         return Choice(None, None, before, before)
     both = together(fit, moments(*judge))
-    correction = Correction(no_weight, both.r / both.size) if strength == float("inf") else solve(both, strength)
-    return Choice(correction, strength, before, errors[strength])
+    while strength < float("inf"):
+        try:
+            return Choice(solve(both, strength), strength, before, errors[strength])
+        except torch.linalg.LinAlgError:  # all samples may round to moments that a part of them did not
+            strength *= 10
+    return Choice(Correction(no_weight, both.r / both.size), strength, before, errors[strength])
 
 
 def lowest(error: Callable[[float], float], values: Sequence[float]) -> float:

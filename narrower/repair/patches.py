@@ -36,13 +36,12 @@ class Positions(NamedTuple):
     image: Tensor
 
 
-def sample_positions(images: int, rows: int, space: Sequence[int], per_image: int,
-                     generator: torch.Generator) -> Positions:
-    """`per_image` random positions of each image, or all of them where there are no more.
+def sample_positions(out: Tensor, images: int, per_image: int, generator: torch.Generator) -> Positions:
+    """`per_image` random positions of each image in an output `(rows, channels, *space)`, or all of them if there are no more.
 
-    `rows` is a multiple of `images`.
+    The number of rows is a multiple of `images`. The generator is one of the CPU: the positions are the same on every device.
     """
-    sizes = (rows // images, *space)
+    sizes = (len(out) // images, *out.shape[2:])
     count = prod(sizes)
     if per_image >= count:
         flat, per_image = torch.arange(count).repeat(images), count
@@ -53,7 +52,8 @@ def sample_positions(images: int, rows: int, space: Sequence[int], per_image: in
     for size in reversed(sizes):
         coordinates.insert(0, flat % size)
         flat = flat // size
-    return Positions(image * sizes[0] + coordinates[0], tuple(coordinates[1:]), image)
+    row, *places = (t.to(out.device) for t in (image * sizes[0] + coordinates[0], *coordinates[1:]))
+    return Positions(row, tuple(places), image.to(out.device))
 
 
 def joined(parts: Sequence[Positions], images: Sequence[int], rows: Sequence[int]) -> Positions:
@@ -95,10 +95,16 @@ def column(last: Tensor, geometry: Geometry, at: Positions, offsets: Sequence[in
             place = at.space[d] * stride - padding + offset * geometry.dilation[d]
             valid = torch.ones_like(place, dtype=torch.bool)
         valid &= (place >= 0) & (place < size)
-        inside = valid if inside is None else inside & valid
+        if padding or geometry.transposed:
+            inside = valid if inside is None else inside & valid
         where.append(place.clamp(0, size - 1))
     found = last[(at.row, *where)]
-    return found if inside is None or bool(inside.all()) else found * inside[:, None]
+    return found if inside is None else found * inside[:, None]
+
+
+def widened(t: Tensor) -> Tensor:
+    """A tensor of half precision in single precision, where sums of products neither overflow nor stop growing."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def as_matrix(weight: Tensor, geometry: Geometry) -> Tensor:

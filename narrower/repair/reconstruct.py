@@ -21,8 +21,9 @@ from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors
 from .held_out import Measure, checked_inputs, divergences, images_wanted, joined, split
 from .least_squares import choose
-from .patches import as_matrix, as_weight, patches_at, values_at
+from .patches import as_matrix, as_weight, patches_at, values_at, widened
 from .readers import give_intercepts, losing_inputs
+from .second_moments import MOST_INPUTS
 from .targets import Target, dense_targets
 from .watching import LayerCall, LayerWatch
 
@@ -127,6 +128,9 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     named = cut_tensors(small, kept)
     outputs, left = losing_inputs(kept)
     reads = {name: named[name][0].numel() for name in outputs}
+    wide = [name for name, count in reads.items() if count > MOST_INPUTS]
+    left |= {name: f"it has {reads.pop(name):,} inputs, more than can be solved for ({MOST_INPUTS:,})" for name in wide}
+    outputs = {name: outputs[name] for name in reads}
     inputs = checked_inputs("reconstruct", batches, model, images, LEAST_IMAGES, images_wanted(plan.graph, reads))
     fit, judges = split(inputs, JUDGES, MOST_JUDGES)
     cut = fresh(small)
@@ -206,9 +210,9 @@ class RepairWatch(LayerWatch):
     def layer(self, call: LayerCall) -> Tensor:
         name, target, weight = call.weight, self.targets[call.weight], self.tensors[call.weight]
         groups = call.geometry.groups
-        inputs = patches_at(call.x, call.geometry, target.at)
-        made = inputs @ as_matrix(weight, call.geometry).transpose(1, 2)
-        wanted, scale = self.wanted(name, target)
+        inputs = widened(patches_at(call.x, call.geometry, target.at))
+        made = inputs @ widened(as_matrix(weight, call.geometry)).transpose(1, 2)
+        wanted, scale = (widened(t) for t in self.wanted(name, target))
         residual = (wanted if call.bias is None else wanted - call.bias).unflatten(1, (groups, -1)).transpose(0, 1) - made
         if not bool(residual.isfinite().all() and inputs.isfinite().all()):
             raise DataError(f"what {name} reads or makes is not finite on these images")

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..surgery.walk import named_tensors
-from .patches import Geometry, as_matrix, as_weight, patches_at, sample_positions
+from .patches import Geometry, as_matrix, as_weight, patches_at, sample_positions, widened
 from .watching import LayerCall, LayerWatch
 
 SAMPLES_PER_INPUT = 3
 LEAST_SAMPLES = 2048
+MOST_INPUTS = 12288  # the second moments of more take gigabytes, and hours to factorise
 STRENGTH = 1e-3  # ridge, relative to the mean square of the inputs
 
 
@@ -39,8 +40,8 @@ class MomentWatch(LayerWatch):
     def layer(self, call: LayerCall) -> Tensor:
         out, name = call.run(), call.weight
         if len(out) % self.images == 0:
-            at = sample_positions(self.images, len(out), out.shape[2:], self.per_image[name], self.generator)
-            x = patches_at(call.x, call.geometry, at)
+            at = sample_positions(out, self.images, self.per_image[name], self.generator)
+            x = widened(patches_at(call.x, call.geometry, at))
             x = torch.cat([torch.ones_like(x[..., :1]), x], dim=2)
             self.sums[name] = self.sums.get(name, 0) + x.transpose(1, 2) @ x
             self.sizes[name] = self.sizes.get(name, 0) + x.shape[1]
@@ -51,10 +52,11 @@ class MomentWatch(LayerWatch):
 def second_moments(model: nn.Module, weights: Iterable[str], inputs: Sequence[tuple[Any, int]],
                    samples_per_input: int = SAMPLES_PER_INPUT) -> dict[str, SecondMoments]:
     """The second moments of what the layers with these weights read, from one forward over `inputs` (with their numbers of
-    images). `samples_per_input`: how many positions are sampled for each input of a layer. Raises DataError if an input is not
-    finite."""
+    images). `samples_per_input`: how many positions are sampled for each input of a layer. Layers with more than `MOST_INPUTS`
+    are left out. Raises DataError if an input is not finite."""
     named, images = named_tensors(model), sum(n for _, n in inputs)
-    per_image = {w: -(-max(LEAST_SAMPLES, samples_per_input * named[w][0].numel()) // images) for w in weights}
+    sizes = {w: named[w][0].numel() for w in weights}
+    per_image = {w: -(-max(LEAST_SAMPLES, samples_per_input * n) // images) for w, n in sizes.items() if n <= MOST_INPUTS}
     watch = MomentWatch(model, per_image)
     for batch, count in inputs:
         watch.run(batch, count)

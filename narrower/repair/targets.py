@@ -48,7 +48,7 @@ class TargetWatch(LayerWatch):
         elif len(out) % self.images:
             self.unseen[name] = f"its {len(out)} rows are not as many for each of {self.images} images"
         else:
-            at = sample_positions(self.images, len(out), out.shape[2:], self.per_image[name], self.generator)
+            at = sample_positions(out, self.images, self.per_image[name], self.generator)
             self.sampled.setdefault(name, []).append(at)
             self.rows.setdefault(name, []).append(len(out))
             self.outs.setdefault(name, []).append(self.taken(name, out))
@@ -70,8 +70,8 @@ class TargetWatch(LayerWatch):
             if name in self.unseen:
                 continue
             whole = len(self.totals.get(name, ())) == len(parts)
-            found[name] = Target(joined(parts, self.batches, self.rows[name]), torch.cat(self.outs[name]),
-                                 self.streams[name] if whole else None, torch.cat(self.totals[name]) if whole else None)
+            found[name] = Target(joined(parts, self.batches, self.rows[name]), torch.cat(self.outs.pop(name)),
+                                 self.streams[name] if whole else None, torch.cat(self.totals.pop(name)) if whole else None)
         return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..inputs import flatten_tensors
+from ..inputs import flatten_tensors, map_tensors
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
@@ -120,7 +120,7 @@ class LayerWatch(TorchDispatchMode):
     def run(self, inputs: Any, images: int) -> Any:
         """The model's output."""
         self.begin(images)
-        out = run_forward(self.model, inputs, self)
+        out = run_forward(self.model, map_tensors(inputs, torch.clone), self)  # the forward may write into its inputs
         self.note_reads(flatten_tensors(out), 2)
         return out
 
@@ -188,7 +188,9 @@ class LayerWatch(TorchDispatchMode):
         args = call.args
         first, second = ((*(getattr(a, ORIGIN, None) for a in args[:2]), None, None))[:2]
         if "batch_norm" in call.name and first is not None and first.norm is None:
-            return Origin(call.place, True, first.weight, self.norms.get(id(args[1])))
+            norm = self.norms.get(id(args[1]))
+            fixed = norm is not None and isinstance(args[3], Tensor) and not args[5]  # else it is no known scale and shift
+            return Origin(call.place, True, first.weight, norm) if fixed else Origin(call.place, True)
         if call.name == "add" and first and second and args[0].shape == args[1].shape and not call.kwargs:
             for mine, other in ((first, second), (second, first)):
                 if mine.weight is not None:

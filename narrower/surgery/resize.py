@@ -69,19 +69,29 @@ def mirrored_attributes(module: nn.Module, dense: Mapping[str, tuple[int, ...]])
 
 
 def takes_bias(model: nn.Module, weight: str) -> bool:
-    """Whether the layer with this weight has no bias and can get one. True for torch's own convolutions and linear layers."""
+    """Whether the layer with this weight has no bias and can get one.
+
+    True for torch's own convolutions and linear layers, but for transposed convolutions in groups.
+    """
     owner, _, leaf = weight.rpartition(".")
     module = model.get_submodule(owner)
     own = type(module).forward.__module__.startswith("torch.nn.modules.")
-    return own and leaf == "weight" and isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and module.bias is None
+    kind = isinstance(module, nn.Linear) or (
+        isinstance(module, nn.modules.conv._ConvNd) and (module.groups == 1 or not module.transposed))
+    return own and leaf == "weight" and kind and module.bias is None
+
+
+def outputs_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's weight that its outputs are along: 1 of a transposed convolution, else 0."""
+    return int(getattr(layer, "transposed", False))
 
 
 def give_bias(model: nn.Module, name: str) -> None:
-    """Create the bias `name`: zeros, one entry per row of its layer's weight."""
+    """Create the bias `name`: zeros, one entry per output channel of its layer."""
     module = model.get_submodule(name.rpartition(".")[0])
     weight = module.weight
     assert isinstance(weight, Tensor)
-    module.bias = nn.Parameter(weight.detach().new_zeros(len(weight)), requires_grad=weight.requires_grad)
+    module.bias = nn.Parameter(weight.detach().new_zeros(weight.shape[outputs_dim(module)]), requires_grad=weight.requires_grad)
 
 
 def add_biases(model: nn.Module, graph: Graph, weights: Iterable[str]) -> Graph:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrower.repair.least_squares import STRENGTHS, Correction, choose, lowest, moments, solve, squared_error, together
+from narrower.repair import least_squares
+from narrower.repair.least_squares import (
+    STRENGTHS,
+    Correction,
+    Moments,
+    choose,
+    lowest,
+    moments,
+    solve,
+    squared_error,
+    together,
+)
 
 
 def data(samples: int, inputs: int = 6, outputs: int = 4, groups: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,3 +105,18 @@ def test_the_ridge_is_the_best_on_held_out_samples_and_the_fit_uses_all() -> Non
             torch.testing.assert_close(choice.correction, solve(moments(x, r), choice.strength))
             seen.add(choice.strength)
     assert len(seen) > 1
+
+
+def test_a_ridge_that_all_samples_do_not_take_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = data(200)
+    r, whole = x @ torch.randn(2, 6, 4, dtype=torch.float64), solve
+    held_out = torch.arange(200) >= 150
+
+    def failing(m: Moments, strength: float) -> Correction:
+        if m.size == 200 and strength < 1e-2:
+            raise torch.linalg.LinAlgError("indefinite")
+        return whole(m, strength)
+
+    monkeypatch.setattr(least_squares, "solve", failing)
+    choice = choose(x, r, held_out, torch.ones(2, 4, dtype=torch.float64))
+    assert choice.strength == pytest.approx(1e-2) and choice.correction is not None and choice.correction.weight.any()

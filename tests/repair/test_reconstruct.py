@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,76 @@ def test_an_overflow_inside_the_network_is_an_error() -> None:
     plan, small = cut(model)
     with pytest.raises(narrower.DataError, match=r"what 1\.0\.weight reads or makes is not finite"):
         narrower.reconstruct(model, small, plan, batches())
+
+
+class Upsampled(nn.Module):
+    """A transposed convolution that gets its first bias from the repair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.up = unit(3, 16), nn.ConvTranspose2d(16, 9, 2, 2, bias=False)
+        self.norm, self.head = nn.GroupNorm(3, 9), nn.Conv2d(9, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(torch.relu(self.norm(self.up(torch.relu(self.body(x)))))))
+
+
+def test_a_transposed_layer_gets_a_bias_for_its_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomised(Upsampled()).eval()
+    graph = narrower.trace(model, batches()[0][:1])
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), remove={"body*": 0.5})
+    small = narrower.narrow(model, plan)
+    found = narrower.reconstruct(model, small, plan, batches()).model
+    assert found.get_parameter("up.bias").shape == (9,) and found.get_parameter("up.bias").any()
+    x = torch.randn(16, 3, 8, 8)
+    assert difference(model, found, x) < difference(model, small, x)
+    narrower.save(found, tmp_path)
+    assert torch.equal(narrower.load(tmp_path, Upsampled).eval()(x), found.eval()(x))
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+def test_a_sum_behind_a_norm_without_scale_or_statistics_is_no_target(options: dict[str, bool]) -> None:
+    model: Any = randomised(Blocks())
+    model.b[2] = nn.BatchNorm2d(model.b[2].num_features, **options)
+    plan, small = cut(model.eval(), 0.5)
+    found = narrower.reconstruct(model, small, plan, batches(), stream_targets=True)
+    x = torch.randn(64, 3, 8, 8)
+    assert found.kept == "stream targets" and difference(model, found.model, x) < difference(model, small, x)
+
+
+class Prepares(nn.Module):
+    """Writes into its input."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.body(x.sub_(0.5).div_(3)))
+
+
+def test_a_forward_that_writes_into_its_input_is_repaired_like_any_other() -> None:
+    body = network()
+    pure, changed = nn.Sequential(Shifted(), body), Prepares(body)
+    found = []
+    for model in (pure, changed):
+        images = [b.clone() for b in batches()]
+        graph = narrower.trace(model, images[0][:1].clone())
+        plan = narrower.plan(graph, narrower.magnitude(model, graph), remove=0.4)
+        found.append(narrower.reconstruct(model, narrower.narrow(model, plan), plan, images).divergences)
+        assert all(torch.equal(a, b) for a, b in zip(images, batches(), strict=True))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5) / 3
+
+
+def test_layers_with_too_many_inputs_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("narrower.repair.reconstruct"), "MOST_INPUTS", 60)
+    plan, small = cut(network(), 0.25)
+    found = narrower.reconstruct(network(), small, plan, batches())
+    assert found.left["1.0.weight"].startswith("it has 81 inputs, more than can be solved for (60)")
+    assert [r.weight for r in found.layers if r.inputs > 60] == []

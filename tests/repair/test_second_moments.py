@@ -25,7 +25,7 @@ def test_each_width_is_the_ridge_solution_of_its_own(layer: nn.Module, monkeypat
     found = repaired(weight, m, [np.broadcast_to(r, (groups, per_group)) for r in removed])
     with torch.no_grad():
         out = model(x)
-    at = sample_positions(6, 6, out.shape[2:], 10**6, torch.Generator())
+    at = sample_positions(out, 6, 10**6, torch.Generator())
     inputs, w = patches_at(x, m.geometry, at), as_matrix(weight, m.geometry)
     taps = inputs.shape[2] // per_group
     for r, result in zip(removed, found, strict=True):
@@ -56,3 +56,17 @@ def test_so_many_positions_are_sampled_for_each_input(asked: int, taken: int, mo
     model = nn.Sequential(nn.Conv2d(8, 2, 1)).double().eval()
     m = second_moments(model, ["0.weight"], [(torch.randn(4, 8, 6, 6, dtype=torch.float64), 4)], asked)["0.weight"]
     assert int(torch.linalg.matrix_rank(m.mean[0])) == taken, "one position of each image, or two"
+
+
+def test_sums_of_half_precision_do_not_overflow() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 2, 1)), 100 * torch.rand(4, 2, 40, 40)
+    want = second_moments(model, ["0.weight"], [(x, 4)])["0.weight"].mean
+    found = second_moments(model.half(), ["0.weight"], [(x.half(), 4)])["0.weight"].mean
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, want, rtol=1e-2, atol=0)
+
+
+def test_layers_with_too_many_inputs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_INPUTS", 8)
+    model = nn.Sequential(nn.Conv2d(2, 2, 2), nn.Conv2d(2, 2, 3))
+    assert list(second_moments(model, ["0.weight", "1.weight"], [(torch.randn(4, 2, 6, 6), 4)])) == ["0.weight"]
