@@ -30,6 +30,12 @@ def compose(first: Plan, second: Plan) -> Plan:
             raise PlanError(f"group {group.name!r}: the second plan removes channel {int((stays & goes).argmax())} in some "
                             "layers only; the first graph removes it in all or none")
         keep[group.name] = np.nonzero(stays)[0]
+    composed = Kept(first.graph, keep)
+    for tensor, cut in after.cuts.items():
+        for dim, stays in cut.items():
+            if composed.positions(tensor, dim).size != stays.size:
+                raise PlanError(f"the second plan removes channels of {tensor} (dimension {dim}) that stay whole in the first "
+                                "graph: trace both networks alike")
     return costed_plan(first.graph, keep, {"steps": [*first.request.get("steps", [first.request]), second.request]})
 
 

@@ -68,3 +68,16 @@ def test_channels_that_only_leave_together_are_not_split() -> None:
     second = narrower.plan(graphs[1], narrower.random(graphs[1]), remove={"a": 0.5})
     with pytest.raises(narrower.PlanError, match=r"group 'a'.*in some layers only"):
         narrower.compose(everything, second)
+
+
+def test_channels_that_are_whole_in_the_first_graph_alone_are_not_kept_silently() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.GroupNorm(1, 8), torch.nn.Conv2d(8, 8, 1), torch.nn.ReLU(),
+                                torch.nn.Conv2d(8, 2, 1)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    graph = narrower.trace(model, x, allow_inexact=False)
+    first = narrower.plan(graph, narrower.random(graph), remove=0.25)
+    wide = narrower.trace(narrower.narrow(model, first), x)
+    second = narrower.plan(wide, narrower.random(wide), remove=0.5)
+    assert len(wide.free) > len(graph.free)
+    with pytest.raises(narrower.PlanError, match=r"removes channels of 0\.weight \(dimension 0\) that stay whole"):
+        narrower.compose(first, second)
