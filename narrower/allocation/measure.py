@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.equal_counts import Component, components
+from ..graph.selection import Kept
 from ..graph.types import Graph
+from ..narrowing.verify import Survivors
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
 from ..repair.held_out import Comparison, Measure, checked_inputs, images_wanted, input_counts, split
@@ -18,7 +20,7 @@ from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
-from .replay import Record, Replay
+from .replay import Record, Replay, address
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 MEASURED = 6  # one image in so many is measured on, the others are fitted
@@ -26,13 +28,14 @@ MEASURED_IMAGES = 64
 
 
 class Cut(NamedTuple):
-    """One removal to be measured: the number of its curve, the share that goes, the weights of the readers then, and what is
-    added to their outputs."""
+    """One removal to be measured: the number of its curve, the share that goes, the weights of the readers then, what is added
+    to their outputs, and what runs the calls that mix channels (None: there are none)."""
 
     curve: int
     share: float
     weights: Mapping[str, Tensor]
     intercepts: Mapping[str, Tensor]
+    survivors: Survivors | None = None
 
 
 @torch.no_grad()
@@ -45,7 +48,8 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     repaired by least squares, and the output is compared with the dense network's. Every sixth image (64 at most) is measured
     on; the second moments for the repair come from the others. Fitted on the images measured, curves would be flat where a
     layer has more inputs than samples. Layers whose inputs cannot be seen (their weight is computed first, or they are no plain
-    layer) are cut without repair. `progress` names them.
+    layer), or that have more than 12,288, are cut without repair. `progress` names them. Layers that mix channels, such as
+    GroupNorm or a matrix product of activations, see the channels that stay, as in the network that `narrow` returns.
 
     `measure`: how outputs are compared. "kl": by the Kullback-Leibler divergence of the class probabilities, of one tensor of
     class scores `(N, classes, ...)`. "relative": by the squared error relative to the variance, of any outputs. None: "kl" for
@@ -69,7 +73,7 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
         moments = second_moments(copy, counts, fit)
         hidden = sorted(counts.keys() - moments.keys())
         if hidden and progress is not None:
-            progress(f"sensitivity: cut without repair, as what they read cannot be seen: {', '.join(hidden)}")
+            progress(f"sensitivity: cut without repair, as what they read cannot be seen or is too much: {', '.join(hidden)}")
         cuts = [cut for k, part in enumerate(parts) for cut in cuts_of(graph, k, part, values, copy, moments, shares)]
         damages, found = measured_damages(copy, cuts, measured, measure, progress)
     curves = []
@@ -91,8 +95,9 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
     named = named_tensors(model)
     removed: dict[str, list[np.ndarray]] = {}
     dims: dict[str, int] = {}
-    for k, lost in enumerate(losses):
-        for group, lowest in lowest_channels([part], [lost], scores):
+    gone = [list(lowest_channels([part], [lost], scores)) for lost in losses]
+    for k, channels in enumerate(gone):
+        for group, lowest in channels:
             for s in graph[group].slices:
                 if s.role == "in" and s.tensor in named:
                     blocks = moments[s.tensor].geometry.groups if s.tensor in moments else s.blocks
@@ -108,9 +113,10 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
             weights[name], intercepts[name] = [r.weight for r in found], [r.intercept for r in found]
         else:
             weights[name] = [without_inputs(named[name], dims[name], mask) for mask in masks]
-    total = int(part.sizes.sum())
+    total, mixed = int(part.sizes.sum()), bool(graph.mixers or graph.products or graph.computed)
     return [Cut(number, int(lost.sum()) / total, {n: w[k] for n, w in weights.items()},
-                {n: i[k] for n, i in intercepts.items()}) for k, lost in enumerate(losses)]
+                {n: i[k] for n, i in intercepts.items()},
+                Survivors(Kept.without(graph, gone[k]), named.values()) if mixed else None) for k, lost in enumerate(losses)]
 
 
 def without_inputs(weight: Tensor, dim: int, removed: np.ndarray) -> Tensor:
@@ -129,14 +135,14 @@ def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tup
     for batch, count in inputs:
         record = Record(model)
         comparison.dense(run_forward(model, batch, record))
-        for k, cut in enumerate(cuts):
-            before = {name: named[name].detach().clone() for name in cut.weights}
-            for name, new in cut.weights.items():
+        starts = [record.start([address(named[name]) for name in cut.weights], cut.survivors) for cut in cuts]
+        for k in sorted(range(len(cuts)), key=lambda k: -starts[k]):
+            weights, survivors = cuts[k].weights, cuts[k].survivors
+            before = {name: named[name].detach().clone() for name in weights}
+            for name, new in weights.items():
                 named[name].data.copy_(new)
-            added = {named[name].untyped_storage()._cdata: intercept for name, intercept in cut.intercepts.items()}
-            changed = [record.first_read.get(named[name].untyped_storage()._cdata) for name in cut.weights]
-            start = min((n for n in changed if n is not None), default=len(record.outputs))
-            comparison.other(k, run_forward(model, batch, Replay(record, start, added)))
+            added = {address(named[name]): intercept for name, intercept in cuts[k].intercepts.items()}
+            comparison.other(k, run_forward(model, batch, Replay(record, starts[k], added, survivors)))
             for name, old in before.items():
                 named[name].data.copy_(old)
         seen += count

@@ -2,69 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..narrowing.verify import Survivors
 from ..repair.watching import input_and_weight
 from ..surgery.walk import named_tensors
-from ..tracing.operators.interface import tensors_in
+from ..tracing.operators.call_counter import CallCounter
+from ..tracing.operators.interface import Call, tensors_in
+
+
+class Write(NamedTuple):
+    """Call `number` writes into `tensor`, whose memory call `made` has made (-1: it was there before), and whose values were
+    `before`."""
+
+    number: int
+    made: int
+    tensor: Tensor
+    before: Tensor
 
 
 class Record(TorchDispatchMode):
     """Runs a forward and keeps the output of every call.
 
-    `first_read`: the first call that reads each parameter or buffer, by the address of its memory. `overwritten`: for each
-    call that writes in place, the tensor and its values before. `final`: each such tensor with its values after the last one.
+    `first_read`: the first call that reads each parameter or buffer, by the address of its memory. `calls`: what identifies
+    each call in a graph; its tensors are not kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.held = {t.untyped_storage()._cdata for t in named_tensors(model).values()}
+        held = list(named_tensors(model).values())
+        self.held, self.counter = {address(t) for t in held}, CallCounter(held)
         self.outputs: list[Any] = []
+        self.calls: list[Call] = []
         self.first_read: dict[int, int] = {}
-        self.overwritten: dict[int, tuple[Tensor, Tensor]] = {}
-        self.final: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: dict[int, int] = {}
+        self.writes: list[Write] = []
+        self.replayed: int | None = None  # where the last replay began
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number = len(self.outputs)
+        self.calls.append(self.counter.count(func, args, kwargs)._replace(args=(), kwargs={}))
         for t in tensors_in(args):
-            if (memory := t.untyped_storage()._cdata) in self.held:
-                self.first_read.setdefault(memory, number)
-        in_place = func._schema.name[-1] == "_" and isinstance(args[0], Tensor)
-        if in_place:
-            self.overwritten[number] = args[0], args[0].clone()
+            self.made.setdefault(address(t), -1)
+            if address(t) in self.held:
+                self.first_read.setdefault(address(t), number)
+        for t in written(func, args, kwargs or {}):
+            self.writes.append(Write(number, self.made.setdefault(address(t), -1), t, t.clone()))
         out = func(*args, **(kwargs or {}))
-        if in_place:
-            self.final[id(args[0])] = args[0], args[0].clone()
+        for t in tensors_in([out]):
+            self.made.setdefault(address(t), number)
         self.outputs.append(out)
         return out
 
+    def start(self, weights: Collection[int], survivors: Survivors | None) -> int:
+        """The first call that reads one of the weights (by the address of their memory), or that mixes channels of which some
+        do not survive."""
+        mixing = () if survivors is None else (n for n, call in enumerate(self.calls) if survivors.changes(call))
+        first = [next(iter(mixing), len(self.outputs)), *(self.first_read[w] for w in weights if w in self.first_read)]
+        return min(first)
+
 
 class Replay(TorchDispatchMode):
-    """Runs a forward from call `start` on. Earlier calls return what was recorded; `intercepts` are added to the outputs of the
-    layers that read these weights (by the address of their memory)."""
+    """Runs a forward from call `start` on. Earlier calls return what was recorded.
 
-    def __init__(self, record: Record, start: int, intercepts: Mapping[int, Tensor]) -> None:
+    `intercepts` are added to the outputs of the layers that read these weights (by the address of their memory). `survivors`
+    runs the calls that mix channels. What is written in place into recorded tensors is put back for the next replay, which
+    must not start later: so those come first that start last.
+    """
+
+    def __init__(self, record: Record, start: int, intercepts: Mapping[int, Tensor],
+                 survivors: Survivors | None = None) -> None:
         super().__init__()
+        if record.replayed is not None and start > record.replayed:
+            raise ValueError(f"a replay from call {start} after one from call {record.replayed}: tensors that are written in "
+                             "place between them are not put back")
+        record.replayed = start
         self.record, self.start, self.intercepts, self.number = record, start, intercepts, 0
-        states: dict[int, tuple[Tensor, Tensor]] = {}  # recorded tensors as they were when `start` began
-        for number, (t, before) in record.overwritten.items():
-            if number >= start:
-                states.setdefault(id(t), (t, before))
-        for t, values in (record.final | states).values():  # an earlier replay may have left other values
-            t.copy_(values)
+        self.survivors, self.counter = survivors, CallCounter()
+        self.counter.memory = record.counter.memory
+        for write in reversed(record.writes):
+            if write.made < start <= write.number:
+                write.tensor.copy_(write.before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number, self.number = self.number, self.number + 1
+        call = self.counter.count(func, args, kwargs) if self.survivors is not None else None
         if number < self.start and not is_view(func):  # a view must be made anew
             return self.record.outputs[number]
-        out = func(*args, **(kwargs or {}))
+        if self.survivors is not None and call is not None and number >= self.start:
+            out = self.survivors.run(func, call)
+        else:
+            out = func(*args, **(kwargs or {}))
         factors = input_and_weight(func._schema.name.removeprefix("aten::"), args) if number >= self.start else None
-        added = self.intercepts.get(factors[1].untyped_storage()._cdata) if factors is not None else None
+        added = self.intercepts.get(address(factors[1])) if factors is not None else None
         return out if added is None else out + added.view(-1, *(1,) * (out.ndim - 2))
+
+
+def address(t: Tensor) -> int:
+    """That of a tensor's memory, which its views have in common."""
+    return t.untyped_storage()._cdata
+
+
+def written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes into."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return list(tensors_in([given[name] for name in names if given.get(name) is not None]))
 
 
 def is_view(func: Any) -> bool:

@@ -21,7 +21,7 @@ from ..surgery.copying import duplicate, same_tensors
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
-from ..tracing.operators.interface import tensors_in
+from ..tracing.operators.interface import Call, tensors_in
 
 
 class Verification(NamedTuple):
@@ -131,11 +131,23 @@ class Survivors(TorchDispatchMode):
         self.kept, graph = kept, kept.graph
         self.mixers: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
         self.products: dict[int, Product] = {p.number: p for p in graph.products}
-        self.counter = CallCounter(held)
         self.unread = {number: unread(kept, tensor) for number, tensor in graph.computed.items()}
+        self.counter = CallCounter(held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = self.counter.count(func, args, kwargs)
+        return self.run(func, self.counter.count(func, args, kwargs))
+
+    def changes(self, call: Call) -> bool:
+        """Whether a call of the dense forward gives something else without the removed channels, whatever it reads."""
+        if (product := self.products.get(call.product)) is not None:
+            return not self.kept.mask_along(product.members, int(np.prod(product.shape))).all()
+        if (mixer := self.mixers.get((call.name, call.number))) is not None:
+            return not self.kept.mask_along(mixer.members, mixer.size).all()
+        return call.name == "convolution" and len(self.unread.get(call.number, ())) > 0
+
+    def run(self, func: Any, call: Call) -> Any:
+        """The output of a call."""
+        args: Any = call.args
         if call.name == "convolution" and call.number in self.unread:
             # Its weight is computed from a masked one and may no longer be zero there. So its input is masked.
             gone = torch.as_tensor(self.unread[call.number], device=args[0].device)

@@ -35,9 +35,9 @@ def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int |
     lost all inputs adds one. Costs are computed anew whenever a sixteenth of the remaining channels has gone. Of channels with
     equal scores, the one with the lower index is removed first.
 
-    Only convolutions and linear layers count that use a parameter as it is. A group that none of them reads gets its L2
-    magnitude. One forward pass collects the second moments of what all layers read, at random positions where a layer has more
-    of them than it needs.
+    Only convolutions and linear layers count that use a parameter as it is and have no more than 12,288 inputs. A group that
+    none of them reads gets its L2 magnitude. One forward pass collects the second moments of what all layers read, at random
+    positions where a layer has more of them than it needs.
 
     `batches` gives what the model takes, or pairs whose first part is; no labels are needed. All of them are used, or the first
     `images` samples. Raises DataError if there are none, for batches without tensors or of several shapes, or if an activation

@@ -8,7 +8,7 @@ from support.networks import PATTERNS
 from support.resrep_training import randomised
 from torch import Tensor, nn
 
-from narrower.allocation.replay import Record, Replay
+from narrower.allocation.replay import Record, Replay, address
 from narrower.tracing.interpreter import run_forward
 
 
@@ -25,6 +25,9 @@ class InPlace(nn.Module):
         y.add_(x).mul_(2)
         x.relu_()
         y += self.c(x)
+        y[:, :2] += x[:, 2:]
+        y.mul_(0.5)
+        y[:, 1:] += self.c(y)[:, 1:]
         return y.flatten(1)
 
 
@@ -35,8 +38,35 @@ def test_every_start_gives_the_same_output_again_and_again(name: str) -> None:
     record = Record(model)
     want = run_forward(model, x, record).clone()
     end = len(record.outputs)
-    jumps = [start for middle in range(end + 1) for start in (0, middle, end)]
-    for start in [*range(end + 1), *jumps]:
+    for start in range(end, -1, -1):
+        for _ in range(2):
+            assert torch.equal(run_forward(model, x, Replay(record, start, {})), want), start
+    with pytest.raises(ValueError, match="a replay from call 1 after one from call 0"):
+        Replay(record, 1, {})
+
+
+def test_a_replay_is_not_disturbed_by_one_with_other_weights() -> None:
+    model, x = InPlace().eval(), torch.randn(2, 4, 3, 3)
+    record = Record(model)
+    run_forward(model, x, record)
+    starts = {name: record.start([address(model.get_parameter(f"{name}.weight"))], None) for name in "abc"}
+    for name in sorted(starts, key=lambda name: -starts[name]):
+        weight = model.get_parameter(f"{name}.weight")
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(3)
+            want = model(x)
+            assert torch.equal(run_forward(model, x, Replay(record, starts[name], {})), want), name
+            weight.copy_(before)
+
+
+def test_a_forward_may_write_into_its_input() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1), nn.Flatten())
+    x = torch.randn(2, 3, 3, 3)
+    want = model(x.clone())
+    record = Record(model)
+    run_forward(model, x, record)
+    for start in range(len(record.outputs), -1, -1):
         assert torch.equal(run_forward(model, x, Replay(record, start, {})), want), start
 
 
