@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .held_out import images_at
+from .held_out import joined as joined_images
 from .patches import Positions, joined, sample_positions, values_at
 from .watching import LayerCall, LayerWatch, Stream
+
+ROUNDING = 1e-2  # a batch of other size rounds otherwise; other images differ by far more
 
 
 class Target(NamedTuple):
@@ -75,11 +79,41 @@ class TargetWatch(LayerWatch):
         return found
 
 
+class InputWatch(LayerWatch):
+    """Keeps what each layer reads first."""
+
+    def __init__(self, model: nn.Module, weights: Iterable[str]) -> None:
+        super().__init__(model, weights)
+        self.read: dict[str, Tensor] = {}
+
+    def layer(self, call: LayerCall) -> Tensor:
+        self.read.setdefault(call.weight, call.x)
+        return call.run()
+
+
+def out_of_order(model: nn.Module, weights: Iterable[str], inputs: Sequence[tuple[Any, int]]) -> list[str]:
+    """The layers whose rows do not stand image by image, as in `encoder(torch.cat([a, b]))` or where sequences come first.
+
+    The first image alone and with a second one: its rows are then no longer the first ones.
+    """
+    images = images_at(joined_images([x for x, _ in inputs[:2]]), torch.tensor([0, 1]))
+    alone, both = InputWatch(model, weights), InputWatch(model, weights)
+    alone.run(images_at(images, torch.tensor([0])), 1)
+    both.run(images, 2)
+    found = []
+    for name, x in alone.read.items():
+        y = both.read[name][: len(x)] if name in both.read else x[:0]
+        if len(x) > 1 and (y.shape != x.shape or bool((y - x).norm() > ROUNDING * x.norm())):
+            found.append(name)
+    return found
+
+
 def dense_targets(model: nn.Module, kept: Mapping[str, Tensor], per_image: Mapping[str, int],
-                  inputs: Iterable[tuple[Any, int]]) -> tuple[dict[str, Target], dict[str, str], frozenset[int]]:
+                  inputs: Sequence[tuple[Any, int]]) -> tuple[dict[str, Target], dict[str, str], frozenset[int]]:
     """One forward of the dense network over `inputs` (with their numbers of images): the targets of the layers with the weights
     in `kept`, why others have none, and the calls whose output one other call reads."""
     watch = TargetWatch(model, kept, per_image)
+    watch.unseen = dict.fromkeys(out_of_order(model, kept, inputs), "its rows do not stand image by image")
     for batch, images in inputs:
         watch.run(batch, images)
         watch.batches.append(images)

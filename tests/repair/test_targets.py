@@ -42,3 +42,25 @@ def test_layers_that_cannot_be_seen_have_a_reason() -> None:
     assert not targets
     assert "more than once" in left["twice.weight"] and "rows" in left["mixed.weight"]
     assert "no convolution" in left["unused.weight"]
+
+
+class Orders(nn.Module):
+    """Rows image by image (`plain`), the left halves of all images before the right ones (`halves`), and positions first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.halves, self.first = nn.Linear(3, 4), nn.Conv2d(3, 4, 1), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        left, right = self.halves(torch.cat(x.chunk(2, 3))).chunk(2)
+        return self.plain(tokens).mean(1) + (left * right).mean((2, 3)) + self.first(tokens.transpose(0, 1)).mean(0)
+
+
+def test_layers_whose_rows_do_not_stand_image_by_image_have_no_targets() -> None:
+    keep = {f"{name}.weight": torch.arange(4) for name in ("plain", "halves", "first")}
+    for size in (1, 4):
+        inputs = [(x, size) for x in torch.randn(8, 3, 4, 4).split(size)]
+        targets, left, _ = dense_targets(Orders().eval(), keep, dict.fromkeys(keep, 4), inputs)
+        assert list(targets) == ["plain.weight"]
+        assert left == dict.fromkeys(["halves.weight", "first.weight"], "its rows do not stand image by image")
