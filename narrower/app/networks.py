@@ -17,7 +17,7 @@ import narrower
 from ..data.images import Images, batches
 from ..data.unlabelled import relabelled
 from ..errors import ConfigError, TraceError
-from ..models import CIFAR_MODELS, expected_images, make_model
+from ..models import expected_images, make_model
 from ..models.checkpoints import load_checkpoint
 from ..narrowing.narrow import RECORD
 from ..storage import META, WEIGHTS, write_whole
@@ -198,7 +198,7 @@ def costs_of(example: Tensor, *networks: nn.Module, rounds: int = 3) -> list[Cos
 
 def expected_size(config: ModelConfig) -> int:
     """Pixels of the square images that a network takes, where settings do not say."""
-    return int(expected_images(config.model).get("large", 32 if config.model in CIFAR_MODELS else 224))
+    return int(expected_images(config.model).get("large", 224))
 
 
 def inspect_network(

@@ -50,7 +50,7 @@ class Reading:
         flip: probability that a training image is mirrored.
         aa: timm's name of an augmentation of each training image, such as "rand-m9-mstd0.5-inc1".
         scale, color_jitter: of the crops and colours of large training images, as in timm.
-        crop_pct, interpolation: how large images are resized for evaluation, as in timm.
+        crop_pct, crop_mode, interpolation: how large images are resized for evaluation, as in timm.
         cache: folder for decoded small images. None keeps them in memory only.
     """
 
@@ -64,6 +64,7 @@ class Reading:
     scale: tuple[float, float] = (0.08, 1.0)
     color_jitter: float = 0.0
     crop_pct: float = 0.875
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
     cache: Path | None = None
 
@@ -318,7 +319,7 @@ def _transforms(size: tuple[int, int, int], reading: Reading) -> tuple[Callable[
     from timm.data import create_transform
 
     common: dict[str, Any] = {"mean": reading.mean, "std": reading.std, "interpolation": reading.interpolation}
-    plain = create_transform(size, is_training=False, crop_pct=reading.crop_pct, **common)
+    plain = create_transform(size, is_training=False, crop_pct=reading.crop_pct, crop_mode=reading.crop_mode, **common)
     augmentation(reading)  # its errors
     return plain, create_transform(size, is_training=True, hflip=reading.flip, color_jitter=reading.color_jitter,
                                    auto_augment=reading.aa, scale=reading.scale, **common)

@@ -73,12 +73,34 @@ def make_model(
 
 
 def expected_images(name: str) -> dict[str, Any]:
-    """How a network of timm reads images: {large (pixels), mean, std, crop_pct, interpolation}. {} for other names."""
+    """How a network of timm or torchvision reads images: {large (pixels), mean, std, crop_pct, crop_mode, interpolation}.
+
+    Of the CIFAR networks {large}. {} for other names, and for torchvision's detectors and the like.
+    """
+    if name in CIFAR_MODELS:
+        return {"large": 32}
+    if name.startswith("torchvision/"):
+        return _torchvision_images(name.removeprefix("torchvision/"))
     known = _published(name)
     if known is None:
         return {}
-    same = {key: getattr(known, key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    same = {key: getattr(known, key) for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     return {"large": known.input_size[-1], **same}
+
+
+def _torchvision_images(name: str) -> dict[str, Any]:
+    """As `expected_images`, for the weights that `make_model` loads."""
+    try:
+        from torchvision import models
+
+        known = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+    except (ImportError, ValueError):  # an unknown name: make_model raises an error with advice
+        return {}
+    crop = getattr(known, "crop_size", ())
+    if len(crop) != 1:  # videos have two numbers
+        return {}
+    return {"large": crop[0], "mean": tuple(known.mean), "std": tuple(known.std), "crop_pct": crop[0] / known.resize_size[0],
+            "interpolation": known.interpolation.value}
 
 
 def origin(name: str) -> dict[str, str]:

@@ -74,6 +74,15 @@ def test_large_images_are_read_as_needed(tmp_path: Path) -> None:
     assert folder(tmp_path, Reading(size=16)).input_size == (3, 16, 16)
 
 
+def test_wide_images_are_cropped_or_squashed(tmp_path: Path) -> None:
+    """The left fifth is white: the middle of the image does not have it."""
+    for path in images(tmp_path, size=80).glob("*/*/*.png"):
+        Image.fromarray(np.repeat((np.arange(160) < 32)[None, :, None] * np.uint8(255), 80, 0).repeat(3, 2)).save(path)
+    for mode, white in (("center", False), ("squash", True)):
+        x = folder(tmp_path, Reading(size=72, mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0, crop_mode=mode)).val[0][0]
+        assert x.shape == (3, 72, 72) and bool(x.max() > 0.9) == white
+
+
 def test_grey_images_have_one_channel(tmp_path: Path) -> None:
     data = folder(images(tmp_path), Reading(channels=1, mean=(0.5,), std=(0.5,)))
     assert next(iter(batches(data.train, 2)))[0].shape == (2, 1, 8, 8)

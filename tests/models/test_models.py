@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from narrower.errors import ConfigError
-from narrower.models import CIFAR_MODELS, make_model
+from narrower.models import CIFAR_MODELS, expected_images, make_model
 
 # Parameters with 10 classes, counted by hand from the papers' tables (He et al.: 0.27, 0.46, 0.66, 0.85, 1.7 million).
 PARAMETERS = {
@@ -73,6 +73,20 @@ def test_names_of_timm_and_torchvision_make_their_networks() -> None:
     with torch.device("meta"):
         assert make_model("resnet18", 5, in_channels=1).get_parameter("fc.weight").shape == (5, 512)
         assert make_model("torchvision/resnet18", 5).get_parameter("fc.weight").shape == (5, 512)
+
+
+def test_images_are_read_as_the_published_weights_expect() -> None:
+    """Values of torchvision's and timm's own pages. Of a detector, a network of one's own and an unknown name nothing."""
+    pytest.importorskip("timm")
+    large = expected_images("torchvision/efficientnet_v2_l")
+    assert large == {"large": 480, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bicubic"}
+    assert expected_images("torchvision/inception_v3")["large"] == 299
+    second = expected_images("torchvision/resnet50")  # of the weights that --pretrained loads, IMAGENET1K_V2
+    assert (second["large"], second["crop_pct"], second["interpolation"]) == (224, 224 / 232, "bilinear")
+    squashed = expected_images("convnextv2_huge.fcmae_ft_in22k_in1k_384")
+    assert (squashed["large"], squashed["crop_mode"]) == (384, "squash")
+    assert all(expected_images(name) == {"large": 32} for name in CIFAR_MODELS)
+    assert not any(expected_images(name) for name in ("torchvision/ssd300_vgg16", "torchvision/resnet51", "own.py:make"))
 
 
 def test_own_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
