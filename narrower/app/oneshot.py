@@ -230,7 +230,10 @@ def planned_in_steps(job: Job, model: nn.Module, graph: narrower.Graph, images: 
     plan: narrower.Plan | None = None
     for number in range(1, given.steps + 1):
         at = narrower.trace(small, job.example, allow_inexact=given.allow_inexact) if plan else graph
-        step: PruneConfig = replace(given, **budget_of_step(given, graph, number / given.steps))
+        budget = budget_of_step(given, graph, at, number / given.steps)
+        if not any(budget.values()):
+            continue  # the step before went far enough: a channel is more than the rest of the way
+        step: PruneConfig = replace(given, **budget)
         job.report.note(f"step {number} of {given.steps}")
         found = planned_once(replace(job, settings=replace(job.settings, prune=step)), small, at, images, again=number > 1)
         plan = narrower.compose(plan, found) if plan else found
@@ -242,12 +245,17 @@ def planned_in_steps(job: Job, model: nn.Module, graph: narrower.Graph, images: 
     return plan
 
 
-def budget_of_step(given: PruneConfig, graph: narrower.Graph, way: float) -> dict[str, Any]:
-    """The budget after a part `way` (0 to 1) of the steps, as numbers of MACs and parameters."""
+def budget_of_step(given: PruneConfig, graph: narrower.Graph, at: narrower.Graph, way: float) -> dict[str, float | None]:
+    """The budget after a part `way` (0 to 1) of the steps, as numbers of MACs and parameters. None where `at` meets it."""
+    found: dict[str, float | None] = {}
     kinds: tuple[CostKind, ...] = ("macs", "params")
-    costs = {kind: sum(CostModel(graph).dense_costs(kind).values()) for kind in kinds}
-    goals = {key: wish if wish > 1 else wish * costs[key] for key in costs if (wish := getattr(given, key)) is not None}
-    return {key: costs[key] * (goal / costs[key]) ** way for key, goal in goals.items()}
+    for kind in kinds:
+        dense, now = (sum(CostModel(g).dense_costs(kind).values()) for g in (graph, at))
+        wish: float | None = getattr(given, kind)
+        if wish is not None:
+            share = wish / dense if wish > 1 else wish
+            found[kind] = goal if (goal := dense * share**way) < now else None
+    return found
 
 
 def saved_plan(job: Job, graph: narrower.Graph) -> narrower.Plan | None:

@@ -178,6 +178,16 @@ def test_a_budget_is_reached_in_steps(capsys: pytest.CaptureFixture[str]) -> Non
     assert same(before, weights("run"))
 
 
+def test_steps_leave_out_what_is_reached_already(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first step towards the multiply-adds takes more parameters than the second may leave, or all that were to go."""
+    assert cli.main(["train", *SMALL, "--epochs", "1", "--output", "dense"]) == 0
+    common = ["prune", "dense", "--method", "magnitude", "--allocate", "share", "--images", "16", "--dry-run"]
+    for budget, steps in ((["--macs", "0.4", "--params", "0.9", "--steps", "2"], 2), (["--macs", "0.99", "--steps", "3"], 1)):
+        capsys.readouterr()
+        assert cli.main([*common, *budget]) == 0
+        assert capsys.readouterr().err.count("narrower: step ") == steps
+
+
 def test_a_dry_run_plans_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", *SMALL, "--epochs", "1", "--output", "dense"]) == 0
     before = sorted(folder.rglob("*"))
