@@ -16,7 +16,7 @@ from ..errors import ConfigError, DataError
 from ..training.accelerator import make_accelerator
 from .config import BenchConfig, ExportConfig, ModelConfig, part
 from .job import Job, Reporter, Settings, open_job
-from .networks import dense_network, expected_size, load_dense, read_run, with_weights
+from .networks import dense_network, input_size, load_dense, read_run, run_of, with_weights
 from .oneshot import sample
 from .run_folder import NARROW, Run, read_settings
 
@@ -76,8 +76,8 @@ def calibration_batches(job: Job, given: ExportConfig) -> list[Tensor]:
 
 
 def noise(settings: Settings, count: int) -> Tensor:
-    size = settings.data.img_size or expected_size(settings.model)
-    return torch.randn(count, settings.model.in_chans, size, size, generator=torch.Generator().manual_seed(0))
+    size = input_size(settings.model, settings.data.img_size, run_of(settings.model))
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
 
 
 def validation_images(job: Job, count: int) -> Tensor:
@@ -97,25 +97,25 @@ def bench_networks(
     """
     device = make_accelerator(settings.run.device).device
     modules: dict[str, nn.Module] = {}
-    kinds: dict[str, tuple[int, int]] = {}
+    kinds: dict[str, tuple[int, int, int]] = {}
     for name in dict.fromkeys(names):
         config, size = settings.model, settings.data.img_size
-        if Path(name).is_dir():
-            found = read_settings(Path(name))
+        folder = Path(name) if Path(name).is_dir() else None
+        if folder is not None:
+            found = read_settings(folder)
             config = part(ModelConfig, found)
             size = size or found.get("img_size")
-            if len(names) == 1 and (Path(name) / NARROW).exists():
+            if len(names) == 1 and (folder / NARROW).exists():
                 modules["dense"] = dense_network(config)
-            modules[name] = read_run(Path(name), config)
+            modules[name] = read_run(folder, config)
         else:
             config = replace(config, model=name)
             modules[name] = dense_network(config)
-        kinds[name] = (config.in_chans, size or expected_size(config))
+        kinds[name] = input_size(config, size, folder)
     if len(set(kinds.values())) > 1:
-        each = ", ".join(f"{name}: {channels}x{size}x{size}" for name, (channels, size) in kinds.items())
+        each = ", ".join(f"{name}: {'x'.join(map(str, kind))}" for name, kind in kinds.items())
         raise ConfigError(f"the networks take images of different sizes ({each}): give --img-size")
-    channels, size = next(iter(kinds.values()))
-    images = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(1, *next(iter(kinds.values())), generator=torch.Generator().manual_seed(0)).to(device)
     modules = {name: module.to(device) for name, module in modules.items()}
     return narrower.benchmark(modules, images, runtime=given.runtimes, batch_sizes=given.batch_sizes, threads=given.threads,
                               seconds=given.seconds, progress=report.note if report else None)

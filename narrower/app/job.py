@@ -32,7 +32,7 @@ from ..training.train import TrainContext, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .own_task import open_task
 from .resuming import WHERE, changes, check_start, fingerprint, named
-from .run_folder import Run
+from .run_folder import INPUT_SIZE, Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,7 +120,8 @@ class Job:
         check_same({"narrower": narrower.__version__, "the number of training images": train,
                     "the number of images to evaluate on": val, "the weights at the start": weights})
         versions = {"torch": torch.__version__, "python": platform.python_version(), "processes": self.shard[1]}
-        self.run.claim(self.settings.flat(), {**facts, "labelled": self.data.labelled, **names, **versions}, changed)
+        images = {"labelled": self.data.labelled, INPUT_SIZE: list(self.data.input_size)}
+        self.run.claim(self.settings.flat(), {**facts, **images, **names, **versions}, changed)
         if self.settings.run.log_with:
             plain = {key: value for key, value in self.settings.flat().items() if isinstance(value, (bool, int, float, str))}
             self.accelerator.init_trackers("narrower", config=plain)

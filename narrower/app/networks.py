@@ -43,13 +43,17 @@ def with_weights(config: ModelConfig) -> nn.Module:
 
     The network of a run that narrowed is narrow, with the last weights or those of its `best.safetensors`.
     """
+    folder = run_of(config)
+    model = dense_network(config, pretrained=config.pretrained) if folder is None else read_run(folder, config)
+    return load_checkpoint(model, config.checkpoint) if config.checkpoint and Path(config.checkpoint) != folder else model
+
+
+def run_of(config: ModelConfig) -> Path | None:
+    """The folder of the run whose network the settings name: as such, or by its `best.safetensors`. None for other files."""
     file = Path(config.checkpoint or "")
     if config.checkpoint and file.is_dir():
-        return read_run(file, config)
-    if file.name == run_folder.BEST and (file.parent / run_folder.CONFIG).exists():
-        return load_checkpoint(read_run(file.parent, config), file)
-    model = dense_network(config, pretrained=config.pretrained)
-    return load_checkpoint(model, config.checkpoint) if config.checkpoint else model
+        return file
+    return file.parent if file.name == run_folder.BEST and (file.parent / run_folder.CONFIG).exists() else None
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> Any:
@@ -196,9 +200,16 @@ def costs_of(example: Tensor, *networks: nn.Module, rounds: int = 3) -> list[Cos
     return found
 
 
-def expected_size(config: ModelConfig) -> int:
-    """Pixels of the square images that a network takes, where settings do not say."""
-    return int(expected_images(config.model).get("large", 224))
+def input_size(config: ModelConfig, img_size: int | None, folder: Path | None) -> tuple[int, int, int]:
+    """Channels, height and width of an image: by the settings, else as in the run in `folder`, else as the network expects.
+
+    Settings have no `img_size` where images are not square. Runs of older versions do not tell theirs.
+    """
+    run = None if img_size or folder is None else run_folder.Run(folder, resume=True, writes=False)
+    if run is not None and (found := run.last(run_folder.START).get(run_folder.INPUT_SIZE)):
+        return found[0], found[1], found[2]
+    size = img_size or int(expected_images(config.model).get("large", 224))
+    return config.in_chans, size, size
 
 
 def inspect_network(
@@ -206,10 +217,9 @@ def inspect_network(
 ) -> tuple[narrower.Graph, Costs]:
     """`narrower inspect`: the groups and costs of a network. Needs no images."""
     given = settings.model
-    size = settings.data.img_size or expected_size(given)
     accelerator = make_accelerator(settings.run.device)
-    example = torch.zeros(1, given.in_chans, size, size, device=accelerator.device)
     model = with_weights(given)
+    example = torch.zeros(1, *input_size(given, settings.data.img_size, run_of(given)), device=accelerator.device)
     graph = narrower.trace(model.to(accelerator.device), example, progress=(report or Reporter()).note)
     return graph, costs_of(example, model)[0]
 

@@ -22,7 +22,7 @@ from ..storage import read_meta, write_whole
 from . import run_folder
 from .config import DataConfig, ModelConfig, part
 from .job import Reporter, Settings, open_images
-from .networks import dense_network, expected_size, with_weights
+from .networks import dense_network, input_size, with_weights
 from .oneshot import read_scores
 from .resuming import ENDS
 from .run_folder import PICTURES
@@ -78,7 +78,7 @@ def facts_of(folder: Path) -> Facts:
         except (NarrowerError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # a damaged file
             absent[name] = reason(error)
     try:
-        parts["graph"] = graph_of(settings)
+        parts["graph"] = graph_of(folder, settings)
     except Exception as error:  # whatever the factory of a network raises
         absent["graph"] = f"the network cannot be made again ({reason(error)})"
     if settings.get("method") == "hrank" and "graph" in parts and "widths" in parts:
@@ -172,9 +172,8 @@ def maps_of(folder: Path, settings: dict[str, Any], graph: narrower.Graph) -> di
     return feature_maps(dense, graph, image, keep)
 
 
-def graph_of(settings: dict[str, Any]) -> narrower.Graph:
+def graph_of(folder: Path, settings: dict[str, Any]) -> narrower.Graph:
     """The graph of the dense network: its weights do not matter."""
     config = part(ModelConfig, settings)
-    size = settings.get("img_size") or expected_size(config)
-    return narrower.trace(dense_network(config), torch.zeros(1, config.in_chans, size, size),
-                          allow_inexact=settings.get("allow_inexact", True))
+    image = torch.zeros(1, *input_size(config, settings.get("img_size"), folder))
+    return narrower.trace(dense_network(config), image, allow_inexact=settings.get("allow_inexact", True))

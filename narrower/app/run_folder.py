@@ -53,6 +53,8 @@ DRAWN = tuple(f"{PICTURES}/{name}.svg" for name in PICTURE_NAMES)
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"
 """Rows of the metrics: which command began with which images and weights; which settings have changed since."""
+INPUT_SIZE = "input_size"
+"""In the row `start`: channels, height and width of an image."""
 
 
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,16 @@ import torch
 pytest.importorskip("timm")
 from PIL import Image
 from safetensors.torch import save_file
+from support.command_line import rows
 from torch import nn
 
 from narrower.app import cli, deploying
-from narrower.app.config import ExportConfig
-from narrower.app.run_folder import to_yaml
+from narrower.app.config import ExportConfig, ModelConfig
+from narrower.app.job import Settings
+from narrower.app.reporting import graph_of
+from narrower.app.run_folder import read_settings, to_yaml
 from narrower.deployment import benchmarking
+from narrower.graph.cost import CostModel
 
 NETWORK = """
 from torch import nn
@@ -127,6 +132,27 @@ def test_a_narrow_run_is_timed_against_the_dense_network(calm: None, capsys: pyt
     assert cli.main(["bench", "run", "--seconds", "0"]) == 0
     dense, narrow = [line.split() for line in capsys.readouterr().out.splitlines() if "eager" in line and "noisy" not in line]
     assert dense[0] == "dense" and narrow[0] == "run" and float(dense[-8]) > float(narrow[-8])
+
+
+def test_a_run_on_wide_images_is_inspected_timed_reported_and_exported_with_such(
+        calm: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings have one size, of square images: the run says which it began with. Its multiply-adds depend on it."""
+    for split, name in product(("train", "val"), "ab"):
+        Path("wide", split, name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (12, 8), (60 * number, 90, 7)).save(f"wide/{split}/{name}/{number}.png")
+    given = ["--model", "net.py:net", "--data-dir", "wide", "--cache-dir", "none", "--device", "cpu", "--workers", "0"]
+    assert cli.main(["train", *given, "-b", "4", "--epochs", "1", "--output", "seen"]) == 0
+    settings = read_settings(Path("seen"))
+    assert settings["img_size"] is None and rows("seen")[0]["input_size"] == [3, 8, 12]
+    capsys.readouterr()
+    assert cli.main(["inspect", "seen", "--device", "cpu"]) == 0
+    macs = 16 * 3 * 9 * 6 * 10 + 16 * 2  # of the convolution without padding, and of the linear layer
+    assert f"MACs {macs / 1e6:.2f} M" in capsys.readouterr().out
+    assert cli.main(["bench", "seen", "--seconds", "0", "--device", "cpu"]) == 0
+    assert " 1x3x8x12 " in capsys.readouterr().out
+    assert sum(CostModel(graph_of(Path("seen"), settings)).dense_costs("macs").values()) == macs
+    assert deploying.noise(Settings(ModelConfig("net.py:net", checkpoint="seen")), 2).shape == (2, 3, 8, 12)
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
