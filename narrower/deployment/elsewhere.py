@@ -32,8 +32,8 @@ def write_latency_jobs(model: nn.Module, graph: Graph, example_inputs: Any, fold
         model: as for `measure_latency`.
         graph: of `trace`.
         example_inputs: as for `measure_latency`.
-        folder: is created. It gets the script, the jobs, and the dense network and two narrow ones as files.
-        suffix: of these files: `.onnx`, which ONNX Runtime and OpenVINO read, or `.ts` for torch.
+        folder: is created. It gets the script, the jobs, and the dense network and narrow ones as files.
+        suffix: of these files: `.onnx`, which ONNX Runtime and OpenVINO read, or `.ts` for torch (`--runtime eager`).
 
     Raises:
         ExportError, MissingExtraError: the network cannot be exported.
@@ -67,8 +67,8 @@ def read_latency_times(folder: str | os.PathLike[str]) -> LatencyTable:
             tuple(kind_from(k) for k in jobs["kinds"]), tuple(layer_from(layer) for layer in jobs["layers"]),
             tuple((kind, (n0, n1)) for kind, (n0, n1) in jobs["points"]),
             tuple((kind, dim, tuple(widths), other) for kind, dim, widths, other in jobs["steps"]))
-        networks = [Whole({t: (n[0], n[1]) for t, n in jobs["files"][name].items()}, *measured)
-                    for name, measured in times["networks"].items()]
+        networks = [Whole({t: (n[0], n[1]) for t, n in sizes.items()}, *times["networks"][name])
+                    for name, sizes in jobs["files"].items()]
         return found.table(times["place"], times["layers"], networks)
     except OSError as e:
         raise ConfigError(f"{path} has no {JOBS} or no {TIMES} ({e}): run {SCRIPT} on the other machine, and copy its times "

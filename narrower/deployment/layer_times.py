@@ -227,6 +227,19 @@ def openvino_request(model: bytes | str, threads: int) -> Callable[[], Any]:
 PREPARE: dict[str, Prepare] = {"eager": prepare_eager, "compile": prepare_compiled, "onnxruntime": prepare_onnxruntime,
                                "openvino": prepare_openvino}
 OPEN = {"onnxruntime": onnxruntime_session, "openvino": openvino_request}
+BY_FILE = ("eager", *OPEN)
+"""The runtimes that time whole networks from files: TorchScript (.ts) in PyTorch, ONNX in the others."""
+
+
+def open_file(path: str, place: Mapping[str, Any]) -> Callable[[], Any]:
+    """A call of the network in a file, on one tensor of noise in PyTorch."""
+    if place["runtime"] in OPEN:
+        return OPEN[place["runtime"]](path, place["threads"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that newer versions of torch prefer another format
+        module: nn.Module = torch.jit.load(path, map_location=place["device"])
+    x = torch.randn(place["shape"], dtype=getattr(torch, place["dtype"]), device=place["device"])
+    return prepare_eager(module.eval(), x, place["threads"])
 
 
 def machine() -> str:
@@ -293,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", type=Path)
     parser.add_argument("times", type=Path)
-    parser.add_argument("--runtime", choices=sorted(PREPARE), default="onnxruntime")
+    parser.add_argument("--runtime", choices=sorted(BY_FILE), default="onnxruntime")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.1, help="for each layer")
@@ -303,6 +316,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     place = {"runtime": given.runtime, "device": given.device, "threads": given.threads, "dtype": data["dtype"],
              "shape": data["shape"], "batch": data["batch"], "clock": clock_for(given.device, given.threads),
              "machine": machine()}
+    if wrong := [name for name in data["files"] if name.endswith(".ts") != (given.runtime == "eager")]:
+        raise SystemExit(f"{wrong[0]} is no file for {given.runtime}: write the jobs with suffix='.ts' for eager, with '.onnx' "
+                         "for onnxruntime and openvino")
     known = json.loads(given.times.read_text()) if given.times.exists() else {"place": place, "layers": {}, "networks": {}}
     if known["place"] != place:
         raise SystemExit(f"{given.times} has times of {known['place']}, not of {place}: give another file")
@@ -315,9 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with torch.no_grad():
         measure_layers(data["jobs"], PREPARE[given.runtime], place, known["layers"], seconds=given.seconds, after_each=keep)
-        if given.runtime in OPEN and not known["networks"]:
-            files = [str(given.jobs.parent / name) for name in data["files"]]
-            calls = [OPEN[given.runtime](name, given.threads) for name in files]
+        if not known["networks"] and data["files"]:
+            calls = [open_file(str(given.jobs.parent / name), place) for name in data["files"]]
             times = measure_networks(calls, place["clock"], 20 * given.seconds)
             known["networks"] = dict(zip(data["files"], times, strict=True))
     keep(len(data["jobs"]), len(data["jobs"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.latency import survey_of
@@ -23,8 +24,9 @@ def test_times_from_elsewhere_give_the_table(tmp_path: Path) -> None:
     with pytest.raises(narrower.ConfigError, match=r"run layer_times.py on the other machine"):
         narrower.read_latency_times(folder)
     jobs = json.loads((folder / "jobs.json").read_text())
-    times = {"place": {"runtime": "theirs"}, "layers": {key_of(job): 0.5 for job in jobs["jobs"]},
+    times: dict[str, dict[str, Any]] = {"place": {"runtime": "theirs"}, "layers": {key_of(job): 0.5 for job in jobs["jobs"]},
              "networks": {name: [9.0 - i, 0.1] for i, name in enumerate(jobs["files"])}}
+    complete = {part: dict(times[part]) for part in ("networks", "layers")}
     (folder / "times.json").write_text(json.dumps(times))
     table = narrower.read_latency_times(folder)
     found = survey(model, graph, x)
@@ -32,8 +34,10 @@ def test_times_from_elsewhere_give_the_table(tmp_path: Path) -> None:
     assert [n.ms for n in table.networks] == [9.0, 8.0, 7.0, 6.0, 5.0] and len(table.points) == len(found.points)
     plan = narrower.plan(graph, narrower.random(graph), macs=0.5, latency=table)
     assert plan.latency_ms is not None and plan.latency_ms[0] == pytest.approx(table.predict(table.networks[0].sizes))
-    times["layers"].popitem()  # type: ignore[attr-defined]
-    (folder / "times.json").write_text(json.dumps(times))
-    with pytest.raises(narrower.ConfigError, match="incomplete"):
-        narrower.read_latency_times(folder)
+    for part, missing in (("networks", "network-4.ts"), ("layers", "kernel")):
+        times[part].popitem()
+        (folder / "times.json").write_text(json.dumps(times))
+        with pytest.raises(narrower.ConfigError, match=rf"incomplete \(no .*{missing}"):
+            narrower.read_latency_times(folder)
+        times[part] = dict(complete[part])
     assert survey_of("plain").layers

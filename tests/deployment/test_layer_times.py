@@ -122,6 +122,30 @@ def test_the_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
         layer_times.main([*arguments, "--threads", "2"])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_whole_networks_are_timed_from_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In PyTorch from TorchScript. A file that the runtime cannot read, or a runtime without files, is an error at once."""
+    network, jobs = nn.Conv2d(3, 4, 3).eval(), tmp_path / "jobs.json"
+    torch.jit.trace(network, torch.zeros(1, 3, 8, 8)).save(str(tmp_path / "network-0.ts"))
+
+    def write(name: str) -> None:
+        jobs.write_text(json.dumps({"dtype": "float32", "shape": [1, 3, 8, 8], "batch": 1, "jobs": [], "files": {name: {}}}))
+
+    write("network-0.ts")
+    arguments = [str(jobs), str(tmp_path / "times.json"), "--seconds", "0", "--runtime"]
+    layer_times.main([*arguments, "eager"])
+    ms, spread = json.loads((tmp_path / "times.json").read_text())["networks"]["network-0.ts"]
+    assert 0 < ms < 1000 and spread >= 0
+    with pytest.raises(SystemExit, match="is no file for onnxruntime"):
+        layer_times.main([*arguments, "onnxruntime"])
+    write("network-0.onnx")
+    with pytest.raises(SystemExit, match="is no file for eager"):
+        layer_times.main([*arguments, "eager"])
+    with pytest.raises(SystemExit):
+        layer_times.main([*arguments, "compile"])
+    assert "invalid choice: 'compile'" in capsys.readouterr().err
+
+
 class Clock:
     """Time that passes only when a function spends it, faster and faster: a machine that drifts."""
 
