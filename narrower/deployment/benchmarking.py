@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigError, NoiseError
-from ..inputs import call_model, device_of, flatten_tensors
+from ..inputs import call_model, flatten_tensors
 from ..measuring import macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
 from .exporting import batch_size, resized
 from .layer_times import SETTLE, in_turn
-from .runtimes import Runtime, dtype_of, runtime_named, torch_threads
+from .runtimes import Runtime, device_in, dtype_of, runtime_named, torch_threads
 
 NOISY_SPREAD, NOISY_RATIO = 0.25, 0.05
 
@@ -178,8 +178,8 @@ def compared(modules: Mapping[str, nn.Module], inputs: Any, runtime: Runtime, th
         ratio, error = ratio_and_error(times[0], own)
         size = sum(t.numel() * t.element_size() for t in {id(t): t for t in named_tensors(module).values()}.values())
         rows.append(Timing(
-            name, runtime.name, str(device_of(module)), dtype_of(module, inputs), threads, tuple(first.shape), 1e3 * middle,
-            1e3 * min(own), spread, len(own), ratio, error, samples / middle, macs_of(module, inputs),
+            name, runtime.name, device_in(runtime.name, module), dtype_of(module, inputs), threads, tuple(first.shape),
+            1e3 * middle, 1e3 * min(own), spread, len(own), ratio, error, samples / middle, macs_of(module, inputs),
             sum(p.numel() for p in module.parameters()), size, size + live_bytes(module, inputs),
         ))  # fmt: skip
     return rows

@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..inputs import call_model, device_of, flatten_tensors, map_tensors
 from .exporting import export
 from .formats import format_of
+from .layer_times import OPEN
 
 Call = Callable[[], Any]
 
@@ -118,6 +119,11 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def device_in(runtime: str, module: nn.Module) -> str:
+    """The device on which a runtime runs the module: those that run a file do so on the CPU."""
+    return "cpu" if runtime in OPEN else str(device_of(module))
 
 
 def dtype_of(module: nn.Module, inputs: Any) -> str:

@@ -17,14 +17,14 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..graph.types import Graph, Scores
-from ..inputs import device_of, flatten_tensors
+from ..inputs import flatten_tensors
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
 from ..surgery.walk import in_eval_mode
 from .exporting import batch_size
-from .layer_times import OPEN, PREPARE, clock_for, machine, measure_layers, measure_networks
-from .runtimes import Runtime, dtype_of, runtime_named, torch_threads
+from .layer_times import PREPARE, clock_for, machine, measure_layers, measure_networks
+from .runtimes import Runtime, device_in, dtype_of, runtime_named, torch_threads
 from .survey import sizes_in, survey
 
 RATES = (0.35, 0.65)  # channels that the even narrow networks lose which the table is compared with
@@ -115,7 +115,7 @@ def time_networks(modules: Sequence[nn.Module], example_inputs: Any, runtime: Ru
 
 def place_of(model: nn.Module, example_inputs: Any, runtime: str, threads: int) -> dict[str, Any]:
     """What the times of a table hold for."""
-    device = "cpu" if runtime in OPEN else str(device_of(model))
+    device = device_in(runtime, model)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else machine()
     return {"runtime": runtime, "device": device, "threads": threads, "dtype": dtype_of(model, example_inputs),
             "shape": list(flatten_tensors(example_inputs)[0].shape), "batch": batch_size(example_inputs) or 1,

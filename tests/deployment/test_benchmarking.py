@@ -46,6 +46,14 @@ def test_a_runtime_of_ones_own_is_called_with_threads_in_eval_mode() -> None:
     assert seen[0] == (False, 2, 2, False) and set(seen[1:]) == {(False, 2)}
 
 
+def test_runtimes_that_run_a_file_do_so_on_the_cpu() -> None:
+    """Wherever the network is. The other runtimes run it there."""
+    model, x = Plain().to("meta"), images().to("meta")
+    chosen = [Runtime(name, lambda module, inputs, threads: lambda: None) for name in ("eager", "onnxruntime", "openvino")]
+    found = narrower.benchmark({"a": model}, x, runtime=chosen, seconds=0.0)
+    assert [row.device for row in found.rows] == ["meta", "cpu", "cpu"]
+
+
 def test_the_interval_of_a_ratio_holds_the_true_one() -> None:
     """In nearly all of 200 noisy measurements, and it is as narrow as four times the rounds make it."""
     rng, widths = np.random.default_rng(0), []
