@@ -6,6 +6,7 @@ needed, with timm's transforms.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from .decoding import decoded
 from .images import Files, Images, LazyImages, Source, TensorImages, hold_out
 from .streams import StreamImages, shards_of
 from .task import CLASSIFICATION, Task
-from .unlabelled import unlabelled_files
+from .unlabelled import SUFFIXES, unlabelled_files
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -186,7 +187,7 @@ def digits(
 
 
 def folder(root: Path, reading: Reading, watch: Watch = silent) -> ImageData:
-    """Images under `root/train/<class>/` and `root/val/<class>/` (or validation, valid, test, eval).
+    """Images under `root/train/<class>/` and `root/val/<class>/` (or validation, valid, test, eval), also in folders in there.
 
     Images that lie directly in `root`, or in `root/train` and `root/val`, have no classes.
     """
@@ -207,6 +208,7 @@ def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
     """The images of one split, and its classes in timm's natural order (2 before 10)."""
     try:
         from timm.data.readers.reader_image_folder import find_images_and_targets
+        from timm.utils.misc import natural_key
     except ImportError as error:
         raise ConfigError("reading folders needs timm: pip install 'narrower[cli]'") from error
 
@@ -215,13 +217,16 @@ def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
     if place is None:
         inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         raise DataError(f"{root} has no folder {' or '.join(names)} (found: {inside}); expected train/<class>/<image>")
-    samples, class_to_idx = find_images_and_targets(str(place))
-    if not samples:
+    samples, _ = find_images_and_targets(str(place), types=SUFFIXES)  # its classes are the innermost folders
+    start = len(str(place))
+    paths = [path for path, _ in samples if f"{os.sep}." not in path[start:]]
+    if not paths:
         raise DataError(f"no images under {place}; expected {place}/<class>/<image>.jpg (or .png, ...)")
-    if len(class_to_idx) < 2:
-        raise DataError(f"{place} has one class only ({next(iter(class_to_idx)) or 'no class folders'})")
-    paths, labels = zip(*samples, strict=True)
-    return Files(list(paths), list(labels), mode), list(class_to_idx)
+    labels = [path[start + 1 :].rpartition(os.sep)[0].partition(os.sep)[0] for path in paths]
+    classes = {name: k for k, name in enumerate(sorted(set(labels), key=lambda name: (natural_key(name), name)))}
+    if len(classes) < 2:
+        raise DataError(f"{place} has one class only ({next(iter(classes)) or 'no class folders'})")
+    return Files(paths, [classes[label] for label in labels], mode), list(classes)
 
 
 def from_timm(

@@ -13,11 +13,19 @@ from .images import Files, Images, LazyImages, TensorImages
 
 EVALUATED = 5
 """Without a folder for evaluation every fifth image is kept for it."""
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Of image files. Others, and what begins with a dot, are passed over."""
 
 
 def unlabelled_files(root: Path, mode: str, folders: dict[str, tuple[str, ...]]) -> dict[str, Files] | None:
-    """The images of `root`, or of its folders for training and evaluation, where they lie directly there. None if none do."""
+    """The images of `root`, or of its folders for training and evaluation, where they lie directly there. None if none do.
+
+    Raises:
+        DataError: they are too few, or folders with images lie beside them.
+    """
     places = {split: next((root / name for name in names if (root / name).is_dir()), None) for split, names in folders.items()}
+    for place in filter(None, places.values()):
+        check_alike(place)
     train = image_files(places["train"] or root)
     if not train:
         return None
@@ -29,11 +37,24 @@ def unlabelled_files(root: Path, mode: str, folders: dict[str, tuple[str, ...]])
     return {split: Files(paths, [0] * len(paths), mode) for split, paths in (("train", train), ("val", val))}
 
 
+def check_alike(place: Path) -> None:
+    """Raise DataError where images lie directly in a folder and in folders inside it: have they classes or not?"""
+    if not (loose := image_files(place)):
+        return
+    inside = (folder for folder in sorted(place.iterdir()) if folder.is_dir() and not folder.name.startswith("."))
+    if folder := next((folder for folder in inside if any(map(is_image, folder.rglob("*")))), None):
+        raise DataError(f"{place} has images ({Path(loose[0]).name}) and folders of images ({folder.name}) side by side: with "
+                        "classes all must lie in folders, without classes none may")
+
+
 def image_files(place: Path) -> list[str]:
     """The image files directly in a folder, sorted by name."""
-    from timm.data.readers.img_extensions import get_img_extensions
+    return sorted(str(path) for path in place.iterdir() if is_image(path))
 
-    return sorted(str(path) for path in place.iterdir() if path.suffix.lower() in get_img_extensions(as_set=True))
+
+def is_image(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def relabelled(images: Images, labels: Tensor) -> Images:

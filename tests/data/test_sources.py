@@ -60,6 +60,27 @@ def test_folder_in_natural_order_with_values(tmp_path: Path) -> None:
     assert (x[:, 0, 0, 0] * 255).round().tolist() == [140, 145, 150, 100, 105, 110]
 
 
+def test_classes_are_the_outermost_folders(tmp_path: Path) -> None:
+    """Also where all innermost ones are called alike. What begins with a dot is none."""
+    for split in ("train", "val"):
+        for place in ("2/day/far", "10", "10/day", "10/.thumbs", ".ipynb_checkpoints"):
+            (tmp_path / split / place).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / place / "0.png")
+        (tmp_path / split / "2" / "._0.png").write_bytes(b"none")
+    data = open_data("", tmp_path)
+    assert data.classes == ("2", "10") and isinstance(data.train, TensorImages)
+    assert data.train.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".BMP", ".tif"])
+def test_images_of_all_usual_kinds_count(suffix: str, tmp_path: Path) -> None:
+    for path in images(tmp_path).glob("*/*/1.png"):
+        Image.new("RGB", (8, 8), (90, 90, 90)).save(path.with_name(f"z{suffix}"))
+    (tmp_path / "train" / "2" / "notes.txt").write_text("none")
+    data = open_data("", tmp_path)
+    assert (len(data.train), len(data.val)) == (8, 8)
+
+
 def test_large_images_are_read_as_needed(tmp_path: Path) -> None:
     root = images(tmp_path, size=80)
     for path in root.glob("train/*/*.png"):
@@ -124,6 +145,9 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
         (lambda root: [path.unlink() for path in root.glob("val/*/*")], "no images under"),
         (lambda root: (root / "val" / "2").rename(root / "val" / "3"), "different classes; only under train: '2'"),
         (lambda root: [path.unlink() for path in root.glob("*/2/*")], "one class only"),
+        (lambda root: (root / "train/2/0.png").rename(root / "train/0.png"),
+         r"train has images \(0.png\) and folders of images \(10\) side by side"),
+        (lambda root: (root / "val/2/0.png").rename(root / "val/0.png"), "val has images .* side by side"),
     ],
 )
 def test_folders_in_another_layout_are_named(break_it: Callable[[Path], object], says: str, tmp_path: Path) -> None:

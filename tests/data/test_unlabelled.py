@@ -36,6 +36,18 @@ def test_flat_folders_of_both_splits_are_taken_as_they_are(tmp_path: Path) -> No
     assert (len(data.train), len(data.val)) == (6, 3)
 
 
+def test_hidden_files_and_folders_are_passed_over_and_folders_beside_images_only_without_images(tmp_path: Path) -> None:
+    """Images lie in `train` and `val` or in folders there, not both: whether they have classes is not guessed."""
+    make(tmp_path / "train", 5), make(tmp_path / "val", 3), make(tmp_path / "train" / ".thumbs", 1)
+    (tmp_path / "train" / "notes").mkdir()
+    (tmp_path / "train" / "._000.png").write_bytes(b"none")
+    data = open_data(root=tmp_path)
+    assert not data.labelled and (len(data.train), len(data.val)) == (5, 3)
+    make(tmp_path / "train" / "notes" / "more", 1)
+    with pytest.raises(DataError, match=r"train has images \(000.png\) and folders of images \(notes\) side by side"):
+        open_data(root=tmp_path)
+
+
 @pytest.mark.parametrize("size", [8, 80])  # in memory, and read file by file
 def test_images_can_be_given_labels(size: int, tmp_path: Path) -> None:
     images = open_data(root=make(tmp_path, 10, size), reading=Reading(large=32)).val
