@@ -59,7 +59,8 @@ class TrainConfig:
         int, "training images (5 % of them at most) that are not trained on: at the end they decide what is kept"
     ] = 1000
     recalibrate: Annotated[
-        int, "training images, augmented as in training, that renew the BatchNorm statistics at the end; 0: none"
+        int, "training images, augmented as in training, that renew the BatchNorm statistics at the end, if that is better on "
+        "images held out; 0: none"
     ] = 5000
     workers: Annotated[int, "processes that read large images (small ones are in memory)", "-j"] = 2
 
@@ -71,3 +72,5 @@ class TrainConfig:
             raise ConfigError(f"--amp-dtype {self.amp_dtype}: take one of {', '.join(AMP_DTYPES)}")
         check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
         check(self, model_ema_decay=(0, 1), held_out=(0, inf), recalibrate=(0, inf))
+        if self.model_ema and not self.held_out:
+            raise ConfigError("--model-ema with --held-out 0: without images held out nothing decides whether it is kept")

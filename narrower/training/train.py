@@ -140,6 +140,9 @@ class TrainLoop:
             self.distillation.teacher.to(self.accelerator.device)
         self.task = task_in_training(data.task, config)
         self.fit, self.held = data.split(config.held_out, seed)
+        if config.model_ema and self.held is None:
+            raise ConfigError(f"--model-ema: of {len(self.fit)} training images none are held out that could decide whether it "
+                              "is kept; 20 images have one")
         self.average = make_average(model, config, methods.narrows)
         self.mixing = Mixing(config, self.accelerator.device)
         scales = config.amp and config.amp_dtype == "float16"

@@ -240,3 +240,10 @@ def test_an_average_of_weights_is_no_match_for_resrep() -> None:
     resrep = narrower.ResRep(model, narrower.trace(model, torch.zeros(1, 1, 8, 8)), macs=0.5, steps=10)
     with pytest.raises(ConfigError, match="--model-ema: the network becomes narrower"):
         train(model, data(), replace(CONFIG, model_ema=True), methods=Methods(resrep=resrep))
+
+
+def test_an_average_of_weights_needs_images_that_decide() -> None:
+    with pytest.raises(ConfigError, match="--model-ema with --held-out 0"):
+        replace(CONFIG, model_ema=True, held_out=0)
+    with pytest.raises(ConfigError, match="--model-ema: of 19 training images none are held out"):
+        train(network(), data(19), replace(CONFIG, model_ema=True))
