@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def cache_file(source: Source, size: tuple[int, int], mode: str, cache: Path | N
 
 def store(file: Path, pixels: np.ndarray[Any, Any]) -> None:
     """Write the file whole, or not at all."""
+    part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
         with part.open("wb") as stream:
             np.save(stream, pixels)
         part.replace(file)
-    except OSError:
-        pass  # disk full or no permission: the images are in memory anyway
+    except OSError:  # disk full or no permission: the images are in memory anyway
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StorageError
 from ..graph.types import Graph, Scores
 from ..inputs import flatten_tensors
 from ..narrowing import narrow
@@ -72,6 +72,7 @@ def measure_latency(
     Raises:
         ConfigError: no such runtime, or `cache` has times of another machine or runtime.
         ExportError, MissingExtraError: the network cannot be exported for the runtime.
+        StorageError: `cache` cannot be written.
     """
     place = runtime if isinstance(runtime, Runtime) else runtime_named(runtime)
     where = place_of(model, example_inputs, place.name, threads)
@@ -148,10 +149,16 @@ class Times:
         return times
 
     def write(self) -> None:
+        """Replace the file, whole or not at all. Raises StorageError if it cannot be written."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps({"place": dict(self.place), "layers": self.layers, "networks": self.networks}),
-                        encoding="utf-8")
-        part.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps({"place": dict(self.place), "layers": self.layers, "networks": self.networks}),
+                            encoding="utf-8")
+            part.replace(self.path)
+        except OSError as e:
+            with suppress(OSError):  # on a full disk the room counts
+                part.unlink(missing_ok=True)
+            raise StorageError(f"cannot write {self.path}: {e.strerror or e}") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -127,6 +128,17 @@ def test_cache_is_used_renewed_and_never_in_the_data_folder(tmp_path: Path) -> N
     Image.new("RGB", (8, 8), "white").save(root / "train" / "2" / "0.png")
     assert not torch.equal(pixels(), first)  # the files have changed
     assert sorted(path.relative_to(root) for path in root.rglob("*")) == before
+
+
+def test_a_cache_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk. The images are in memory all the same."""
+    def full(stream: BinaryIO, pixels: object) -> None:
+        stream.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    assert len(folder(images(tmp_path / "images"), Reading(cache=tmp_path / "cache")).train) == 6
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,22 @@ def test_times_of_another_machine_or_damaged_ones_are_refused(tmp_path: Path) ->
     cache.write_text("{")
     with pytest.raises(narrower.ConfigError, match="has no times of layers"):
         measured(cache=cache)
+
+
+def test_times_that_cannot_be_written_are_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old file stays, and no half of a new one."""
+    times = tabulating.Times({}, tmp_path / "times.json", {"a": 1.0})
+    times.write()
+    before = times.path.read_bytes()  # type: ignore[union-attr]
+
+    def full(path: Path, content: Any, **how: Any) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(narrower.StorageError, match=r"cannot write .*times.json.*No space left"):
+        times.write()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 def test_a_runtime_of_ones_own_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
