@@ -245,9 +245,9 @@ def planned_in_steps(job: Job, model: nn.Module, graph: narrower.Graph, images: 
     return plan
 
 
-def budget_of_step(given: PruneConfig, graph: narrower.Graph, at: narrower.Graph, way: float) -> dict[str, float | None]:
+def budget_of_step(given: PruneConfig, graph: narrower.Graph, at: narrower.Graph, way: float) -> dict[str, Any]:
     """The budget after a part `way` (0 to 1) of the steps, as numbers of MACs and parameters. None where `at` meets it."""
-    found: dict[str, float | None] = {}
+    found: dict[str, Any] = {}
     kinds: tuple[CostKind, ...] = ("macs", "params")
     for kind in kinds:
         dense, now = (sum(CostModel(g).dense_costs(kind).values()) for g in (graph, at))

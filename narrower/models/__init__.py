@@ -93,10 +93,10 @@ def _torchvision_images(name: str) -> dict[str, Any]:
     try:
         from torchvision import models
 
-        known = models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+        known = models.get_model_weights(name).DEFAULT.transforms()
     except (ImportError, ValueError):  # an unknown name: make_model raises an error with advice
         return {}
-    crop = getattr(known, "crop_size", ())
+    crop: list[int] = getattr(known, "crop_size", [])
     if len(crop) != 1:  # videos have two numbers
         return {}
     return {"large": crop[0], "mean": tuple(known.mean), "std": tuple(known.std), "crop_pct": crop[0] / known.resize_size[0],
