@@ -32,7 +32,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         keep[group.name] = np.nonzero(stays)[0]
     composed = Kept(first.graph, keep)
     for tensor, cut in after.cuts.items():
-        for dim, stays in cut.items():
+        for dim, stays in cut.items() if tensor in first.graph.shapes else ():  # a repair gives biases to layers that had none
             if composed.positions(tensor, dim).size != stays.size:
                 raise PlanError(f"the second plan removes channels of {tensor} (dimension {dim}) that stay whole in the first "
                                 "graph: trace both networks alike")

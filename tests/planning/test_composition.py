@@ -26,6 +26,18 @@ def test_two_cuts_are_one_by_the_composed_plan(name: str) -> None:
     assert wanted.keys() == found.keys() and all(torch.equal(t, found[n]) for n, t in wanted.items())
 
 
+def test_a_bias_that_a_repair_has_given_goes_with_its_channels() -> None:
+    """The first graph does not know it."""
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1, bias=False), torch.nn.Conv2d(8, 2, 1)), torch.zeros(1, 3, 4, 4)
+    graph = narrower.trace(model, x)
+    first = narrower.plan(graph, narrower.random(graph), remove=0.25)
+    small = narrower.narrow(model, first)
+    small[0].bias = torch.nn.Parameter(torch.ones(6))
+    graph2 = narrower.trace(small, x)
+    whole = narrower.compose(first, narrower.plan(graph2, narrower.random(graph2), remove=0.5))
+    assert [len(kept) for kept in whole.keep.values()] == [3]
+
+
 def test_requests_are_listed_in_order() -> None:
     case = PATTERNS["plain"]
     model = case.make().eval()
