@@ -32,7 +32,7 @@ def test_a_bias_that_a_repair_has_given_goes_with_its_channels() -> None:
     graph = narrower.trace(model, x)
     first = narrower.plan(graph, narrower.random(graph), remove=0.25)
     small = narrower.narrow(model, first)
-    small[0].bias = torch.nn.Parameter(torch.ones(6))
+    small.get_submodule("0").bias = torch.nn.Parameter(torch.ones(6))
     graph2 = narrower.trace(small, x)
     whole = narrower.compose(first, narrower.plan(graph2, narrower.random(graph2), remove=0.5))
     assert [len(kept) for kept in whole.keep.values()] == [3]
