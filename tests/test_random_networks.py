@@ -14,6 +14,8 @@ from support import networks, random_networks, reference
 from support.random_networks import LEAVES, Block, Random, examples
 
 import narrower
+from narrower.allocation import measure
+from narrower.repair.held_out import divergences
 
 INPUTS = networks.images(size=12)[:, :, :8]
 
@@ -88,3 +90,22 @@ def test_each_block_by_itself_is_free_and_exact(kind: str, option: int) -> None:
     examine(model, {"remove": 0.5}, option)
     graph = narrower.trace(model, INPUTS)
     assert graph.free and any(not g.exact for g in graph.free) == (kind in random_networks.INEXACT)
+
+
+@given(random_networks.recipes(), st.integers(0, 999))
+@examples(8)
+def test_the_damage_of_a_random_network_is_that_of_what_narrow_returns(recipe: list[Block], seed: int) -> None:
+    """Without repair, for each curve: the cut network replayed call by call is the one that `narrow` makes."""
+    torch.manual_seed(seed)
+    model = Random(recipe, 0).double().eval()
+    images = torch.randn(12, *INPUTS.shape[1:], dtype=torch.float64)
+    graph = narrower.trace(model, images[:2])
+    scores = narrower.random(graph, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "second_moments", lambda *_: {})
+        found = narrower.sensitivity(model, graph, scores, images.split(6), shares=(0.5,), measure="relative")
+    judges = images[measure.MEASURED - 1 :: measure.MEASURED]
+    for curve in (c for c in found.curves if len(c.groups) == 1):  # groups with tied counts round together
+        plan = narrower.plan(graph, scores, remove=dict.fromkeys(curve.groups, curve.shares[0] + 1e-9))
+        want = divergences(model, [narrower.narrow(model, plan)], [(judges, len(judges))], "relative")[0][0]
+        assert curve.damages[0] == pytest.approx(want, rel=1e-6, abs=1e-15), curve.groups
