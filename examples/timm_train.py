@@ -25,9 +25,9 @@ def main() -> tuple[nn.Module, nn.Module]:
     # The compactors go in first: the optimizer, the scheduler and the average are made of a model that has them.
     graph = narrower.trace(model, batches[0][0][:2])
     resrep = narrower.ResRep(model, graph, macs=0.7, steps=EPOCHS * UPDATES)
-    # The groups say what is decayed: `weight_decay` is given here, and not to timm.
-    optimizer = create_optimizer_v2(resrep.param_groups(lr=0.02, momentum=0.9, weight_decay=5e-5), opt="sgd", momentum=0.9,
-                                    lr=0.02, weight_decay=0.0)
+    # timm's weight decay is the network's: the compactors' group has its own, which is zero.
+    optimizer = create_optimizer_v2(resrep.param_groups(lr=0.02, momentum=0.9), opt="sgd", momentum=0.9, lr=0.02,
+                                    weight_decay=5e-5)
     resrep.attach(optimizer)
     scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=EPOCHS, updates_per_epoch=UPDATES,
                                             step_on_epochs=False)

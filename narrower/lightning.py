@@ -123,10 +123,11 @@ def narrowing_of(module: LightningModule) -> Narrowing | None:
     return found[0] if found else None
 
 
-def param_groups(module: LightningModule, lr: float, weight_decay: float = 0.0, momentum: float | None = None,
+def param_groups(module: LightningModule, lr: float, weight_decay: float | None = None, momentum: float | None = None,
                  **options: Any) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, for `configure_optimizers`. ResRep's compactors have one of their own. Without ResRep
-    there is a single group, so that the module can be trained with the callback and without."""
+    there is a single group, so that the module can be trained with the callback and without. Where `weight_decay` or `momentum`
+    is not given, the optimizer's own hold."""
     narrowing = narrowing_of(module)
     resrep = None if narrowing is None else narrowing.method
     if isinstance(resrep, ResRep):
@@ -134,8 +135,8 @@ def param_groups(module: LightningModule, lr: float, weight_decay: float = 0.0, 
         own = {id(p) for group in groups for p in group["params"]}
         groups[0]["params"] += [p for p in module.parameters() if id(p) not in own]
         return groups
-    given = {"lr": lr, "weight_decay": weight_decay, **options} | ({} if momentum is None else {"momentum": momentum})
-    return [{"params": list(module.parameters()), **given}]
+    given = {name: value for name, value in (("weight_decay", weight_decay), ("momentum", momentum)) if value is not None}
+    return [{"params": list(module.parameters()), "lr": lr, **given, **options}]
 
 
 def distilled(module: LightningModule, batch: Any, outputs: Any, task: Tensor | float = 0.0) -> Tensor:

@@ -140,6 +140,17 @@ def test_the_module_trains_without_the_callback_too(tmp_path: Path) -> None:
         fit(tools.Narrowing(soft, network=NETWORK), checkpoint=tmp_path / "plain.ckpt")
 
 
+@pytest.mark.parametrize(("make", "decays"), [(soft, [0.3]), (resrep, [0.3, 0.0])])
+def test_what_is_not_given_to_the_groups_is_the_optimizers_own(make: Callable[..., Any], decays: list[float]) -> None:
+    module, narrowing = Classifier(network()), tools.Narrowing(make, network=NETWORK)
+    trainer: Any = SimpleNamespace(world_size=1, max_epochs=EPOCHS, estimated_stepping_batches=9, callbacks=[narrowing])
+    module._trainer = trainer
+    narrowing.setup(trainer, module, "fit")
+    optimizer = torch.optim.SGD(tools.param_groups(module, lr=0.05), momentum=0.8, weight_decay=0.3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == decays
+    assert optimizer.param_groups[0]["momentum"] == 0.8
+
+
 def test_what_does_not_go_together_is_refused_and_other_stages_make_nothing() -> None:
     with pytest.raises(narrower.ConfigError, match="needs make=, teacher= or both"):
         tools.Narrowing()

@@ -119,17 +119,19 @@ class ResRep:
 
     # ------------------------------------------------------------------------------------------------ the user's side
 
-    def param_groups(self, lr: float, weight_decay: float = 0.0, momentum: float | None = None,
+    def param_groups(self, lr: float, weight_decay: float | None = None, momentum: float | None = None,
                      **options: Any) -> list[dict[str, Any]]:
         """Two parameter groups for an optimizer: the network's and the compactors'.
 
-        Compactors have no weight decay. Give `momentum` for SGD: compactors then get their own momentum, and a learning rate
-        to match. A training loop that sets learning rates must multiply them by the group's `lr_scale`.
+        Compactors have no weight decay; the network has that of the optimizer unless `weight_decay` is given. Give `momentum`
+        for SGD: compactors then get their own momentum, and a learning rate to match. A training loop that sets learning rates
+        must multiply them by the group's `lr_scale`.
         """
         forgetting = [c.weight for c in self.compactors().values()]
         own = {id(w) for w in forgetting}
         remembering = [p for p in self.model.parameters() if id(p) not in own]
-        first = {"params": remembering, "lr": lr, "weight_decay": weight_decay, **options}
+        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+        first = {"params": remembering, "lr": lr, **decay, **options}
         second = {**first, "params": forgetting, "weight_decay": 0.0}
         if momentum is not None:
             first["momentum"], second["momentum"] = momentum, self.settings.momentum

@@ -226,6 +226,15 @@ def test_optimizers(kind: str) -> None:
     assert difference(before, outputs(resrep.merge(), IMAGES)) < 1e-10
 
 
+def test_weight_decay_is_the_optimizers_own_unless_it_is_given() -> None:
+    """Compactors never have any."""
+    resrep, _ = made(small_resnet, IMAGES, 0.5)
+    for given, decays in (({}, [0.3, 0.0]), ({"weight_decay": 0.1}, [0.1, 0.0]), ({"weight_decay": 0.0}, [0.0, 0.0])):
+        optimizer = torch.optim.SGD(resrep.param_groups(lr=0.1, **given), weight_decay=0.3)
+        assert [g["weight_decay"] for g in optimizer.param_groups] == decays
+    resrep.attach(optimizer)
+
+
 def test_the_rule_acts_once_for_each_step_of_an_accumulated_gradient() -> None:
     """Two half batches summed are one whole batch (without BatchNorm in the way of it)."""
     results = []
