@@ -90,7 +90,7 @@ class CentripetalSGD:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Apply the rule in every step of `optimizer`, by hooks; `step(closure)` works too. Raises ConfigError if it calls a
-        closure several times in a step, as LBFGS does, or if an optimizer was attached before."""
+        closure several times in a step, as LBFGS does, if its step calls no hooks, or if one was attached before."""
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a CentripetalSGD has one optimizer")
         hook_steps(optimizer, before=self.before_step, after=self.after_step)

@@ -16,11 +16,16 @@ def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, 
     """Call `before` and `after` around every step of an optimizer.
 
     `before` finds the gradients of the step. A closure given to `step(closure)` therefore runs ahead of it, and the optimizer
-    is handed its loss.
+    is handed its loss. The hooks are those of the optimizer inside a wrapper such as accelerate's.
 
     Raises:
-        ConfigError: the optimizer is torch's LBFGS. Another that calls its closure more than once fails so in its first step.
+        ConfigError: the optimizer is torch's LBFGS, or its step calls no hooks. Another that calls its closure more than once
+            fails so in its first step.
     """
+    optimizer = unwrapped(optimizer)
+    if not getattr(type(optimizer).step, "hooked", False):  # set where torch makes `step` call the hooks
+        raise ConfigError(f"the step of {type(optimizer).__name__} calls no hooks, so the rule would never be applied: train "
+                          "with the optimizer that it wraps alone, or with another of torch's kind")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError(several_calls(optimizer))
     if before is not None:
@@ -30,6 +35,13 @@ def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, 
             return found
         optimizer.register_step_pre_hook(gradients_first)
     optimizer.register_step_post_hook(lambda optimizer, args, kwargs: after(optimizer))
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that makes the steps, where another wraps it as its attribute `optimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def run_closure(optimizer: torch.optim.Optimizer, args: tuple[Any, ...],

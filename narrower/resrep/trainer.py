@@ -144,7 +144,7 @@ class ResRep:
         """Apply ResRep's gradient rule in every step of `optimizer`, by hooks; `step(closure)` works too.
 
         Raises ConfigError if it lacks a compactor or decays one, if it calls a closure several times in a step as LBFGS does,
-        or if an optimizer was attached before.
+        if its step calls no hooks, or if an optimizer was attached before.
         """
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a ResRep has one optimizer")

@@ -108,8 +108,8 @@ class SoftPruning:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep hard channels at zero between steps, by a hook on `optimizer`. From `harden` on, the training then is that of
-        the narrow network. Raises ConfigError for LBFGS, which has no zeros within its steps, or if an optimizer was attached
-        before."""
+        the narrow network. Raises ConfigError for LBFGS, which has no zeros within its steps, for an optimizer whose step calls
+        no hooks, or if one was attached before."""
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a SoftPruning has one optimizer")
         hook_steps(optimizer, after=lambda optimizer: self.zero_hard())

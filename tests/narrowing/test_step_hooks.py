@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,36 @@ def test_an_optimizer_that_calls_its_closure_again_is_refused_by_name() -> None:
     hook_steps(optimizer, before=print, after=print)
     with pytest.raises(narrower.ConfigError, match="Twice calls its closure several times in a step"):
         optimizer.step(lambda: square(optimizer))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Wraps an optimizer without the constructor of its base, as accelerate's and timm's Lookahead do, under some name."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, name: str = "optimizer") -> None:
+        setattr(self, name, optimizer)
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.inner = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_hooks_are_those_of_the_optimizer_inside_a_wrapper() -> None:
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    inner, seen = torch.optim.SGD([w], lr=0.5), list[Any]()
+    wrapper = Wrapper(Wrapper(inner))
+    hook_steps(wrapper, before=seen.append, after=seen.append)
+    square(inner)
+    wrapper.step()
+    assert seen == [inner, inner]
+
+
+def test_an_optimizer_whose_step_calls_no_hooks_is_refused_by_name() -> None:
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    with pytest.raises(narrower.ConfigError, match="the step of Wrapper calls no hooks"):
+        hook_steps(Wrapper(inner, "base"), after=print)
+    assert not inner._optimizer_step_post_hooks
 
 
 METHODS: dict[str, Callable[..., Any]] = {

@@ -229,9 +229,9 @@ def test_optimizers(kind: str) -> None:
 def test_weight_decay_is_the_optimizers_own_unless_it_is_given() -> None:
     """Compactors never have any."""
     resrep, _ = made(small_resnet, IMAGES, 0.5)
-    for given, decays in (({}, [0.3, 0.0]), ({"weight_decay": 0.1}, [0.1, 0.0]), ({"weight_decay": 0.0}, [0.0, 0.0])):
-        optimizer = torch.optim.SGD(resrep.param_groups(lr=0.1, **given), weight_decay=0.3)
-        assert [g["weight_decay"] for g in optimizer.param_groups] == decays
+    for own, decay in ((None, 0.3), (0.1, 0.1), (0.0, 0.0)):
+        optimizer = torch.optim.SGD(resrep.param_groups(lr=0.1, weight_decay=own), weight_decay=0.3)
+        assert [g["weight_decay"] for g in optimizer.param_groups] == [decay, 0.0]
     resrep.attach(optimizer)
 
 
