@@ -53,7 +53,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates
     except ImportError as error:
         raise ConfigError(MISSING) from error
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = config.lr
+        group["initial_lr"], group["lr"] = config.lr, config.lr * group.get("lr_scale", 1.0)
     if config.sched == "plateau":
         raise ConfigError("--sched plateau looks at results, so a run that goes on would differ: take another schedule")
     try:

@@ -51,6 +51,10 @@ def test_other_schedules_have_their_own_settings(settings: dict[str, Any], at: d
     assert {step: found[step] for step in at} == pytest.approx(at)
 
 
+def test_groups_keep_their_scale_without_a_schedule() -> None:
+    assert rates(replace(CONFIG, sched="none"), scale=0.5) == [0.5] * 100
+
+
 def test_a_schedule_begins_anew_from_the_rate_of_the_settings() -> None:
     """A resumed optimizer has the rate of where it stopped, and of the settings before."""
     optimizer = make_optimizer(network(), CONFIG)
