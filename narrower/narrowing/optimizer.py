@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..surgery.resize import format_of
 
 
 class Swap(NamedTuple):
@@ -28,12 +29,22 @@ def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor])
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, swaps: Sequence[Swap]) -> None:
-    """Point an optimizer at the new parameters; state of a parameter's shape is cut as the parameter was."""
+    """Point an optimizer at the new parameters; its state is cut as the parameters were."""
     new_of = {s.old: s.new for s in swaps}
     for group in optimizer.param_groups:
         group["params"] = [new_of.get(p, p) for p in group["params"]]
     for s in swaps:
         if s.old in optimizer.state:
-            state = optimizer.state.pop(s.old)
-            optimizer.state[s.new] = {k: s.part(v) if isinstance(v, Tensor) and v.shape == s.old.shape else v
-                                      for k, v in state.items()}
+            optimizer.state[s.new] = cut_state(optimizer.state.pop(s.old), s)
+
+
+def cut_state(state: Mapping[str, Any], swap: Swap) -> dict[str, Any]:
+    """The state of a smaller parameter: what has the parameter's shape is cut as the parameter was.
+
+    Empty if other tensors depend on the shape, such as Adafactor's sums over rows and columns: the optimizer then begins anew.
+    """
+    alike = {k for k, v in state.items() if isinstance(v, Tensor) and v.shape == swap.old.shape}
+    others = [v for k, v in state.items() if isinstance(v, Tensor) and v.numel() > 1 and k not in alike]
+    if others and swap.new.shape != swap.old.shape:
+        return {}
+    return {k: swap.part(v).contiguous(memory_format=format_of(v)) if k in alike else v for k, v in state.items()}

@@ -66,6 +66,29 @@ def test_an_optimizer_with_groups_keeps_their_settings() -> None:
     assert optimizer.param_groups[1]["params"][0] is small.fc.weight
 
 
+def test_state_has_the_memory_format_of_the_parameter() -> None:
+    """Otherwise fused and foreach steps take a slow path, or fail."""
+    model = Plain().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer, IMAGES)
+    small = narrower.narrow(model, reference.halved(model, IMAGES), optimizer=optimizer)
+    assert any(not p.is_contiguous() for p in small.parameters())
+    assert all(optimizer.state[p]["momentum_buffer"].stride() == p.stride() for p in small.parameters())
+
+
+def test_state_that_does_not_fit_the_new_shape_begins_anew() -> None:
+    """Adafactor keeps sums over the rows and columns of matrices."""
+    torch.manual_seed(0)
+    model = Plain()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+    step(model, optimizer, IMAGES)
+    small: Any = narrower.narrow(model, reference.halved(model, IMAGES), optimizer=optimizer)
+    assert small.conv1.weight.shape != model.conv1.weight.shape and small.fc.bias.shape == model.fc.bias.shape
+    assert not optimizer.state[small.conv1.weight] and float(optimizer.state[small.fc.bias]["step"]) == 1
+    step(small, optimizer, IMAGES)
+    assert "row_var" in optimizer.state[small.conv1.weight]
+
+
 def test_an_optimizer_of_another_model_is_refused() -> None:
     """One that has other parameters besides the model's is not."""
     model, other = Plain(), Plain()
