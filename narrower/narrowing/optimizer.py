@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..surgery.resize import format_of
@@ -36,6 +37,24 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, swaps: Sequence[Swap]) -> 
     for s in swaps:
         if s.old in optimizer.state:
             optimizer.state[s.new] = cut_state(optimizer.state.pop(s.old), s)
+
+
+def carry_optimizers(optimizers: Iterable[torch.optim.Optimizer | None], swaps: Sequence[Swap], model: nn.Module) -> None:
+    """Point the optimizers of a model at its new parameters.
+
+    Warns of trainable ones in none of them: another optimizer may have the old ones, and trains these on without an error.
+    """
+    given = [optimizer for optimizer in optimizers if optimizer is not None]
+    for optimizer in given:
+        carry_optimizer(optimizer, swaps)
+    known = {id(p) for optimizer in given for group in optimizer.param_groups for p in group["params"]}
+    new = {id(s.new) for s in swaps if s.new.requires_grad} - known
+    names = [name for name, p in model.named_parameters() if id(p) in new]
+    if given and names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(f"new parameters are in no optimizer that was given: {', '.join(names[:3])}{more}; another that has the "
+                      "old ones trains what the model no longer uses: give it to shrink(optimizers=[...]), or make it after "
+                      "load_state_dict. What no optimizer trains needs requires_grad=False", stacklevel=3)
 
 
 def cut_state(state: Mapping[str, Any], swap: Swap) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..graph.equal_counts import Component
 from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph, html_table
 from ..narrowing.narrow import record_narrowing
-from ..narrowing.optimizer import carry_optimizer
+from ..narrowing.optimizer import carry_optimizers
 from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded
@@ -158,7 +158,8 @@ class ResRep:
         hook_steps(optimizer, before=self.before_step, after=self.after_step)
         self.optimizer = optimizer
 
-    def shrink(self, *, fold: bool = True, ema: Sequence[nn.Module] = ()) -> float:
+    def shrink(self, *, fold: bool = True, ema: Sequence[nn.Module] = (),
+               optimizers: Sequence[torch.optim.Optimizer] = ()) -> float:
         """Remove the channels whose rows are zero from the network in training. Returns the remaining share of the dense MACs
         (or parameters). Call it between steps, while no autograd graph is held.
 
@@ -167,7 +168,8 @@ class ResRep:
         BatchNorms get their variance from the compactors' running variance. Without `fold`, only rows and their readers are
         removed, and training continues exactly as without `shrink`.
 
-        Optimizer state (such as momentum) is sliced too, and learning rate schedulers stay valid. `ema`: averaged copies of the
+        Optimizer state (such as momentum) is sliced too, and learning rate schedulers stay valid. `optimizers`: others than the
+        attached one, if they train parameters of the model; warns if a parameter is in none. `ema`: averaged copies of the
         model, such as timm's `ModelEmaV3.module`, from which the same channels are removed. Rebuild DistributedDataParallel
         around the model afterwards.
         """
@@ -176,8 +178,7 @@ class ResRep:
         if mode == "freeze" or any(len(kept.keep[n]) < len(k) for n, k in self.kept.keep.items()):
             for model in (*ema, self.model):
                 swaps = restructure(model, self.placement, self.kept, kept, mode)
-            if self.optimizer is not None:
-                carry_optimizer(self.optimizer, swaps)
+            carry_optimizers([self.optimizer, *optimizers], swaps, self.model)
             self.kept = kept
             if mode == "freeze":
                 self.phase = "frozen"
@@ -272,8 +273,7 @@ class ResRep:
         saved, kept = state["compactors"], Kept(self.graph, {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()})
         rows, columns = ({n: np.array(c[key], dtype=np.int64) for n, c in saved.items()} for key in ("rows", "columns"))
         swaps = restore_shapes(self.model, self.placement, kept, rows, columns)
-        if self.optimizer is not None:
-            carry_optimizer(self.optimizer, swaps)
+        carry_optimizers([self.optimizer], swaps, self.model)
         self.kept, self.step, self.phase, self.masked = kept, state["step"], state["phase"], dict(state["masked"])
         for name, c in self.compactors().items():
             c.gone.copy_(saved[name]["gone"])

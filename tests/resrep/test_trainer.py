@@ -353,6 +353,40 @@ def test_averages_and_schedulers_follow_a_shrink() -> None:
     assert [t.shape for t in outputs(merged, IMAGES)] == [(4, 5)]
 
 
+def in_two_optimizers() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
+    """A ResRep of which a channel is zero, and a second optimizer: that of a layer that reads the channel."""
+    resrep, _ = made(Two, IMAGES, 0.5)
+    own = resrep.model.get_parameter("b.weight")
+    groups = resrep.param_groups(lr=0.01, momentum=0.9)
+    groups[0]["params"] = [p for p in groups[0]["params"] if p is not own]
+    resrep.attach(torch.optim.SGD(groups))
+    with torch.no_grad():
+        c = resrep.compactors()["bn_a"]
+        c.weight[0], c.gone[0] = 0, True
+    return resrep, torch.optim.SGD([own], lr=0.01)
+
+
+def test_a_shrink_takes_other_optimizers_along() -> None:
+    resrep, second = in_two_optimizers()
+    before = resrep.model.get_parameter("b.weight")
+    resrep.shrink(optimizers=[second])
+    after = resrep.model.get_parameter("b.weight")
+    assert after.shape != before.shape and second.param_groups[0]["params"][0] is after
+
+
+def test_a_parameter_that_no_known_optimizer_has_is_named() -> None:
+    resrep, second = in_two_optimizers()
+    with pytest.warns(UserWarning, match=r"in no optimizer that was given: b\.weight; .* shrink\(optimizers="):
+        resrep.shrink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resrep, second = in_two_optimizers()
+        resrep.shrink(optimizers=[second])
+        resrep, _ = in_two_optimizers()
+        resrep.model.get_parameter("b.weight").requires_grad_(False)
+        resrep.shrink()
+
+
 @pytest.mark.parametrize(("name", "kinds"), [
     ("residual", {"full"}), ("grouped", {"full", "block"}), ("depthwise", {"full", "diagonal"}), ("transposed", {"full"})])
 def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink(name: str, kinds: set[str]) -> None:
