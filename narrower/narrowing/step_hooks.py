@@ -20,7 +20,7 @@ def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, 
 
     Raises:
         ConfigError: the optimizer is torch's LBFGS, or its step calls no hooks. Another that calls its closure more than once
-            fails so in its first step.
+            fails so in its first step, and one that unscales gradients within its step too, if there is a `before`.
     """
     optimizer = unwrapped(optimizer)
     if not getattr(type(optimizer).step, "hooked", False):  # set where torch makes `step` call the hooks
@@ -30,6 +30,9 @@ def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, 
         raise ConfigError(several_calls(optimizer))
     if before is not None:
         def gradients_first(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if getattr(optimizer, "found_inf", None) is not None:  # GradScaler's word to a fused optimizer
+                raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the "
+                                  "rule cannot see them: make it with fused=False to use a GradScaler")
             found = run_closure(optimizer, args, kwargs)
             before(optimizer)
             return found

@@ -287,9 +287,6 @@ class ResRep:
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """With the gradients of a step: update the masks when due, then apply the rule to every compactor's gradient."""
-        if getattr(optimizer, "grad_scale", None) is not None:
-            raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the rule "
-                              "cannot see them: make it with fused=False to use a GradScaler")
         if self.phase == "frozen":
             return
         s, compactors = self.settings, self.compactors()

@@ -90,6 +90,20 @@ def test_an_optimizer_whose_step_calls_no_hooks_is_refused_by_name() -> None:
     assert not inner._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_fused_optimizer_with_a_scaler_is_refused_in_its_first_step(unscaled: bool) -> None:
+    """It skips a step by itself where gradients overflow, and unscales them where no hook sees them."""
+    w, scaler = torch.nn.Parameter(torch.ones(2)), torch.amp.GradScaler("cpu")
+    optimizer, seen = torch.optim.SGD([w], lr=0.5, fused=True), list[Any]()
+    hook_steps(optimizer, before=seen.append, after=seen.append)
+    scaler.scale(w.square().sum()).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
+    with pytest.raises(narrower.ConfigError, match="SGD with fused=True unscales gradients inside its step"):
+        scaler.step(optimizer)
+    assert not seen and w.tolist() == [1, 1]
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "resrep": lambda model: narrower.ResRep(model, chain_graph(), macs=0.6, steps=24),
     "soft": lambda model: narrower.SoftPruning(model, chain_graph(), macs=0.6, steps=1, harden=0.0),
