@@ -226,11 +226,12 @@ def batches(
     else:
         index = torch.randperm(count, generator=torch.Generator().manual_seed(order))[: trained_on(count, batch_size, shard[1])]
     chunks = [chunk.tolist() for chunk in index[:limit][shard[0] :: shard[1]].split(batch_size)]
+    pin = torch.cuda.is_available()
     if isinstance(images, TensorImages):
-        return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is)
+        return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is, pin_memory=pin)
     collate = getattr(images.task, "collate", None)
     return DataLoader(images, batch_sampler=chunks[start:], num_workers=workers, worker_init_fn=signals_of_a_worker,
-                      collate_fn=collate)
+                      collate_fn=collate, pin_memory=pin)
 
 
 def trained_on(count: int, batch_size: int, processes: int = 1) -> int:

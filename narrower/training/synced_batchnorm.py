@@ -33,7 +33,7 @@ def batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
     """`F.batch_norm` in train mode over the batches `(N, C, ...)` of all processes. They may differ in N."""
     dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
     wide = x if x.dtype == torch.float64 else x.float()
-    sums = Sum.apply(torch.cat([wide.sum(dims), wide.new_tensor([x.numel() / x.shape[1]])]))
+    sums = Sum.apply(torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() / x.shape[1])]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
     centred = wide - mean.view(shape)

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-from narrower.data.images import TensorImages, batches, move, trained_on
+from narrower.data.images import LazyImages, TensorImages, batches, move, trained_on
 from narrower.data.sources import Reading, augmentation, digits
 from narrower.errors import ConfigError, DataError
 
@@ -63,6 +63,15 @@ def test_each_image_once_and_shards_are_disjoint() -> None:
         parts = [torch.cat([y for _, y in batches(data, 4, order=order, shard=(rank, 3))]) for rank in range(3)]
         assert torch.cat(parts).sort().values.tolist() == list(range(30))
         assert order is None or parts[0].tolist() != sorted(parts[0].tolist())
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_batches_lie_in_pinned_memory_where_there_is_cuda(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only from there is a copy to the GPU not waited for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    memory = TensorImages(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.arange(9), (0.5,), (0.5,))
+    files = LazyImages([], torch.as_tensor, torch.as_tensor)
+    assert [batches(images, 4).pin_memory for images in (memory, files)] == [cuda, cuda]
 
 
 def test_training_shards_have_the_same_number_of_batches() -> None:
