@@ -296,7 +296,8 @@ class ResRep:
         if not bool(torch.stack([g.sum() for g in grads]).isfinite().all()):
             raise ConfigError(f"the gradients are not finite at step {self.step}: the step was not made, the weights are "
                               "those of the last good one; try a lower learning rate")
-        if self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0:  # type: ignore[operator]
+        due = self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0  # type: ignore[operator]
+        if due and self.phase == "forgetting":
             self.update_masks()
         decoupled = decouples_penalty(optimizer)
         for name, c in compactors.items():

@@ -268,6 +268,19 @@ def test_compactors_rest_once_the_budget_is_reached() -> None:
     assert not torch.equal(weight, resrep.model.get_parameter("layer1.0.conv1.weight"))
 
 
+def test_nothing_is_chosen_again_at_rest() -> None:
+    """It would be the same: norms stay as they are."""
+    resrep, _ = made(Two, IMAGES, 0.5, steps=40)
+    optimizer = sgd(resrep)
+    resrep_training.train(resrep, optimizer, IMAGES, 30)
+    assert resrep.phase == "resting"
+    at, again = resrep.progress(), resrep.update_masks
+    resrep.update_masks = pytest.fail  # type: ignore[method-assign, assignment]
+    resrep_training.train(resrep, optimizer, IMAGES, 4)
+    again()
+    assert resrep.progress() == at and at["masked"] <= 0.5
+
+
 def test_compactors_are_frozen_by_a_shrink_at_rest() -> None:
     """Merged for good, the identity: the outputs stay, the network trains on, and a resumed run goes on the same way."""
     resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
