@@ -46,6 +46,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+def precise(t: Tensor) -> Tensor:
+    """A tensor in float64, for long sums and for merging weights. In float32 on Apple's GPUs, which have no float64."""
+    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+
+
 def map_tensors(x: Any, f: Callable[[Tensor], Any]) -> Any:
     """Apply `f` to every tensor in nested tuples, lists and dicts. Other values stay as they are."""
     if isinstance(x, Tensor):

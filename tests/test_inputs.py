@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from narrower.inputs import call_model, device_of, flatten_tensors, map_tensors, model_inputs, samples, shapes_of
+from narrower.inputs import call_model, device_of, flatten_tensors, map_tensors, model_inputs, precise, samples, shapes_of
+
+
+def test_sums_are_in_float64_where_there_is_float64() -> None:
+    assert precise(torch.ones(1)).dtype == torch.float64
+    apple: Any = SimpleNamespace(device=torch.device("mps"), to=lambda dtype: dtype)
+    assert precise(apple) == torch.float32
+
 
 LEAVES = st.one_of(st.integers(0, 9).map(lambda n: torch.full((2,), n)), st.none(), st.integers(0, 3), st.text(max_size=2))
 NESTED = st.recursive(LEAVES, lambda x: st.one_of(

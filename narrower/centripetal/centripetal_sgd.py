@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PlanError, StorageError
 from ..graph.types import ChannelGroup, Graph, Slice
+from ..inputs import precise
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan, costed_plan
@@ -81,7 +82,7 @@ class CentripetalSGD:
         widths = widths_of(plan, graph, self.reasons)
         self.clusters: dict[str, np.ndarray] = {}
         for name, count in widths.items():
-            filters = rows_of(tensors, maker(graph[name])).double().cpu().numpy()
+            filters = rows_of(tensors, maker(graph[name])).cpu().double().numpy()
             size = graph[name].size
             self.clusters[name] = even_clusters(size, count) if clustering == "even" else nearest_clusters(filters, count, seed)
         self.optimizer: torch.optim.Optimizer | None = None
@@ -305,7 +306,7 @@ def spread(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[str, n
     """The largest distance of a filter, bias or BatchNorm entry to the mean of its cluster, relative to the largest norm."""
     found = [0.0]
     for s, c in made_by(graph, clusters):
-        rows = rows_of(tensors, s).flatten(1).double()
+        rows = precise(rows_of(tensors, s).flatten(1))
         mean = cluster_means(rows, torch.as_tensor(c, device=rows.device))
         found.append(float((rows - mean).norm(dim=1).max() / mean.norm(dim=1).max().clamp_min(1e-12)))
     return max(found)

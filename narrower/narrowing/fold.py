@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..graph.selection import Kept
 from ..graph.types import Graph
+from ..inputs import precise
 from ..planning.plan import Plan, costed_plan
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.resize import add_biases, takes_bias
@@ -91,7 +92,7 @@ def constant_rows(producer: Producer, tensors: Mapping[str, Tensor], eps: Mappin
     Constant are filters of zeros and scales of zero. Shape `(channels,)`, or `()` if none is constant; float64 on the CPU.
     """
     def of(name: str) -> Tensor:
-        return tensors[name].detach().double().cpu()
+        return tensors[name].detach().cpu().double()
 
     rows, layer, norm = NAN, producer.layer, producer.norm
     if layer is not None and not (layer.transposed and layer.blocks > 1):
@@ -123,6 +124,6 @@ def absorb_constants(tensors: Mapping[str, Tensor], graph: Graph, reader: Reader
             inputs.reshape(-1)[s.positions] = values[s.channels]
     if (reader.weight, 1) in left:
         inputs = np.take_along_axis(inputs, left[reader.weight, 1], axis=1)
-    kernels = weight.detach().double().reshape(reader.blocks, -1, inputs.shape[1], weight[0, 0].numel()).sum(3)
-    added = (kernels * torch.as_tensor(inputs, device=weight.device)[:, None]).sum(2).reshape(-1)
-    into.copy_(into.double() - added if reader.kind == "running mean" else into.double() + added)
+    kernels = precise(weight.detach()).reshape(reader.blocks, -1, inputs.shape[1], weight[0, 0].numel()).sum(3)
+    added = (kernels * kernels.new_tensor(inputs)[:, None]).sum(2).reshape(-1)
+    into.copy_(precise(into) - added if reader.kind == "running mean" else precise(into) + added)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.selection import Cut, Kept
+from ..inputs import precise
 from ..narrowing.fold import absorb_constants
 from ..narrowing.optimizer import Swap
 from ..surgery.attributes import attribute_values, set_attributes
@@ -78,7 +79,7 @@ def reduce_compactor(model: nn.Module, site: Site, rows: np.ndarray, mode: Mode)
         return compactor.restrict(rows, rows), {}
     if mode == "cut":
         return compactor.restrict(rows, compactor.columns), {}
-    norms = row_norms(compactor.weight.detach().double())
+    norms = row_norms(precise(compactor.weight.detach()))
     diagonal_left = norms.clamp_min(SHORTEST) if mode == "fold" else torch.ones_like(norms)
     merged = merged_tensors(model, site, compactor, diagonal_left)
     left = torch.as_tensor(np.searchsorted(compactor.rows, rows), device=norms.device)
@@ -103,9 +104,9 @@ def merged_tensors(model: nn.Module, site: Site, compactor: Compactor, diagonal_
     """The tensors with a compactor merged, by name. `diagonal_left` `(K,)`: the diagonal of the compactor that will follow."""
     named, targets = named_tensors(model), merge_targets(site)
     eps = getattr(model.get_submodule(site.norm), "eps", 0.0) if site.norm is not None else 0.0
-    values = merge_tensors(compactor.weight.detach().double(), site,
-                           {part: named[tensor].detach().double() for part, (tensor, _) in targets.items()},
-                           float(eps), compactor.variance.double(), diagonal_left)
+    values = merge_tensors(precise(compactor.weight.detach()), site,
+                           {part: precise(named[tensor].detach()) for part, (tensor, _) in targets.items()},
+                           float(eps), precise(compactor.variance), diagonal_left)
     merged = {}
     for part, value in values.items():
         tensor, dim = targets[part]

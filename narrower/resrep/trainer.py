@@ -374,7 +374,7 @@ class ResRep:
     def by_channel(self, of: Callable[[Compactor], Tensor], fill: float) -> dict[str, list[np.ndarray]]:
         """A value of each compactor row, by group: one array (size,) per site. `fill`: the value of removed rows."""
         compactors = self.compactors()
-        return self.candidates.by_channel({n: of(c).double().cpu().numpy() for n, c in compactors.items()},
+        return self.candidates.by_channel({n: of(c).cpu().double().numpy() for n, c in compactors.items()},
                                           {n: c.rows for n, c in compactors.items()}, fill)
 
     def norms(self) -> dict[str, np.ndarray]:

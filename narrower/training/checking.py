@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.images import Batch
 from ..data.task import Classification, Task
 from ..errors import ConfigError
-from ..inputs import map_tensors
+from ..inputs import map_tensors, precise
 from .config import TrainConfig
 
 CLASSES_ONLY = ("mixup", "cutmix", "smoothing")
@@ -86,7 +86,7 @@ def try_task(task: Task, outputs: Any, batch: Batch) -> None:
     try:
         found = task.loss(outputs, batch[1])
         statistic = task.measure(outputs, batch[1])
-        figures = task.figures(check_statistic(statistic, None).double())
+        figures = task.figures(precise(check_statistic(statistic, None)))
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's methods raise

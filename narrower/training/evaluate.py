@@ -12,6 +12,7 @@ from ..data.images import Images, batches
 from ..data.sources import Watch, silent
 from ..data.task import ByClass, Classification
 from ..errors import DataError
+from ..inputs import precise
 from ..surgery.walk import in_eval_mode
 from .accelerator import autocast, make_accelerator, shard_of, to_device
 from .agreement import added
@@ -44,14 +45,14 @@ def evaluate_classes(
     shard, task = shard_of(accelerator), images.task
     loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
     model.to(accelerator.device)
-    losses = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    losses = precise(torch.zeros(2, device=accelerator.device))
     total: Tensor | None = None
     with in_eval_mode(model), torch.inference_mode(), autocast(config, accelerator.device):
         for x, y in watch(loader, "evaluating", len(images) // shard[1]):
             x, y = to_device(x, y, config, accelerator.device)
             outputs = in_float32(model(x))
-            losses += torch.stack((check_loss(task.loss(outputs, y)).double() * len(x), losses.new_tensor(len(x))))
-            statistic = check_statistic(task.measure(outputs, y), total).double()
+            losses += torch.stack((precise(check_loss(task.loss(outputs, y))) * len(x), losses.new_tensor(len(x))))
+            statistic = precise(check_statistic(task.measure(outputs, y), total))
             total = statistic if total is None else total + statistic
     loss, count = accelerator.reduce(losses).tolist()
     total = added(total)

@@ -24,6 +24,7 @@ from ..data.seeding import mix
 from ..data.sources import ImageData, Watch, silent
 from ..data.streams import StreamImages
 from ..errors import ConfigError, StorageError
+from ..inputs import precise
 from ..storage import write_whole
 from .accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
 from .agreement import anywhere, first, share
@@ -169,7 +170,7 @@ class TrainLoop:
         loader = batches(images, self.config.batch_size, start=start.step, **options)
         count = self.count(images)
         before = start.loss_sum if self.accelerator.is_main_process else 0.0
-        loss_sum = torch.tensor(before, dtype=torch.float64, device=self.accelerator.device)
+        loss_sum = precise(torch.zeros((), device=self.accelerator.device)) + before
         seen = 0
         self.wrapped.train()
         with collect_interrupts() as interrupted:

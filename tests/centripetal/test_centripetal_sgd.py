@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks, random_networks
+from support.devices import without_float64
 from support.networks import PATTERNS, TRAPS
 from support.plans import graph_of
 from support.random_networks import Block, Random, examples
@@ -29,6 +30,16 @@ NAMES = ["residual", "dense", "depthwise", "unet", "shared", "transposed", "flat
 
 def sgd(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
+
+
+def test_a_device_without_float64_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain().float()
+    csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.6, steps=2)
+    optimizer = sgd(model)
+    csgd.attach(optimizer)
+    with without_float64(monkeypatch, "centripetal.centripetal_sgd"):
+        train(model, optimizer, X.float(), 2)
+        assert csgd.progress()["spread"] < 1e-6
 
 
 @pytest.mark.parametrize(("name", "scope"), [*((name, "inner") for name in NAMES), ("residual", "all"), ("dense", "all"),

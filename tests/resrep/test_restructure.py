@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import without_float64
 from support.resrep_training import difference, outputs, randomised
 from torch import nn
 
@@ -23,7 +24,7 @@ def compacted() -> tuple[Any, narrower.ResRep, Kept]:
     torch.manual_seed(0)
     model = randomised(nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.BatchNorm2d(8), nn.Sigmoid(),  # what is zero becomes 0.5
         nn.Conv2d(8, 40, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 5))).double().eval()
     resrep = narrower.ResRep(model, narrower.trace(model, X), macs=0.9, steps=10, scope="all")
     assert {s.kind for s in resrep.placement.sites.values()} == {"full", "block", "diagonal"}
@@ -35,6 +36,15 @@ def compacted() -> tuple[Any, narrower.ResRep, Kept]:
     kept = resrep.remaining()
     assert all(len(kept.keep[n]) < resrep.graph[n].size for n in resrep.placement.rows)
     return model, resrep, kept
+
+
+def test_a_device_without_float64_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, resrep, kept = compacted()
+    model.float()
+    before = outputs(model, X.float())
+    with without_float64(monkeypatch, "resrep.restructure", "narrowing.fold"):
+        restructure(model, resrep.placement, resrep.kept, kept, "fold")
+    assert difference(before, outputs(model, X.float())) < 1e-4
 
 
 @pytest.mark.parametrize("mode", MODES)

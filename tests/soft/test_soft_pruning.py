@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.devices import without_float64
 from support.networks import PATTERNS, Head, unit
 from support.plans import graph_of
 from support.resrep_training import X, called, chain, chain_graph, difference, outputs, randomised, train
@@ -54,6 +55,13 @@ def test_the_narrow_network_is_the_masked_one(name: str) -> None:
     assert narrower.verify(model, small, soft.plan, inputs).error < 1e-10
     assert soft.plan.macs[1] <= 0.6 * soft.plan.macs[0]
     assert difference(trained(model, inputs), trained(small, inputs)) < 1e-10
+
+
+def test_a_device_without_float64_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft = soft_pruning(chain().float())
+    with without_float64(monkeypatch, "soft.soft_pruning"):
+        soft.step()
+    assert soft.progress()["masked"] <= 0.5
 
 
 @pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)])

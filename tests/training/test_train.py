@@ -16,6 +16,7 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("timm")
+from support.devices import without_float64
 from support.training import CONFIG, data, network, run
 
 import narrower
@@ -49,6 +50,13 @@ def test_evaluate_is_top1_and_mean_loss_in_eval_mode() -> None:
     logits = model.eval()(x)
     assert result["top1"] == pytest.approx(100 * (logits.argmax(1) == y).float().mean().item())
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+def test_a_device_without_float64_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = []
+    with without_float64(monkeypatch, "training.train", "training.evaluate"):
+        run(network(), config=replace(CONFIG, epochs=1), log=rows.append)
+    assert 0 < rows[0]["loss"] < 1 and 0 < rows[0]["val_loss"] < 1
 
 
 def interrupting(at: int, number: signal.Signals = signal.SIGINT) -> Any:
