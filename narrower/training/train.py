@@ -263,6 +263,8 @@ class TrainLoop:
         if self.resrep is None or self.resrep.waiting() < WORTH_SHRINKING:
             return
         self.resrep.shrink()
+        if self.config.torchcompile:
+            torch.compiler.reset()  # after a few shapes of a network, torch compiles it no more
         if self.shard[1] > 1:  # DistributedDataParallel knows the old parameters; it must be freed before the new one
             self.accelerator._models.clear()
             del self.wrapped

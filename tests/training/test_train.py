@@ -27,7 +27,7 @@ from narrower.errors import ConfigError, StorageError
 from narrower.training.accelerator import make_accelerator
 from narrower.training.evaluate import evaluate
 from narrower.training.methods import Methods
-from narrower.training.train import TrainContext, train
+from narrower.training.train import TrainContext, TrainLoop, train
 
 
 def test_training_learns_and_logs_every_epoch() -> None:
@@ -255,3 +255,19 @@ def test_an_average_of_weights_needs_images_that_decide() -> None:
         replace(CONFIG, model_ema=True, held_out=0)
     with pytest.raises(ConfigError, match="--model-ema: of 19 training images none are held out"):
         train(network(), data(19), replace(CONFIG, model_ema=True))
+
+
+@pytest.mark.parametrize("torchcompile", [None, "eager"])
+def test_a_network_is_compiled_anew_after_a_shrink(torchcompile: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled for other shapes counts towards a limit, after which torch compiles no more."""
+    model, widths = network(), list[int]()
+    resrep = narrower.ResRep(model, narrower.trace(model, torch.zeros(1, 1, 8, 8)), macs=0.5, steps=10)
+    config = replace(CONFIG, torchcompile=torchcompile)
+    loop = TrainLoop(model, data(), config, TrainContext(make_accelerator("cpu")), 0, Methods(resrep=resrep))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: widths.append(model[0].out_channels))
+    loop.shrink()  # nothing is zero yet
+    (compactor,) = resrep.compactors().values()
+    with torch.no_grad():
+        compactor.weight[0], compactor.gone[0] = 0, True
+    loop.shrink()
+    assert model[0].out_channels == 3 and widths == ([3] if torchcompile else [])
