@@ -68,7 +68,7 @@ def test_an_optimizer_with_groups_keeps_their_settings() -> None:
 
 def test_state_has_the_memory_format_of_the_parameter() -> None:
     """Otherwise fused and foreach steps take a slow path, or fail."""
-    model = Plain().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Plain().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step(model, optimizer, IMAGES)
     small = narrower.narrow(model, reference.halved(model, IMAGES), optimizer=optimizer)

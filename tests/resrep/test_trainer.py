@@ -275,7 +275,7 @@ def test_nothing_is_chosen_again_at_rest() -> None:
     resrep_training.train(resrep, optimizer, IMAGES, 30)
     assert resrep.phase == "resting"
     at, again = resrep.progress(), resrep.update_masks
-    resrep.update_masks = pytest.fail  # type: ignore[method-assign, assignment]
+    resrep.update_masks = pytest.fail  # type: ignore[method-assign]
     resrep_training.train(resrep, optimizer, IMAGES, 4)
     again()
     assert resrep.progress() == at and at["masked"] <= 0.5

@@ -260,7 +260,7 @@ def test_an_average_of_weights_needs_images_that_decide() -> None:
 @pytest.mark.parametrize("torchcompile", [None, "eager"])
 def test_a_network_is_compiled_anew_after_a_shrink(torchcompile: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was compiled for other shapes counts towards a limit, after which torch compiles no more."""
-    model, widths = network(), list[int]()
+    model, widths = network(), list[Any]()
     resrep = narrower.ResRep(model, narrower.trace(model, torch.zeros(1, 1, 8, 8)), macs=0.5, steps=10)
     config = replace(CONFIG, torchcompile=torchcompile)
     loop = TrainLoop(model, data(), config, TrainContext(make_accelerator("cpu")), 0, Methods(resrep=resrep))
