@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,23 +18,17 @@ from ..errors import ConfigError, MissingExtraError, NarrowerError
 from ..soft.soft_pruning import PUBLISHED
 from ..storage import write_whole
 from ..training.agreement import first
-from ..training.config import TrainConfig
 from . import external, run_folder
-from .config import METHODS, CompareConfig, PruneConfig, RunConfig
+from .config import METHODS, CompareConfig, PruneConfig, RunConfig, unused
 from .job import Job, Reporter, Settings
+from .protocol import check_settings, check_start, pruning_of, start_now, start_of
 from .prune import prune, train_dense
-from .resuming import WHERE, named
 
 DENSE, TABLE, PICTURE = "dense", "compare.json", "compare.svg"
 OTHERS = (external.DENSE, *external.EXTERNAL)
 """Methods that `narrower prune` does not have."""
 NAMED: dict[str, tuple[str, Sequence[str]]] = {"soft": ("softness", [*PUBLISHED]), "centripetal": ("pull", ["published"])}
 """Settings of a method, and the values by name that follow it in a grid."""
-PROTOCOL = (*(item.name for item in fields(TrainConfig) if item.name not in WHERE), "distill", "distill_temperature",
-            "distill_weight")
-"""Settings that all runs of a grid have in common."""
-START = ("training images", "weights of the dense network")
-"""And what they start from."""
 OURS = ("exclude", "round_to", "min_channels", "tune_steps")
 """Settings that torch-pruning's rows would not follow."""
 Begin = Callable[[Settings, str], Job]
@@ -128,9 +122,11 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
     """
     root = Path(settings.run.output or "runs/compare")
     for cell in cells(given):  # all settings are checked before anything is trained
-        check_protocol(cell.folder(root), settings_of(cell, settings, root))
+        own = settings_of(cell, settings, root)
+        check_settings(cell.folder(root), own, pruning_of(own, ours=cell.method not in OTHERS))
     if not (settings.model.checkpoint or settings.model.pretrained):
         settings = with_dense(settings, root, begin)
+    check_begun(settings, root, cells(given), report)
     failed: dict[str, str] = {}
     for cell in cells(given):
         if outcome(cell, cell.folder(root)) is not None:
@@ -153,9 +149,18 @@ def together(root: Path, grid: Sequence[Cell], failed: dict[str, str]) -> Compar
     found = [done for cell in grid if (done := outcome(cell, cell.folder(root))) is not None]
     if not found:
         raise ConfigError("none of the runs could be done: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
-    for one in found[1:]:
-        check_start(one.cell.folder(root), found[0].cell.folder(root))
+    folders = [one.cell.folder(root) for one in found]
+    for folder in folders[1:]:
+        check_start(folder, start_of(folders[0]), str(folders[0]))
     return Comparison(found[0].figure, found[0].dense, tuple(found), failed, root)
+
+
+def check_begun(settings: Settings, root: Path, grid: Sequence[Cell], report: Reporter) -> None:
+    """Raise ConfigError where a run has begun with other weights or images than these settings name."""
+    begun = [cell for cell in grid if first((cell.folder(root) / run_folder.CONFIG).is_file)]
+    if begun:
+        folder = begun[0].folder(root)
+        check_start(folder, start_now(settings, folder, begun[0].seed, report), "those of this command")
 
 
 def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
@@ -166,13 +171,14 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
     """
     method, _, how = cell.method.partition(":")
     run = replace(in_folder(settings.run, cell.folder(root)), seed=cell.seed)
+    wishes = replace(settings.prune, macs=cell.macs, **{name: plain(name) for name in unused(method)})
     if cell.method in OTHERS:
-        if method in external.EXTERNAL and (more := [name for name in OURS if getattr(settings.prune, name) != plain(name)]):
+        if method in external.EXTERNAL and (more := [name for name in OURS if getattr(wishes, name) != plain(name)]):
             raise ConfigError(f"--{more[0].replace('_', '-')} is not for {method}: the rows would not be alike")
-        return replace(settings, run=run, prune=replace(settings.prune, macs=cell.macs))
+        return replace(settings, run=run, prune=wishes)
     if method not in METHODS:
         raise ConfigError(f"no method is called {cell.method!r}: take some of {', '.join((*METHODS, *OTHERS))}")
-    prune = replace(settings.prune, method=method, macs=cell.macs)
+    prune = replace(wishes, method=method)
     if how:
         name, values = NAMED.get(method, ("", ()))
         prune = replace(prune, **{name if how in values else "allocate": how})  # type: ignore[arg-type]
@@ -182,30 +188,6 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
 def plain(name: str) -> Any:
     """The default of a setting of pruning."""
     return getattr(PruneConfig(), name)
-
-
-def check_protocol(folder: Path, settings: Settings) -> None:
-    """Raise ConfigError where a run of the grid is there already and was trained otherwise."""
-    def read() -> dict[str, Any]:
-        return run_folder.read_settings(folder) if (folder / run_folder.CONFIG).is_file() else {}
-
-    before, now = first(read), settings.flat()
-    changed = {key: (before[key], now[key]) for key in PROTOCOL if key in before and before[key] != now[key]}
-    if changed:
-        raise ConfigError(f"{folder} was trained otherwise: {named(changed, [*changed])}; all runs of a grid are trained "
-                          "alike, so give another --output")
-
-
-def check_start(folder: Path, other: Path) -> None:
-    """Raise ConfigError where two runs began with other images or weights. Runs of older versions do not say."""
-    def read(one: Path) -> dict[str, Any]:
-        row = run_folder.Run(one, resume=True, writes=False).last(run_folder.START)
-        return {key: row[key] for key in START if key in row}
-
-    mine, theirs = first(lambda: (read(folder), read(other)))
-    if differ := [key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key]]:
-        raise ConfigError(f"{folder} began with other {' and '.join(sorted(differ))} than {other}: a grid has one dense "
-                          "network and the same images for all; give another --output")
 
 
 def in_folder(given: RunConfig, folder: Path) -> RunConfig:
@@ -218,9 +200,10 @@ def with_dense(settings: Settings, root: Path, begin: Begin) -> Settings:
     """The settings with the network that all runs start from, trained once in `root/dense`."""
     folder = root / DENSE
     given = settings.prune
+    own = replace(settings, train=replace(settings.train, epochs=given.dense_epochs, lr=given.dense_lr))
+    check_settings(folder, own, [])
     if not (folder / run_folder.MODEL).exists() or (folder / run_folder.CHECKPOINT).exists():
-        own = replace(settings.train, epochs=given.dense_epochs, lr=given.dense_lr)
-        train_dense(begin(replace(settings, train=own, run=in_folder(settings.run, folder)), "train"))
+        train_dense(begin(replace(own, run=in_folder(settings.run, folder)), "train"))
     return replace(settings, model=replace(settings.model, checkpoint=str(folder)))
 
 

@@ -20,6 +20,9 @@ TRAINED = ("resrep", "soft", "centripetal")
 """Methods that narrow while they train. The others are scores."""
 METHODS = ("obs", "hrank", *TRAINED, "magnitude", "fpgm", "bn_scale", "taylor", "random")
 LEAST_IMAGES = 16
+METHODS_WITH: dict[str, tuple[str, ...]] = {"scope": ("resrep", "centripetal"), "prior": TRAINED, "forgetting": ("resrep",),
+                                            "softness": ("soft",), "pull": ("centripetal",)}
+"""Settings that only some methods have, and these."""
 SCHEDULES = ("once", "layer")
 ALLOCATIONS = ("measured", "share", "norms")
 
@@ -30,6 +33,11 @@ Group = TypeVar("Group")
 def part(group: type[Group], settings: Mapping[str, Any]) -> Group:
     """The settings, such as those of a run, that are of this group."""
     return group(**{item.name: settings[item.name] for item in fields(group) if item.name in settings})  # type: ignore[arg-type]
+
+
+def unused(*methods: str) -> list[str]:
+    """The settings that none of these methods has."""
+    return [name for name, having in METHODS_WITH.items() if not {*methods} & {*having}]
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class Job:
             have not the same.
         """
         given, weights = self.settings.model, fingerprint(model)
-        train, val = (None if isinstance(part, StreamImages) else len(part) for part in (self.data.train, self.data.val))
+        train, val = count_of(self.data.train), count_of(self.data.val)
         facts = {
             "training images": train,
             "weights of the dense network": weights if given.checkpoint or given.pretrained else None,
@@ -221,30 +221,22 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     if emulated(settings.train, accelerator.device):
         report.note(f"warning: --amp: this processor computes {settings.train.amp_dtype} by software, many times slower than "
                     "without --amp")
+    settings = with_absolute_paths(settings)
     settings = replace(
         settings,
         train=replace(settings.train, workers=workers),
         model=replace(
             settings.model,
-            model=absolute_factory(settings.model.model),
             num_classes=settings.model.num_classes or data.num_classes or None,
             in_chans=channels,
-            checkpoint=start,
         ),
         data=replace(
             settings.data,
-            data_dir=absolute(settings.data.data_dir),
-            task=settings.data.task and absolute_factory(settings.data.task),
             img_size=height if height == width else None,
             mean=list(reading.mean) if reading else None,
             std=list(reading.std) if reading else None,
         ),
-        prune=replace(
-            wishes,
-            macs=0.5 if unlimited else wishes.macs,
-            sensitivity=absolute(wishes.sensitivity),
-            latency_table=absolute(wishes.latency_table),
-        ),
+        prune=replace(settings.prune, macs=0.5 if unlimited else wishes.macs),
     )
     if run.resume and (changed := changes(run, settings.flat())):
         report.note(f"changed from here on: {named(changed, list(changed))}")
@@ -264,6 +256,22 @@ def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:
         raise ConfigError(f"--num-classes {given}: the images of {data.name} have {data.num_classes} classes")
     report.note(f"warning: --num-classes {given}: the images of {data.name} have {data.num_classes} classes, the other outputs "
                 "have no images")
+
+
+def count_of(images: Images) -> int | None:
+    """How many images there are. None of a stream, which does not know."""
+    return None if isinstance(images, StreamImages) else len(images)
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The settings, with whole paths of what they read."""
+    model, data, wishes = settings.model, settings.data, settings.prune
+    return replace(
+        settings,
+        model=replace(model, model=absolute_factory(model.model), checkpoint=absolute(model.checkpoint)),
+        data=replace(data, data_dir=absolute(data.data_dir), task=data.task and absolute_factory(data.task)),
+        prune=replace(wishes, sensitivity=absolute(wishes.sensitivity), latency_table=absolute(wishes.latency_table)),
+    )
 
 
 def absolute_factory(name: str) -> str:

@@ -70,7 +70,7 @@ def test_a_grid_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch
     capsys.readouterr()
     assert cli.main([*command, "--lr", "0.5"]) == 2
     said = capsys.readouterr().err
-    assert "magnitude-0.5-seed-1 was trained otherwise: --lr (0.02, now 0.5)" in said and "another --output" in said
+    assert "magnitude-0.5-seed-1 was made otherwise: --lr (0.02, now 0.5)" in said and "another --output" in said
     torch.save({n: t + 1 for n, t in dense.items()}, "other.pt")
     other = ["--checkpoint", "other.pt", "--methods", "magnitude", "bn_scale:share", "--epochs", "1"]
     assert cli.main(["compare", *SMALL, "--output", "grid", "--seeds", "1", *other]) == 2
