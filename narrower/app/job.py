@@ -207,8 +207,7 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
         ConfigError: settings contradict each other, or those of a run that goes on, or the run would replace its own start.
         DataError: there are no images that can be read.
     """
-    if (start := absolute(settings.model.checkpoint)) and run.writes and Path(start) == run.folder.absolute():
-        raise ConfigError(f"--output {run.folder} is the run whose network is taken: give it another folder")
+    check_output(settings, run)
     data, reading = open_images(settings, report)
     check_classes(settings.model.num_classes, data, report)
     channels, height, width = data.input_size
@@ -242,6 +241,16 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
         report.note(f"changed from here on: {named(changed, list(changed))}")
     check_same({f"--{key.replace('_', '-')}": value for key, value in settings.flat().items() if key not in WHERE})
     return Job(settings, data, run, accelerator, report)
+
+
+def check_output(settings: Settings, run: Run) -> None:
+    """Raise ConfigError where the run would replace what it starts from."""
+    starts = {"checkpoint": settings.model.checkpoint, "sensitivity": settings.prune.sensitivity,
+              "latency-table": settings.prune.latency_table}
+    for name, start in starts.items():
+        if start and run.writes and not run.resume and run.has(Path(start)):
+            raise ConfigError(f"--{name} {start} is of the run in --output {run.folder}, whose place this run would take: give "
+                              "--output another folder")
 
 
 def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:

@@ -109,6 +109,12 @@ class Run:
     def _found(self) -> list[str]:
         return [name for name in (*FILES, PREVIOUS, MOVING) if (self.folder / name).exists()]
 
+    def has(self, path: Path) -> bool:
+        """Whether `path` is this folder, or one of the files in it that a run replaces."""
+        path, folder = path.resolve(), self.folder.resolve()
+        own = {folder / name for name in (*FILES, *DRAWN, PREVIOUS, MOVING)}
+        return path == folder or not own.isdisjoint([path, *path.parents])
+
     def claim(self, settings: Mapping[str, Any], facts: Mapping[str, Any], changed: Mapping[str, Any] | None = None) -> None:
         """Start to write: the settings, a row, and the rows and lines kept so far. A run in the folder is set aside.
 

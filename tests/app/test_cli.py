@@ -158,7 +158,7 @@ def test_the_network_of_a_run_is_narrowed_again_trained_further_and_evaluated(ca
     assert cli.main(["inspect", "further", "--checkpoint", "further/best.safetensors"]) == 0
     capsys.readouterr()
     assert cli.main(["prune", "once", *quick, "0.6", "--output", "once", "--overwrite"]) == 2
-    assert "is the run whose network is taken" in capsys.readouterr().err
+    assert "--checkpoint once is of the run in --output once, whose place" in capsys.readouterr().err
 
 
 def test_a_budget_is_reached_in_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -497,6 +497,9 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--dataset", "torch/cifar10"], "needs --data-dir", nothing),
     (["--dataset", "no_such", "--data-dir", "."], "timm cannot open dataset 'no_such'", nothing),
     (["--output", "net.py"], "is a file", nothing),
+    (["--output", "a", "--overwrite", "--checkpoint", "a/dense.safetensors"], "is of the run in --output a", nothing),
+    (["--output", "a", "--overwrite", "--checkpoint", "b/../a"], "is of the run in --output a", nothing),
+    (["--output", "a", "--overwrite", "--sensitivity", "a/sensitivity.json"], "is of the run in --output a", nothing),
     (["--resume", "nowhere"], "no run folder", nothing),
 ]
 

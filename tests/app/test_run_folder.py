@@ -129,6 +129,15 @@ def test_a_move_that_was_cut_off_goes_on(folder: Path) -> None:
     assert snapshot(folder) == before
 
 
+def test_a_run_has_what_it_would_replace_and_nothing_beside_it(folder: Path) -> None:
+    run = Run(folder, overwrite=True)
+    (folder / "weights.pt").symlink_to(folder / MODEL)
+    for mine in (".", MODEL, f"../{folder.name}/{MODEL}", "weights.pt", f"{PREVIOUS}/{MODEL}", f"{PICTURES}/widths.svg"):
+        assert run.has(folder / mine), mine
+    for other in ("notes.txt", "..", f"other/{MODEL}", f"../other/{MODEL}"):
+        assert not run.has(folder / other), other
+
+
 def test_a_run_of_another_command_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match="is a run of `narrower train`: go on by narrower train --resume"):
         Run(folder, command="prune", resume=True)
