@@ -24,7 +24,7 @@ import narrower
 
 from ..data.task import TITLES, titled
 from ..training.accelerator import make_accelerator
-from ..training.agreement import first
+from ..training.agreement import first, local_rank
 from ..training.config import TrainConfig
 from .comparing import compare, write_comparison
 from .config import (
@@ -45,7 +45,7 @@ from .networks import costs_of, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
 from .reporting import report_at_end, write_reports
-from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder
+from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder, give_back
 from .sharing import push_run
 from .terminal import Terminal, comparison, costs, ending_together, grid, headline_of, papers
 
@@ -58,8 +58,11 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
     name = settings.prune.method if command == "prune" else command
     file, _, factory = settings.model.model.rpartition(":")
     network = f"{Path(file).name}_{factory}" if file.endswith(".py") else settings.model.model
-    folder = Path(given.resume or given.output or first(lambda: default_folder(name, network)))
+    if not (chosen := given.resume or given.output) and local_rank() == 0:
+        terminal.made = default_folder(name, network)
+    folder = Path(chosen or terminal.made or "runs")
     accelerator = make_accelerator(given.device, given.log_with, folder)
+    folder = first(lambda: folder)  # that of the first process, which writes there
     terminal.quiet = not accelerator.is_main_process
     run = Run(folder, command=command, typed=terminal.typed, resume=bool(given.resume),
               overwrite=given.overwrite or settings.prune.dry_run,
@@ -278,6 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.close()
         terminal.print("interrupted" + hint(terminal.run), error=True)
         return INTERRUPTED
+    finally:
+        if terminal.made is not None:
+            give_back(terminal.made)
     return 0
 
 

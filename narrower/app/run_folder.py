@@ -23,6 +23,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -93,11 +94,8 @@ class Run:
             began = self.last(START).get("command", command)
             if command not in ("", began):
                 raise ConfigError(f"{folder} is a run of `narrower {began}`: go on by narrower {began} --resume {folder}")
-        elif writes and not overwrite and (found := self._found()):
-            raise ConfigError(
-                f"{folder} already holds a run ({', '.join(found)}): choose another --output, replace it with "
-                "--overwrite, or go on with it with --resume"
-            )
+        self.overwrite = overwrite
+        self._check_free()
         self._replaces = False
         self._epochs = {(row["stage"], row["epoch"]) for row in self.rows() if "epoch" in row} if resume else set()
 
@@ -108,6 +106,14 @@ class Run:
 
     def _found(self) -> list[str]:
         return [name for name in (*FILES, PREVIOUS, MOVING) if (self.folder / name).exists()]
+
+    def _check_free(self) -> None:
+        """Raise ConfigError where a run is there already that this one neither goes on with nor replaces."""
+        if self.writes and not self.resume and not self.overwrite and (found := self._found()):
+            raise ConfigError(
+                f"{self.folder} already holds a run ({', '.join(found)}): choose another --output, replace it with "
+                "--overwrite, or go on with it with --resume"
+            )
 
     def has(self, path: Path) -> bool:
         """Whether `path` is this folder, or one of the files in it that a run replaces."""
@@ -124,11 +130,12 @@ class Run:
             changed: of a run that goes on: the settings that differ from before.
 
         Raises:
-            ConfigError: the folder cannot be written.
+            ConfigError: the folder cannot be written, or another process has begun a run there.
         """
         if self.claimed or not self.writes:
             self.claimed = True
             return
+        self._check_free()  # another process may have begun a run there since
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.resume:
@@ -250,14 +257,29 @@ def move_files(files: Iterable[Path], source: Path, target: Path) -> None:
 
 
 def default_folder(*parts: str) -> Path:
-    """`runs/<time>-<part>-<part>` in the current folder. A number is added if this folder exists already."""
+    """Make `runs/<time>-<part>-<part>` in the current folder. A number is added if this folder exists already.
+
+    It is made at once, so that runs which start together have a folder each; `give_back` removes it where it stays empty.
+    """
     safe = ["".join(c if c.isalnum() or c in "._" else "_" for c in part) for part in parts]
     base = Path("runs") / "-".join([time.strftime("%Y%m%d-%H%M%S"), *safe])
-    folder, number = base, 1
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:  # where it must be written, `claim` says so
+            pass
+        break
     return folder
+
+
+def give_back(folder: Path) -> None:
+    """Remove a folder that nothing was written to, and `runs` if it is empty then."""
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

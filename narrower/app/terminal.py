@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -33,6 +34,7 @@ class Terminal(Reporter):
         self.out = Console(highlight=False, soft_wrap=True, emoji=False)
         self.err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.run: Run | None = None
+        self.made: Path | None = None  # a folder for a run, before there is one
         self.typed = ""  # the command line
         self.quiet = False  # set in all processes except the first
         self.silent = local_rank() > 0  # errors are told by another process

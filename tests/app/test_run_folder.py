@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +137,27 @@ def test_a_run_has_what_it_would_replace_and_nothing_beside_it(folder: Path) -> 
         assert run.has(folder / mine), mine
     for other in ("notes.txt", "..", f"other/{MODEL}", f"../other/{MODEL}"):
         assert not run.has(folder / other), other
+
+
+def test_a_run_that_began_meanwhile_in_the_same_folder_stays(tmp_path: Path) -> None:
+    """The folder is claimed minutes after it was looked at."""
+    two = [Run(tmp_path / "run", command="train") for _ in range(2)]
+    two[0].claim({"lr": 1}, {})
+    before = snapshot(tmp_path)
+    with pytest.raises(ConfigError, match=r"already holds a run \(config.yaml, metrics.jsonl\): choose another --output"):
+        two[1].claim({"lr": 2}, {})
+    assert snapshot(tmp_path) == before
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(strftime=lambda _: "now"))
+    found = [run_folder.default_folder("train", "net.py:Net") for _ in range(3)]
+    assert [str(path) for path in found] == [f"runs/now-train-net.py_Net{end}" for end in ("", "-2", "-3")]
+    (found[0] / CONFIG).write_text("lr: 1")
+    for path in found:
+        run_folder.give_back(path)
+    assert [path.name for path in Path("runs").iterdir()] == [found[0].name]
 
 
 def test_a_run_of_another_command_is_named(folder: Path) -> None:
