@@ -16,7 +16,7 @@ from ..measuring import macs_of
 from ..training.methods import Methods
 from . import run_folder
 from .job import Job
-from .networks import load_dense, save_weights
+from .networks import labelled_by, load_dense, save_weights
 from .oneshot import distilling
 from .prune import Result, measured, save_at_end
 
@@ -32,9 +32,11 @@ def prune_external(job: Job, method: str) -> Result:
 
     Raises:
         MissingExtraError: torch-pruning is not installed.
+        ConfigError: the images have no classes, and the training is to use them.
         NarrowerError: it fails on this network, or cannot reach the budget.
     """
     model = load_dense(job)
+    job = labelled_by(job, model)
     _ = job.data.train, job.data.val
     with job.claimed(model):
         with job.stage("evaluate dense") as facts:

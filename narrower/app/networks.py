@@ -105,8 +105,7 @@ def labelled_by(job: Job, model: nn.Module) -> Job:
     if not (given.model.checkpoint or given.model.pretrained):
         raise ConfigError(f"the images of {job.data.name} have no classes, so no network can be trained on them: give the "
                           "trained one (--checkpoint or --pretrained)")
-    if given.prune.method == "taylor":
-        raise ConfigError("--method taylor needs labels, and the images have no classes: take another score")
+    check_score(job)
     if given.train.epochs and (given.prune.distill_weight < 1 or not given.prune.distill):
         raise ConfigError("the images have no classes: train towards the dense network alone (--distill-weight 1), or not at "
                           "all (--epochs 0)")
@@ -117,6 +116,12 @@ def labelled_by(job: Job, model: nn.Module) -> Job:
         return images if split == "train" and not given.train.epochs else relabelled(images, classes_of(model, images, job))
 
     return replace(job, data=replace(job.data, read=read))
+
+
+def check_score(job: Job) -> None:
+    """Raise ConfigError where the score needs labels that the images do not have."""
+    if job.settings.prune.method == "taylor" and not job.data.labelled:
+        raise ConfigError("--method taylor needs labels, and the images have no classes: take another score")
 
 
 @torch.inference_mode()

@@ -27,9 +27,9 @@ from ..storage import write_whole
 from ..training.agreement import first
 from ..training.settle import renew, settle
 from . import run_folder
-from .config import PruneConfig
+from .config import TRAINED, PruneConfig
 from .job import Job
-from .networks import from_first, load_dense
+from .networks import check_score, from_first, load_dense
 
 LOOKING = ("hrank", "obs", "taylor")
 """Methods whose scores need images."""
@@ -175,6 +175,9 @@ def measure_sensitivity(job: Job) -> narrower.Sensitivity:
     given = job.settings.model
     if not (given.checkpoint or given.pretrained):
         raise ConfigError("the damage of groups is measured on a trained network: give --checkpoint or --pretrained")
+    if (wishes := job.settings.prune).method in TRAINED:  # which plan by their prior
+        job = replace(job, settings=replace(job.settings, prune=replace(wishes, method=wishes.prior)))
+    check_score(job)
     model = load_dense(job)
     graph = narrower.trace(model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note)
     _ = job.data.train

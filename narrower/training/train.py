@@ -201,7 +201,8 @@ class TrainLoop:
         """Forward and backward of a batch, and a step of the optimizer if it is the last one of the step; the mean loss."""
         x, y = to_device(x, y, self.config, self.accelerator.device)
         count, moves = len(x), self.moves(step)
-        x, y = self.mixing(x, y, self.data.num_classes, mix(self.seed, epoch, step, self.shard[0]))  # seeds dropout too
+        classes = self.data.num_classes or None  # images without classes have those that a network gave them
+        x, y = self.mixing(x, y, classes, mix(self.seed, epoch, step, self.shard[0]))  # seeds dropout too
         with nullcontext() if moves else self.accelerator.no_sync(self.wrapped):
             with autocast(self.config, self.accelerator.device), self.batchnorm():
                 outputs = self.wrapped(x)

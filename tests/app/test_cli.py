@@ -28,6 +28,7 @@ from support.command_line import rows, weights
 import narrower
 from narrower.app import cli, run_folder, terminal
 from narrower.app.config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from narrower.app.networks import Costs
 from narrower.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,13 +239,18 @@ def flat_images(place: Path, count: int = 40) -> None:
         Image.fromarray(pixels.numpy()).save(place / f"{k:02}.png")
 
 
-def test_images_without_classes_are_enough_without_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_without_classes_are_enough_without_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Top-1 is the agreement with the dense network; labels that do not exist are never trained on."""
     from narrower.models import make_model
 
     flat_images(folder / "flat")
     torch.manual_seed(0)
     torch.save(make_model("net.py:Net").state_dict(), "dense.pt")
+    module = sys.modules["narrower.app.prune"]  # the package has a function of this name
+    monkeypatch.setattr(module, "costs_of", lambda example, *networks: [Costs(1, 1, 1, 1) for _ in networks])
+    monkeypatch.setattr(module, "layer_times", lambda *_: {})
     images = [*SMALL, "--data-dir", "flat", "--workers", "0"]
     common = ["prune", *images, "--checkpoint", "dense.pt", "--method", "magnitude", "--remove", "0.25", "--images", "24"]
     assert cli.main([*common, "--epochs", "0", "--output", "run"]) == 0
@@ -252,12 +258,17 @@ def test_images_without_classes_are_enough_without_training(folder: Path, capsys
     assert "top-1 is the share of images on which a network agrees with the dense one" in said.err
     stages = {row["stage"]: row for row in rows("run")}
     assert stages["evaluate dense"]["top1"] == 100 >= stages["reconstruct"]["top1"]
-    assert cli.main([*common, "--epochs", "1", "--distill-weight", "1", "--output", "trained"]) == 0
+    assert cli.main([*common, "--epochs", "1", "--distill-weight", "1", "--mixup", "0.5", "--output", "trained"]) == 0
+    grid = ["compare", *images, "--checkpoint", "dense.pt", "--methods", "dense", "--output", "grid"]
+    assert cli.main([*grid, "--epochs", "0"]) == 0
+    assert json.loads(Path("grid/compare.json").read_text())["dense"] == 100
     capsys.readouterr()
     for arguments, message in (
         ([*common, "--epochs", "1"], "train towards the dense network alone"),
         ([*common, "--epochs", "1", "--distill-weight", "1", "--no-distill"], "train towards the dense network alone"),
         ([*common, "--epochs", "0", "--method", "taylor"], "--method taylor needs labels"),
+        (["sensitivity", *images, "--checkpoint", "dense.pt", "--method", "taylor"], "--method taylor needs labels"),
+        ([*grid, "--seeds", "1", "--epochs", "1"], "train towards the dense network alone"),
         (["prune", *images, "--epochs", "0"], "no network can be trained on them"),
         (["train", *images], "no network can be trained on them"),
         (["eval", "run"], "there is no accuracy to evaluate"),
@@ -279,6 +290,8 @@ def test_measured_damages_serve_later_plans(capsys: pytest.CaptureFixture[str]) 
     plans = [(Path(run) / run_folder.PLAN).read_text() for run in ("one", "two")]
     assert plans[0] == plans[1] and same(weights("one"), weights("two"))
     assert not any(row["stage"] == "sensitivity" for row in rows("one"))
+    assert cli.main(["sensitivity", *common, "--method", "resrep", "--output", "prior"]) == 0  # which plans by magnitude
+    assert (Path("prior") / "sensitivity.json").read_text() == (Path("damage") / "sensitivity.json").read_text()
     capsys.readouterr()
     (Path("damage") / "sensitivity.json").write_text("{")
     damaged = {"damage/sensitivity.json": "this is not a sensitivity", "none.json": "cannot read the sensitivity"}
