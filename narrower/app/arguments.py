@@ -26,7 +26,7 @@ from .shipped import config_file, read_config
 Group = TypeVar("Group")
 GROUPS = (ModelConfig, DataConfig, TrainConfig, RunConfig, PruneConfig)
 INHERITED = {*(item.name for group in (ModelConfig, DataConfig) for item in fields(group)),
-             "batch_size", "amp", "channels_last", "workers", "device"}
+             "batch_size", "amp", "amp_dtype", "channels_last", "workers", "device"}
 """Settings of a run that go with its network: how to make it, its images, and where and how to compute."""
 WANTED = {int: "a whole number", float: "a number, or a percentage such as 50%", str: "text", bool: "true or false",
           dict: "JSON such as '{\"name\": 0.5}'"}
@@ -180,9 +180,12 @@ def set_defaults(parser: Parser, settings: Mapping[str, Any], place: str) -> Non
 def with_fractions(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
     """The arguments, with fractions for the percentages that are given to flags of numbers."""
     flags = {"--" + key.replace("_", "-") for key, hint in hints.items() if float in parts(hint)}
-    before = ["", *arguments]
-    return [fraction(text) if last in flags or text.split("=")[0] in flags else text
-            for last, text in zip(before, arguments, strict=False)]
+    found, flag = [], ""
+    for text in arguments:
+        if text.startswith("-") and not text[1:2].isdigit():
+            flag = text.split("=")[0]
+        found.append(fraction(text) if flag in flags else text)
+    return found
 
 
 def fraction(value: Any) -> Any:

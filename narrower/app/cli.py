@@ -28,6 +28,7 @@ from ..training.agreement import first, local_rank
 from ..training.config import TrainConfig
 from .comparing import compare, write_comparison
 from .config import (
+    FINE_TUNING,
     BenchConfig,
     CompareConfig,
     DataConfig,
@@ -78,6 +79,8 @@ def begin(settings: Settings, terminal: Terminal, command: str) -> Job:
 
 
 def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
+    if not settings.run.resume:  # whose settings stay
+        settings.prune.check_used(settings.prune.method)
     job = begin(settings, terminal, "prune")
     if settings.prune.dry_run:
         plan_only(job)
@@ -170,7 +173,7 @@ def run_compare(settings: Settings, terminal: Terminal, given: Namespace) -> Non
     terminal.print(f"saved in {found.folder}: {', '.join(first(lambda: write_comparison(found, terminal.note)))}")
 
 
-EVALUATING = ("batch_size", "amp", "channels_last", "workers")
+EVALUATING = ("batch_size", "amp", "amp_dtype", "channels_last", "workers")
 MEASURING = ("method", "images", "allow_inexact")
 GRID = tuple(name for name in PruneConfig.__dataclass_fields__
              if name not in ("method", "macs", "params", "latency", "remove", "dry_run", "sensitivity", "steps", "schedule",
@@ -198,7 +201,7 @@ COMMANDS = {
         "narrower prune --model cifar_resnet56 --checkpoint resnet56.pt --data-dir cifar10 --macs 0.5 --epochs 20",
         [(ModelConfig, ()), (DataConfig, ()), (PruneConfig, ()), (TrainConfig, ()), (RunConfig, ())],
         titles={TrainConfig: "fine-tuning"},
-        defaults={"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2},
+        defaults=FINE_TUNING,
         takes_run=True,
         takes_config=True,
     ),
@@ -237,7 +240,7 @@ COMMANDS = {
         [(CompareConfig, ()), (ModelConfig, ()), (DataConfig, ()), (PruneConfig, GRID), (TrainConfig, ()),
          (RunConfig, ("output", "device", "log_with"))],
         titles={TrainConfig: "fine-tuning"},
-        defaults={"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2},
+        defaults=FINE_TUNING,
         takes_config=True,
     ),
     "report": Command(

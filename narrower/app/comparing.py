@@ -19,7 +19,7 @@ from ..soft.soft_pruning import PUBLISHED
 from ..storage import write_whole
 from ..training.agreement import first
 from . import external, run_folder
-from .config import METHODS, CompareConfig, PruneConfig, RunConfig, unused
+from .config import METHODS, CompareConfig, RunConfig, plain, unused
 from .job import Job, Reporter, Settings
 from .protocol import check_settings, check_start, pruning_of, start_now, start_of
 from .prune import prune, train_dense
@@ -31,6 +31,8 @@ NAMED: dict[str, tuple[str, Sequence[str]]] = {"soft": ("softness", [*PUBLISHED]
 """Settings of a method, and the values by name that follow it in a grid."""
 OURS = ("exclude", "round_to", "min_channels", "tune_steps")
 """Settings that torch-pruning's rows would not follow."""
+PLANNED = ("distill_features",)
+"""And of the training: for the channels that a plan keeps, which none of `OTHERS` has."""
 Begin = Callable[[Settings, str], Job]
 """Opens the job of a command (its name)."""
 
@@ -121,6 +123,7 @@ def compare(settings: Settings, given: CompareConfig, begin: Begin, report: Repo
         KeyboardInterrupt: Ctrl-C. The same command goes on.
     """
     root = Path(settings.run.output or "runs/compare")
+    settings.prune.check_used(*dict.fromkeys(method.partition(":")[0] for method in given.methods))
     for cell in cells(given):  # all settings are checked before anything is trained
         own = settings_of(cell, settings, root)
         check_settings(cell.folder(root), own, pruning_of(own, ours=cell.method not in OTHERS))
@@ -173,7 +176,8 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
     run = replace(in_folder(settings.run, cell.folder(root)), seed=cell.seed)
     wishes = replace(settings.prune, macs=cell.macs, **{name: plain(name) for name in unused(method)})
     if cell.method in OTHERS:
-        if method in external.EXTERNAL and (more := [name for name in OURS if getattr(wishes, name) != plain(name)]):
+        foreign = (*OURS, *PLANNED) if method in external.EXTERNAL else PLANNED
+        if more := [name for name in foreign if getattr(wishes, name) != plain(name)]:
             raise ConfigError(f"--{more[0].replace('_', '-')} is not for {method}: the rows would not be alike")
         return replace(settings, run=run, prune=wishes)
     if method not in METHODS:
@@ -183,11 +187,6 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
         name, values = NAMED.get(method, ("", ()))
         prune = replace(prune, **{name if how in values else "allocate": how})  # type: ignore[arg-type]
     return replace(settings, run=run, prune=prune)
-
-
-def plain(name: str) -> Any:
-    """The default of a setting of pruning."""
-    return getattr(PruneConfig(), name)
 
 
 def in_folder(given: RunConfig, folder: Path) -> RunConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import inf
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from ..deployment.layer_times import PREPARE
@@ -23,8 +24,11 @@ LEAST_IMAGES = 16
 METHODS_WITH: dict[str, tuple[str, ...]] = {"scope": ("resrep", "centripetal"), "prior": TRAINED, "forgetting": ("resrep",),
                                             "softness": ("soft",), "pull": ("centripetal",)}
 """Settings that only some methods have, and these."""
+SCOPES = ("inner", "all")
 SCHEDULES = ("once", "layer")
 ALLOCATIONS = ("measured", "share", "norms")
+FINE_TUNING = {"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2}
+"""Defaults of the training that follows a cut."""
 
 
 Group = TypeVar("Group")
@@ -205,12 +209,16 @@ class PruneConfig:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
         if self.prior not in ("none", *METHODS) or self.prior in TRAINED:
             raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m not in TRAINED)}")
-        for name, method in (("forgetting", "resrep"), ("softness", "soft"), ("pull", "centripetal")):
-            if getattr(self, name) and self.method != method:
-                raise ConfigError(f"--{name} is for --method {method}, and the method is {self.method}")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"--scope {self.scope}: take {' or '.join(map(repr, SCOPES))}")
         if self.method in TRAINED and (self.tune_steps or self.distill_features):
             raise ConfigError("--tune-steps and --distill-features are for a network cut before it is trained, not for "
                               f"--method {self.method}")
+        if self.tune_steps and (not self.reconstruct or self.schedule == "layer"):
+            other = "--no-reconstruct" if self.schedule == "once" else "--schedule layer"
+            raise ConfigError(f"--tune-steps tunes what was repaired, and {other} repairs nothing: leave one of them out")
+        if self.distill_features and not self.distill:
+            raise ConfigError("--distill-features is a part of the distillation, and --no-distill takes none: leave one out")
         if self.allocate == "norms" and self.method != "resrep":
             raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
         if self.allocate == "norms" and (
@@ -219,6 +227,13 @@ class PruneConfig:
                               "--min-channels")
         if self.allocate != "norms" and self.method in TRAINED and self.prior == "none":
             raise ConfigError("--prior none leaves the choice to the norms of ResRep's rows: give --allocate norms too")
+
+    def check_used(self, *methods: str) -> None:
+        """Raise ConfigError for a setting that none of these methods has."""
+        for name in unused(*methods):
+            if getattr(self, name) != plain(name):
+                raise ConfigError(f"--{name} is for --method {' or '.join(METHODS_WITH[name])}, and the "
+                                  f"{'method is' if len(methods) == 1 else 'methods are'} {', '.join(methods)}")
 
     @property
     def timed(self) -> bool:
@@ -247,6 +262,11 @@ class PruneConfig:
             raise ConfigError(f"--latency is a budget of its own, {other}: give one or the other")
 
 
+def plain(name: str) -> Any:
+    """The default of a setting of pruning."""
+    return getattr(PruneConfig(), name)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """run"""
@@ -259,6 +279,12 @@ class RunConfig:
     log_with: Annotated[
         list[str], "experiment trackers that get every row of the metrics: tensorboard, wandb, mlflow, ... (accelerate's)"
     ] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise ConfigError(f"--resume {self.resume} goes on with a run, --overwrite replaces one: leave one of them out")
+        if self.resume and self.output and Path(self.output).resolve() != Path(self.resume).resolve():
+            raise ConfigError(f"--resume {self.resume} goes on in that folder: leave out --output {self.output}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from ..training.config import TrainConfig
 from .config import DataConfig
 
 METHODS = ("data", "loss", "measure", "figures")
+TAKEN = ("task", "data_dir", "img_size", "cache_dir")
+"""Settings of the images that a task is given, that are compared with it, or that say nothing of them."""
 TRIED = 2  # images in the batch that a task is tried on
 
 
@@ -29,8 +32,12 @@ def open_task(given: DataConfig, train: TrainConfig) -> ImageData:
         DataError: when images are read: it has none.
     """
     name = given.task or ""
-    if refused := next((flag for flag in ("dataset", "aa") if getattr(given, flag)), None):
-        raise ConfigError(f"--{refused} {getattr(given, refused)}: --task {name} has images of its own, leave one of them out")
+    plain = DataConfig()
+    for item in fields(DataConfig):
+        if item.name not in TAKEN and (value := getattr(given, item.name)) != getattr(plain, item.name):
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise ConfigError(f"--{item.name.replace('_', '-')} {words}: --task {name} has images of its own, leave one of "
+                              "them out")
     task = make_task(name, given.data_dir)
     if missing := [method for method in METHODS if not callable(getattr(task, method, None))]:
         raise ConfigError(f"--task {name} has no method {missing[0]}: it needs {', '.join(f'{m}()' for m in METHODS)} and "

@@ -81,7 +81,7 @@ def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
     if given.prior == "none":
         return Choice()
     images = list(sample(job, given.images)) if job.shard[0] == 0 else []
-    scoring = replace(given, method=given.prior, allocate="share", forgetting={})  # a method that scores has no norms
+    scoring = replace(given, method=given.prior, allocate="share")  # a method that scores has no norms
     scoring_job = replace(job, settings=replace(job.settings, prune=scoring))
     return Choice(scores=first(lambda: scored(scoring_job, model, graph, images)))
 

@@ -23,7 +23,7 @@ from ..storage import META, WEIGHTS, differences, read_meta, write_whole
 from ..training.config import TrainConfig
 from . import run_folder
 from .arguments import default_of
-from .config import DataConfig, ExportConfig, ModelConfig, PruneConfig, PushConfig, RunConfig, part
+from .config import FINE_TUNING, DataConfig, ExportConfig, ModelConfig, PruneConfig, PushConfig, RunConfig, part
 from .deploying import SUFFIXES, export_network
 from .job import Reporter, Settings
 from .reporting import ended_run
@@ -133,11 +133,13 @@ def without_paths(value: Any) -> Any:
 
 def command_line(facts: Facts) -> str:
     """The command of a run, with the settings that are not the default."""
-    words = ["narrower", str(facts.last(run_folder.START).get("command", "prune"))]
+    command = str(facts.last(run_folder.START).get("command", "prune"))
+    words, defaults = ["narrower", command], FINE_TUNING if command == "prune" else {}
     for group in (ModelConfig, DataConfig, PruneConfig, TrainConfig, RunConfig):
         for item in fields(group):
-            value = facts.settings.get(item.name, default_of(item))
-            if value == default_of(item) or value is None or item.name in ABOUT_THE_MACHINE:
+            default = defaults.get(item.name, default_of(item))
+            value = facts.settings.get(item.name, default)
+            if value == default or value is None or item.name in ABOUT_THE_MACHINE:
                 continue
             flag = item.name.replace("_", "-")
             if isinstance(value, bool):

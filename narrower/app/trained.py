@@ -31,7 +31,7 @@ def scored_by_prior(given: PruneConfig, graph: narrower.Graph, left: Mapping[str
     if graph.free and {g.name for g in graph.free} <= left.keys():
         why = "; ".join(f"{name}: {reason}" for name, reason in [*left.items()][:4])
         raise PlanError(f"--method {given.method} can narrow nothing here: {why}")
-    return replace(given, method=given.prior, forgetting={}, softness={}, pull={}, exclude=[*given.exclude, *left])
+    return replace(given, method=given.prior, exclude=[*given.exclude, *left])
 
 
 def plan_by_prior(job: Job, model: nn.Module, graph: narrower.Graph, left: Mapping[str, str]) -> narrower.Plan:

@@ -86,7 +86,8 @@ def export(
 
     Raises:
         ExportError: no such format; the exporter fails (with the operator that it does not take, if that is why); the runtime
-            cannot run the file; it computes something else. No file is left then, and one of before stays.
+            cannot run the file; it computes something else; nothing can be written there. No file is left then, and
+            one of before stays.
         MissingExtraError: a package is missing.
     """
     path = Path(path)
@@ -100,20 +101,35 @@ def export(
     with in_eval_mode(module), quiet(), torch.no_grad():
         checks = expected_outputs(module, inputs, dynamic)
         traced = resized(inputs, max(2, batch_size(inputs) or 0)) if dynamic else inputs  # torch takes 1 as a fixed size
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-            part = Path(folder) / path.name
+        with folder_beside(path) as folder:
+            part = folder / path.name
             exact = Agreement(checks, dynamic, EXACT if tolerance is None or calibration is not None else tolerance)
             difference = written(module, traced, part, format, exact)
             if calibration is not None:
                 rough = Agreement(checks, dynamic, ROUGH if tolerance is None else tolerance, relative_error)
                 difference = quantized(module, calibration, part, format, rough)
-            files = [file for file in Path(folder).iterdir() if file.is_file()]
-            size = sum(file.stat().st_size for file in files)
-            for file in files:
-                shutil.move(file, path.parent / file.name)
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     batch = "any" if dynamic else str(batch_size(inputs) or "as given")
     return Exported(path, format.name, format.runtime, "float" if calibration is None else "int8", size, difference, batch)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A folder that is there within. Its files are moved to where `path` is, unless an error ends it.
+
+    Raises:
+        ExportError: nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-")
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror}") from error
+    with made as name:
+        yield Path(name)
+        for file in Path(name).iterdir():
+            if file.is_file():
+                shutil.move(file, path.parent / file.name)
 
 
 def relative_difference(expected: Tensor, found: Tensor) -> float:

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 
 from narrower.app.arguments import GROUPS, hint_of, parse, wanted
 from narrower.app.cli import COMMANDS
-from narrower.app.config import DataConfig, RunConfig
+from narrower.app.config import DataConfig, PruneConfig, RunConfig
 from narrower.app.job import Settings
 from narrower.app.run_folder import CONFIG, to_yaml
 from narrower.errors import ConfigError
@@ -38,6 +38,7 @@ def test_without_arguments_there_are_the_defaults() -> None:
     ("--remove {\"layer*\":0.5,\"fc\":\"25%\"}", "prune", "remove", {"layer*": 0.5, "fc": 0.25}),
     ("--exclude layer1.* fc", "prune", "exclude", ["layer1.*", "fc"]),
     ("--mean 0.5 1 0", "data", "mean", [0.5, 1.0, 0.0]),
+    ("--scale 50% 100%", "data", "scale", [0.5, 1.0]),
     ("--model-kwargs {\"a\":[1,null]}", "model", "model_kwargs", {"a": [1, None]}),
     ("-b 7 --amp", "train", "batch_size", 7),
     ("--no-distill", "prune", "distill", False),
@@ -118,18 +119,50 @@ def test_all_settings_of_a_run_are_read_back(tmp_path: Path) -> None:
 
 def test_a_run_gives_its_network_and_images_but_not_how_it_was_trained(tmp_path: Path) -> None:
     given = settings("train", "--model", "cifar_resnet56", "--epochs", "7", "-b", "9", "--mean", "0.1", "0.2", "0.3",
-                     "--checkpoint", "start.pt", "--seed", "3")
+                     "--checkpoint", "start.pt", "--seed", "3", "--amp", "--amp-dtype", "float16")
     (tmp_path / CONFIG).write_text(to_yaml(given.flat()))
     for command in ("prune", "train", "eval", "inspect", "sensitivity", "export"):
         _, found, flags = parse(COMMANDS, [command, str(tmp_path)])
         assert found.model == replace(given.model, checkpoint=str(tmp_path))
         assert found.data == (DataConfig() if command == "inspect" else given.data)  # it looks at no images
+        assert command != "eval" or (found.train.amp, found.train.amp_dtype) == (True, "float16")
         assert flags.run == str(tmp_path) and found.run.seed == RunConfig.seed
     pruned = settings("prune", str(tmp_path), "--macs", "0.3")
     assert (pruned.train.batch_size, pruned.train.epochs, pruned.prune.macs) == (9, 15, 0.3)
     assert settings("eval", str(tmp_path), "--checkpoint", "other.pt").model.checkpoint == "other.pt"
     with pytest.raises(ConfigError, match="give one or the other"):
         settings("prune", str(tmp_path), "--resume", str(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({"scope": "nonsense"}, "--scope nonsense: take 'inner' or 'all'"),
+    ({"tune_steps": 3, "reconstruct": False}, "--tune-steps tunes what was repaired, and --no-reconstruct repairs nothing"),
+    ({"tune_steps": 3, "schedule": "layer"}, "--tune-steps tunes what was repaired, and --schedule layer repairs nothing"),
+    ({"distill_features": 1, "distill": False}, "--distill-features is a part of the distillation, and --no-distill takes"),
+])
+def test_settings_that_others_leave_without_effect_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        PruneConfig(**given)
+
+
+def test_settings_of_other_methods_are_refused() -> None:
+    given = PruneConfig(scope="all", prior="fpgm")
+    for methods in (["resrep"], ["obs", "centripetal"]):
+        given.check_used(*methods)
+    with pytest.raises(ConfigError, match="--scope is for --method resrep or centripetal, and the method is soft"):
+        given.check_used("soft")
+    with pytest.raises(ConfigError, match="--scope is for --method resrep or centripetal, and the methods are obs, soft"):
+        given.check_used("obs", "soft")
+    with pytest.raises(ConfigError, match="--prior is for --method resrep or soft or centripetal, and the method is obs"):
+        replace(given, scope="inner").check_used("obs")
+
+
+def test_a_run_goes_on_in_its_own_folder() -> None:
+    assert RunConfig(resume="a", output="b/../a")  # the same, said twice
+    for surplus, says in (({"output": "b"}, "--resume a goes on in that folder: leave out --output b"),
+                          ({"overwrite": True}, "--resume a goes on with a run, --overwrite replaces one")):
+        with pytest.raises(ConfigError, match=says):
+            RunConfig(resume="a", **surplus)
 
 
 def test_for_every_type_of_a_setting_there_is_a_text() -> None:

@@ -70,7 +70,7 @@ def test_the_published_rule_ends_with_differences_which_are_said(capsys: pytest.
     (["--tune-steps", "3"], "--tune-steps"),
     (["--steps", "2"], "--steps"),
     (["--schedule", "layer"], "--schedule layer"),
-    (["--method", "obs", "--pull", "published"], "--pull is for --method centripetal"),
+    (["--method", "obs", "--scope", "inner", "--pull", "published"], "--pull is for --method centripetal"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused_in_one_line(
     extra: list[str], said: str, capsys: pytest.CaptureFixture[str]

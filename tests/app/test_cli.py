@@ -489,6 +489,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--method", "resrep", "--allocate", "norms", "--remove", "0.5"], "works towards a budget", nothing),
     (["--allocate", "norms"], "is for --method resrep", nothing),
     (["--forgetting", '{"strength": 1}'], "--forgetting is for --method resrep, and the method is obs", nothing),
+    (["--scope", "all"], "--scope is for --method resrep or centripetal, and the method is obs", nothing),
     (["--images", "8"], "measuring and repairing need 16 at least", nothing),
     (["--method", "resrep", "--prior", "none"], "give --allocate norms too", nothing),
     (["--method", "resrep", "--epochs", "0"], "needs --epochs", nothing),

@@ -116,6 +116,8 @@ def test_an_interrupted_grid_has_the_table_of_what_is_done(monkeypatch: pytest.M
     (["--methods", "resrep", "soft:nope"], "--allocate nope: take one of"),
     (["--budgets", "0"], "--budgets 0: give a fraction"),
     (["--methods", "tp-magnitude", "--exclude", "conv1"], "--exclude is not for tp-magnitude: the rows would not be alike"),
+    (["--methods", "obs", "dense", "--distill-features", "1"], "--distill-features is not for dense: the rows"),
+    (["--methods", "obs", "soft:sfp", "--scope", "all"], "centripetal, and the methods are obs, soft"),
     (["--schedule", "layer"], "there is no option --schedule"),
 ])
 def test_a_wrong_grid_is_refused_before_anything_is_trained(flags: list[str], says: str,

@@ -136,6 +136,8 @@ def test_taylor_takes_the_loss_of_the_task_and_sensitivity_its_images_and_whethe
     ("own.py:Needs", [], "it cannot be made: TypeError"),
     ("own.py:Shapes", ["--data-dir", "."], "takes no data_dir"),
     ("own.py:Small", ["--dataset", "digits"], "--dataset digits: --task own.py:Small has images of its own"),
+    ("own.py:Small", ["--hflip", "0"], "--hflip 0.0: --task own.py:Small has images of its own"),
+    ("own.py:Small", ["--mean", "0.5", "0.5", "0.5"], "--mean 0.5 0.5 0.5: --task own.py:Small has images of its own"),
     ("own.py:Small", ["--img-size", "64"], "--img-size 64: the images of --task own.py:Small have 32x32 pixels"),
     ("own.py:Small", ["--mixup", "0.2"], "--mixup 0.2 is for images with classes"),
 ])

@@ -46,7 +46,8 @@ def finished(method: str, settings: Settings = GRID, **changed: Any) -> None:
     kept = with_absolute_paths(settings_of(cell, settings, root)).flat()
     completed = {"num_classes": 10, "in_chans": 3, "img_size": 8, "mean": [0.5] * 3, "std": [0.2] * 3}
     start = {WEIGHTS: fingerprint(dense()), IMAGES: 1198}
-    rows = [{"stage": "start", **start}, {"stage": "measure", "dense": COSTS, "narrow": COSTS, "stages": {"cut": 30.0}}]
+    rows: list[dict[str, Any]] = [
+        {"stage": "start", **start}, {"stage": "measure", "dense": COSTS, "narrow": COSTS, "stages": {"cut": 30.0}}]
     write_rows(cell.folder(root), rows, kept | completed | changed)
 
 
@@ -103,7 +104,8 @@ def test_only_what_a_method_has_must_be_alike() -> None:
     finished("resrep")
     everywhere = replace(GRID, prune=PruneConfig(scope="all", prior="fpgm", dense_epochs=3))
     assert settings_of(Cell("magnitude", 0.5, 0), everywhere, Path("grid")).prune.scope == "inner"
-    assert len(compared(everywhere, "magnitude", "dense").runs) == 2
+    finished("centripetal", everywhere)
+    assert len(compared(everywhere, "magnitude", "dense", "centripetal").runs) == 3
     with pytest.raises(ConfigError, match=r"resrep-0.5-seed-0 was made otherwise: --scope \(inner, now all\), --prior"):
         compared(everywhere, "magnitude", "resrep")
 

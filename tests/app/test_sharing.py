@@ -28,6 +28,7 @@ from narrower.app.run_folder import read_settings
 from narrower.app.sharing import command_line, facts_of
 from narrower.sharing import SUMS
 from narrower.sharing.checksums import check_files, read_sums
+from narrower.training.config import TrainConfig
 
 FILES = {"README.md", SUMS, "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "plan.json"}
 
@@ -105,6 +106,10 @@ def test_the_command_of_the_card_gives_the_settings_of_the_run(run: Path) -> Non
     found = settings.flat()
     assert words[0] == "narrower" and {key: found[key] for key in given} == given
     assert found["model"] == "net.py:Net" and found["mean"] == [0.5] * 3
+    trained = {"epochs": TrainConfig.epochs, "lr": TrainConfig.lr, "warmup_epochs": TrainConfig.warmup_epochs}  # of `train`
+    write_rows(Path("one"), settings={**read_settings(Path("one")), **trained})
+    found = parse(cli.COMMANDS, shlex.split(command_line(facts_of(Path("one"))))[1:])[1].flat()
+    assert {key: found[key] for key in trained} == trained
 
 
 def test_exported_files_stand_beside_with_their_difference(run: Path, hub: Hub) -> None:

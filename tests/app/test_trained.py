@@ -17,9 +17,9 @@ from narrower.app.trained import difference, scored_by_prior
 def test_a_plan_is_scored_by_the_prior_and_leaves_groups_alone() -> None:
     graph = graph_of("plain")
     name, *others = [group.name for group in graph.free]
-    given = PruneConfig(method="soft", softness="sfp", prior="fpgm", exclude=["a"])
+    given = PruneConfig(method="soft", prior="fpgm", exclude=["a"])
     found = scored_by_prior(given, graph, {name: "why"})
-    assert (found.method, found.softness, found.exclude) == ("fpgm", {}, ["a", name])
+    assert (found.method, found.exclude) == ("fpgm", ["a", name])
     with pytest.raises(narrower.PlanError, match=f"--method soft can narrow nothing here: {name}: because"):
         scored_by_prior(given, graph, dict.fromkeys([name, *others], "because"))
 

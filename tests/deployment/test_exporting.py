@@ -63,6 +63,12 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     assert path.read_text() == "an older file" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(narrower.ExportError, match=r"cannot write .*file/net.ts: "):
+        narrower.export(Plain(), images(), tmp_path / "file" / "net.ts")
+
+
 def test_files_are_compared_on_mirror_images_and_never_on_equal_values(tmp_path: Path) -> None:
     x = images(batch=2)
     (given, _), (other, (expected,)) = exporting.expected_outputs(nn.Identity(), x, False)
