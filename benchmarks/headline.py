@@ -37,9 +37,9 @@ LOGS = (
     ("EfficientNet-Lite1, 150 images of ImageNet", "90 %", "efficientnet-lite1-80-90-obs.txt", 0.9),
     ("EfficientNet-Lite1, 150 images of ImageNet", "80 %", "efficientnet-lite1-80-obs-32768-positions.txt", 0.8),
 )
-GRID = "compare/resnet20-30-3-epochs"
-ROUTES = {"obs": "**narrower**: cut, repaired, distilled", "magnitude": "the same, order by L2 norms",
-          "hrank": "the same, order by HRank", "resrep": "ResRep", "soft": "soft pruning",
+GRIDS = (("compare/resnet20-30-3-epochs", "30 %"), ("compare/resnet20-50-3-epochs", "50 %"))
+ROUTES = {"obs": "**narrower**: cut, repaired, distilled", "magnitude": "narrower, order by L2 norms",
+          "hrank": "narrower, order by HRank", "resrep": "ResRep", "soft": "soft pruning",
           "tp-magnitude": "torch-pruning, L2 norms", "tp-group-norm": "torch-pruning, group norms"}  # fmt: skip
 NETWORKS = {"resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2", "efficientnet-lite1": "EfficientNet-Lite1",
             "yolo": "YOLO-style"}
@@ -81,11 +81,10 @@ def accuracy(results: Path) -> str:
     return "\n".join(out) + "\n"
 
 
-def grid(results: Path) -> str:
+def grid(folder: Path, budget: str) -> str:
     """Routes side by side, by the same training."""
-    folder = results / GRID
     found = json.loads((folder / "compare.json").read_text())
-    head = f"ResNet-20, at most 30 % of the MACs (dense {found['dense']:.2f} %)"
+    head = f"ResNet-20, at most {budget} of the MACs (dense {found['dense']:.2f} %)"
     out = [f"| {head} | MACs left | no training | 3 epochs | seeds |", "|---|---|---|---|---|"]
     for of in found["lines"]:
         before = "" if of["method"] in ("resrep", "soft", "centripetal") else f"{of['right_after']:.2f} %"
@@ -134,7 +133,8 @@ def picture(results: Path, file: Path) -> None:
 
 def headline(results: Path) -> str:
     """What stands between the marks."""
-    return (f"{accuracy(results)}\n{grid(results)}\n{latency(results)}\n"
+    grids = "\n".join(grid(results / folder, budget) for folder, budget in GRIDS)
+    return (f"{accuracy(results)}\n{grids}\n{latency(results)}\n"
             "![Speed-up at half of the multiply-adds](results/headline.svg)\n")
 
 
