@@ -104,10 +104,10 @@ def choose(x: Tensor, r: Tensor, held_out: Tensor, scale: Tensor) -> Choice:
     both = together(fit, moments(*judge))
     while strength < float("inf"):
         try:
-            return Choice(solve(both, strength), strength, before, errors[strength])
+            return Choice(solve(both, strength), strength, before, error(strength))
         except torch.linalg.LinAlgError:  # all samples may round to moments that a part of them did not
             strength *= 10
-    return Choice(Correction(no_weight, both.r / both.size), strength, before, errors[strength])
+    return Choice(Correction(no_weight, both.r / both.size), strength, before, error(strength))
 
 
 def lowest(error: Callable[[float], float], values: Sequence[float]) -> float:

@@ -107,16 +107,18 @@ def test_the_ridge_is_the_best_on_held_out_samples_and_the_fit_uses_all() -> Non
     assert len(seen) > 1
 
 
-def test_a_ridge_that_all_samples_do_not_take_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("least", [1e-2, 100.0], ids=["one that was tried", "a larger one"])
+def test_a_ridge_that_all_samples_do_not_take_grows(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
     x, _ = data(200)
     r, whole = x @ torch.randn(2, 6, 4, dtype=torch.float64), solve
     held_out = torch.arange(200) >= 150
 
     def failing(m: Moments, strength: float) -> Correction:
-        if m.size == 200 and strength < 1e-2:
+        if m.size == 200 and strength < least / 2:
             raise torch.linalg.LinAlgError("indefinite")
         return whole(m, strength)
 
     monkeypatch.setattr(least_squares, "solve", failing)
     choice = choose(x, r, held_out, torch.ones(2, 4, dtype=torch.float64))
-    assert choice.strength == pytest.approx(1e-2) and choice.correction is not None and choice.correction.weight.any()
+    assert choice.strength == pytest.approx(least) and choice.after < choice.before
+    assert choice.correction is not None and choice.correction.weight.any()
