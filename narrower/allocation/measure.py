@@ -20,7 +20,8 @@ from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import duplicate, fresh_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
-from .replay import Record, Replay, address
+from ..tracing.operators.interface import address
+from .replay import Record, Replay
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 MEASURED = 6  # one image in so many is measured on, the others are fitted

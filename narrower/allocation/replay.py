@@ -12,7 +12,7 @@ from ..narrowing.verify import Survivors
 from ..repair.watching import input_and_weight
 from ..surgery.walk import named_tensors
 from ..tracing.operators.call_counter import CallCounter
-from ..tracing.operators.interface import Call, tensors_in
+from ..tracing.operators.interface import Call, address, tensors_in
 
 
 class Write(NamedTuple):
@@ -34,8 +34,7 @@ class Record(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        held = list(named_tensors(model).values())
-        self.held, self.counter = {address(t) for t in held}, CallCounter(held)
+        self.counter = CallCounter(named_tensors(model).values())
         self.outputs: list[Any] = []
         self.calls: list[Call] = []
         self.first_read: dict[int, int] = {}
@@ -48,7 +47,7 @@ class Record(TorchDispatchMode):
         self.calls.append(self.counter.count(func, args, kwargs)._replace(args=(), kwargs={}))
         for t in tensors_in(args):
             self.made.setdefault(address(t), -1)
-            if address(t) in self.held:
+            if address(t) in self.counter.memory:
                 self.first_read.setdefault(address(t), number)
         for t in written(func, args, kwargs or {}):
             self.writes.append(Write(number, self.made.setdefault(address(t), -1), t, t.clone()))
@@ -82,8 +81,7 @@ class Replay(TorchDispatchMode):
                              "place between them are not put back")
         record.replayed = start
         self.record, self.start, self.intercepts, self.number = record, start, intercepts, 0
-        self.survivors, self.counter = survivors, CallCounter()
-        self.counter.memory = record.counter.memory
+        self.survivors, self.counter = survivors, record.counter.again()
         for write in reversed(record.writes):
             if write.made < start <= write.number:
                 write.tensor.copy_(write.before)
@@ -100,11 +98,6 @@ class Replay(TorchDispatchMode):
         factors = input_and_weight(func._schema.name.removeprefix("aten::"), args) if number >= self.start else None
         added = self.intercepts.get(address(factors[1])) if factors is not None else None
         return out if added is None else out + added.view(-1, *(1,) * (out.ndim - 2))
-
-
-def address(t: Tensor) -> int:
-    """That of a tensor's memory, which its views have in common."""
-    return t.untyped_storage()._cdata
 
 
 def written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

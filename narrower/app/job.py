@@ -32,7 +32,7 @@ from ..training.train import TrainContext, train
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .own_task import open_task
 from .resuming import WHERE, changes, check_start, fingerprint, named
-from .run_folder import INPUT_SIZE, Run
+from .run_folder import IMAGES, INPUT_SIZE, WEIGHTS, Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,8 +110,8 @@ class Job:
         given, weights = self.settings.model, fingerprint(model)
         train, val = count_of(self.data.train), count_of(self.data.val)
         facts = {
-            "training images": train,
-            "weights of the dense network": weights if given.checkpoint or given.pretrained else None,
+            IMAGES: train,
+            WEIGHTS: weights if given.checkpoint or given.pretrained else None,
         }
         names = {"classes": list(self.data.classes)} if self.data.classes else {}
         changed = changes(self.run, self.settings.flat()) if self.run.resume else {}

@@ -17,9 +17,8 @@ from .config import DataConfig, ModelConfig, PruneConfig, part, unused
 from .job import Reporter, Settings, absolute, count_of, open_images, with_absolute_paths
 from .networks import with_weights
 from .resuming import WHERE, fingerprint, named
+from .run_folder import IMAGES, WEIGHTS
 
-IMAGES, WEIGHTS = "training images", "weights of the dense network"
-"""What runs start from, as it stands in their first rows."""
 DISTILLED = ("distill", "distill_temperature", "distill_weight")
 OF_DENSE = ("dense_epochs", "dense_lr")
 OF_IMAGES = ("num_classes", "in_chans", "img_size", "mean", "std")

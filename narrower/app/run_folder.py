@@ -54,8 +54,10 @@ DRAWN = tuple(f"{PICTURES}/{name}.svg" for name in PICTURE_NAMES)
 PREVIOUS, MOVING = "previous", "previous.part"
 START, RESUME = "start", "resume"
 """Rows of the metrics: which command began with which images and weights; which settings have changed since."""
+IMAGES, WEIGHTS = "training images", "weights of the dense network"
+"""In the row `start`: what a run began with, the number of the one and the fingerprint of the other."""
 INPUT_SIZE = "input_size"
-"""In the row `start`: channels, height and width of an image."""
+"""There too: channels, height and width of an image."""
 
 
 class Run:

@@ -14,7 +14,7 @@ from ..inputs import flatten_tensors, map_tensors
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
-from ..tracing.operators.interface import Call, tensors_in
+from ..tracing.operators.interface import Call, address, tensors_in
 from .patches import Geometry
 
 CHUNK = 1 << 20  # numbers that a convolution reads at once
@@ -106,7 +106,7 @@ class LayerWatch(TorchDispatchMode):
         super().__init__()
         named = named_tensors(model)
         self.model, self.held, self.tensors = model, list(named.values()), named
-        self.by_memory = {named[n].untyped_storage()._cdata: n for n in weights}
+        self.by_memory = {address(named[n]): n for n in weights}
         self.norms = {id(t): n.rpartition(".")[0] for n, t in named.items()}
         self.begin(0)
 
@@ -162,7 +162,7 @@ class LayerWatch(TorchDispatchMode):
     def layer_call(self, func: Any, call: Call) -> LayerCall | None:
         """The layer that a call is, if it reads one of the weights."""
         args, factors = call.args, input_and_weight(call.name, call.args)
-        weight = self.by_memory.get(factors[1].untyped_storage()._cdata) if factors is not None else None
+        weight = self.by_memory.get(address(factors[1])) if factors is not None else None
         if factors is None or weight is None:
             return None
         x, matrix = factors

@@ -23,7 +23,7 @@ from ..surgery.walk import modules_of, named_tensors
 from .labels import NOTHING, Axes, Axis, Carried, Ids, Label, along
 from .operators.call_counter import CallCounter
 from .operators.data_dependent import Answer, copy_answer
-from .operators.interface import Call, RuleContext, UnknownForm, plain, tensors_in
+from .operators.interface import Call, RuleContext, UnknownForm, address, plain, tensors_in
 from .operators.shapes import infer_output
 
 
@@ -97,7 +97,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         outs = tensors_in((call.out,))
         carried = self.apply_rule(call, len(outs))
         if in_place and call.out is args[0] and before.view:
-            self.written[call.out.untyped_storage()._cdata] = call.out
+            self.written[address(call.out)] = call.out
             if not before.labels and carried[0].labels:
                 self.pin(carried[0].labels, "position", "written in place into a part of a tensor")
         for t, c in zip(outs, carried, strict=False):
@@ -162,7 +162,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
     def of(self, t: Any) -> Carried:
         carried: Carried | None = getattr(t, CARRIED, None)
         if carried is not None:
-            if carried.uniform and self.written and t.untyped_storage()._cdata in self.written:
+            if carried.uniform and self.written and address(t) in self.written:
                 return carried._replace(uniform=False)
             return carried
         if id(t) not in self.tensors or not isinstance(t, Tensor):

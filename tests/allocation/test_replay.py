@@ -8,8 +8,9 @@ from support.networks import PATTERNS
 from support.resrep_training import randomised
 from torch import Tensor, nn
 
-from narrower.allocation.replay import Record, Replay, address
+from narrower.allocation.replay import Record, Replay
 from narrower.tracing.interpreter import run_forward
+from narrower.tracing.operators.interface import address
 
 
 class InPlace(nn.Module):

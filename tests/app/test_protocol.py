@@ -19,8 +19,8 @@ from support.run_folders import write_rows
 from narrower.app.comparing import Cell, Comparison, compare, settings_of
 from narrower.app.config import CompareConfig, DataConfig, ModelConfig, PruneConfig, RunConfig
 from narrower.app.job import Job, Reporter, Settings, with_absolute_paths
-from narrower.app.protocol import IMAGES, WEIGHTS
 from narrower.app.resuming import fingerprint
+from narrower.app.run_folder import IMAGES, WEIGHTS
 from narrower.errors import ConfigError
 from narrower.models import make_model
 from narrower.training.config import TrainConfig

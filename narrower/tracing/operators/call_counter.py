@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .interface import Call, tensors_in
+from .interface import Call, address, tensors_in
 from .table import operator_of
 
 
@@ -20,9 +20,15 @@ class CallCounter:
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        self.memory = {t.untyped_storage()._cdata for t in held}
+        self.memory = {address(t) for t in held}
         self.by_name: Counter[str] = Counter()
         self.calls = self.pools = self.products = 0
+
+    def again(self) -> CallCounter:
+        """A counter for another forward of the same model."""
+        counter = CallCounter()
+        counter.memory = self.memory
+        return counter
 
     def count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Call:
         """The next call of the forward, with its numbers. Must be called once for every call."""
@@ -30,7 +36,7 @@ class CallCounter:
         pool = product = -1
         if operator.pools != "never" and operator.is_pooling(args):
             pool, self.pools = self.pools, self.pools + 1
-        if operator.matrix_product and not any(t.untyped_storage()._cdata in self.memory for t in tensors_in(args)[-2:]):
+        if operator.matrix_product and not any(address(t) in self.memory for t in tensors_in(args)[-2:]):
             product, self.products = self.products, self.products + 1
         number, place = self.by_name[operator.name], self.calls
         self.by_name[operator.name], self.calls = number + 1, place + 1

@@ -182,6 +182,11 @@ def is_mask(index: Any) -> bool:
 NUMBERS = {int, float, bool, type(None)}  # isinstance of a Tensor is slow: it asks a metaclass
 
 
+def address(t: Tensor) -> int:
+    """That of a tensor's memory, which its views have in common."""
+    return t.untyped_storage()._cdata
+
+
 def tensors_in(args: Any) -> list[Tensor]:
     """The tensors in nested lists and tuples."""
     out: list[Tensor] = []
