@@ -19,7 +19,7 @@ from ..soft.soft_pruning import PUBLISHED
 from ..storage import write_whole
 from ..training.agreement import first
 from . import external, run_folder
-from .config import METHODS, CompareConfig, RunConfig, plain, unused
+from .config import METHODS, SCOPES, CompareConfig, RunConfig, plain, unused
 from .job import Job, Reporter, Settings
 from .protocol import check_settings, check_start, pruning_of, start_now, start_of
 from .prune import prune, train_dense
@@ -27,8 +27,9 @@ from .prune import prune, train_dense
 DENSE, TABLE, PICTURE = "dense", "compare.json", "compare.svg"
 OTHERS = (external.DENSE, *external.EXTERNAL)
 """Methods that `narrower prune` does not have."""
-NAMED: dict[str, tuple[str, Sequence[str]]] = {"soft": ("softness", [*PUBLISHED]), "centripetal": ("pull", ["published"])}
-"""Settings of a method, and the values by name that follow it in a grid."""
+NAMED: dict[str, dict[str, Sequence[str]]] = {"resrep": {"scope": SCOPES}, "soft": {"softness": [*PUBLISHED]},
+                                              "centripetal": {"pull": ["published"], "scope": SCOPES}}
+"""Settings of a method, and their values by name, of which one can follow it in a grid. Other names are of `--allocate`."""
 OURS = ("exclude", "round_to", "min_channels", "tune_steps")
 """Settings that torch-pruning's rows would not follow."""
 PLANNED = ("distill_features",)
@@ -38,7 +39,7 @@ Begin = Callable[[Settings, str], Job]
 
 
 class Cell(NamedTuple):
-    """One run of the grid. `method`: some with `--allocate` (`resrep:norms`), `--softness` (`soft:sfp`) or `--pull`."""
+    """One run of the grid. `method`: some with `--allocate` (`resrep:norms`) or a setting that is `NAMED` (`soft:sfp`)."""
 
     method: str
     macs: float
@@ -184,8 +185,8 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
         raise ConfigError(f"no method is called {cell.method!r}: take some of {', '.join((*METHODS, *OTHERS))}")
     prune = replace(wishes, method=method)
     if how:
-        name, values = NAMED.get(method, ("", ()))
-        prune = replace(prune, **{name if how in values else "allocate": how})  # type: ignore[arg-type]
+        name = next((name for name, values in NAMED.get(method, {}).items() if how in values), "allocate")
+        prune = replace(prune, **{name: how})  # type: ignore[arg-type]
     return replace(settings, run=run, prune=prune)
 
 

@@ -292,8 +292,9 @@ class CompareConfig:
     """grid"""
 
     methods: Annotated[
-        list[str], "as for --method, each with its --allocate, --softness or --pull if wanted (resrep:norms, magnitude:share, "
-        "soft:sfp, centripetal:published); dense: the dense network trained on; tp-magnitude and tp-group-norm: torch-pruning's"
+        list[str], "as for --method, each with its --allocate, --softness, --pull or --scope if wanted (resrep:norms, "
+        "magnitude:share, soft:sfp, centripetal:all); dense: the dense network trained on; tp-magnitude and tp-group-norm: "
+        "torch-pruning's"
     ] = field(default_factory=lambda: ["obs", "magnitude", "hrank", "resrep"])
     budgets: Annotated[list[float], "multiply-adds that may remain, as for --macs"] = field(default_factory=lambda: [0.5])
     seeds: Annotated[list[int], "one run for each"] = field(default_factory=lambda: [0])

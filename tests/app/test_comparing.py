@@ -135,12 +135,13 @@ def outcome(method: str, seed: int, last: float, latency: float = 0.5) -> Outcom
     return Outcome(Cell(method, 0.5, seed), "miou", 90.0, 80.0, last, 0.5, 0.6, latency, 10.0)
 
 
-def test_a_method_comes_with_its_allocation_or_its_softness() -> None:
+def test_a_method_comes_with_a_setting_by_name() -> None:
     def chosen(method: str) -> PruneConfig:
         return settings_of(Cell(method, 0.3, 1), Settings(), Path("grid")).prune
 
     assert chosen("soft:sfp") == PruneConfig(method="soft", softness="sfp", macs=0.3)
     assert chosen("centripetal:published") == PruneConfig(method="centripetal", pull="published", macs=0.3)
+    assert chosen("centripetal:all") == PruneConfig(method="centripetal", scope="all", macs=0.3)
     assert chosen("soft:share") == PruneConfig(method="soft", allocate="share", macs=0.3)
     assert chosen("resrep:norms") == PruneConfig(method="resrep", allocate="norms", macs=0.3)
     assert chosen("soft") == PruneConfig(method="soft", macs=0.3)
