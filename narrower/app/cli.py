@@ -87,7 +87,8 @@ def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
         return
     result = prune(job)
     terminal.print(comparison(result))
-    terminal.print(f"saved in {result.folder}; evaluate it again with: narrower eval {result.folder}")
+    again = "evaluate it again with: narrower eval" if job.data.labelled else "write a file of it with: narrower export"
+    terminal.print(f"saved in {result.folder}; {again} {result.folder}")
     if settings.prune.report and job.run.writes:
         report_at_end(result.folder, terminal.print)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -210,6 +210,8 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     check_output(settings, run)
     data, reading = open_images(settings, report)
     check_classes(settings.model.num_classes, data, report)
+    if not settings.data.dataset:
+        note_order(data.classes, report)
     channels, height, width = data.input_size
     wishes = settings.prune
     unlimited = all(wish is None for wish in (wishes.macs, wishes.params, wishes.latency, wishes.remove))
@@ -265,6 +267,16 @@ def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:
         raise ConfigError(f"--num-classes {given}: the images of {data.name} have {data.num_classes} classes")
     report.note(f"warning: --num-classes {given}: the images of {data.name} have {data.num_classes} classes, the other outputs "
                 "have no images")
+
+
+def note_order(classes: Sequence[str], report: Reporter) -> None:
+    """Say where class folders have other numbers than torchvision's `ImageFolder` gives them: labels may be wrong."""
+    pairs = zip(classes, sorted(classes), strict=True)
+    if found := next(((k, ours, theirs) for k, (ours, theirs) in enumerate(pairs) if ours != theirs), None):
+        k, ours, theirs = found
+        report.note(f"warning: class {k} is {ours!r} here (timm's order: 2 before 10, capitals as small letters) and "
+                    f"{theirs!r} in torchvision's ImageFolder: if the network was trained with that, rename the folders until "
+                    "both orders are one (02, small letters)")
 
 
 def count_of(images: Images) -> int | None:

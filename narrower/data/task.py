@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
+
 
 class Task(Protocol):
     """Loss and figures of a network's outputs against targets, which may be any nesting of tensors.
@@ -58,12 +60,19 @@ class ByClass(TypedDict):
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross-entropy, top-1 and top-5 of logits `[N, K]`. Targets: classes `[N]`, or the share of each class `[N, <= K]`."""
+    """Cross-entropy, top-1 and top-5 of logits `[N, K]`. Targets: classes `[N]`, or the share of each class `[N, <= K]`.
+
+    The loss raises ConfigError for outputs that are more than a tensor.
+    """
 
     smoothing: float = 0.0
     logits = True
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            raise ConfigError(f"in training the network returns {type(outputs).__name__} instead of one tensor of logits: "
+                              "switch auxiliary outputs off (torchvision: --model-kwargs '{\"aux_logits\": false}'), or give a "
+                              "--task whose loss takes them")
         if targets.ndim == 2:  # shares; the network may have more outputs than there are classes
             targets = F.pad(targets, (0, outputs.shape[1] - targets.shape[1]))
         return F.cross_entropy(outputs, targets, label_smoothing=self.smoothing)

@@ -1,13 +1,16 @@
 """Read checkpoints that others wrote: a state dict, alone or nested, with or without prefixes, never code.
 
-`.safetensors` files and what `torch.save` wrote are read, the latter with `weights_only=True`.
+`.safetensors` files and what `torch.save` wrote are read, the latter with `weights_only=True`. The settings that the training
+scripts of timm and torchvision keep beside the weights (`argparse.Namespace`, plain data) do not stand in the way.
 """
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         StorageError: the file is missing, damaged, contains code, or is of another network (keys and shapes are named).
     """
-    found = read_state_dict(path)
     own = model.state_dict()
+    found = without_attribute(read_state_dict(path), own)
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
-    _check(own, counters | found, path)
+    _check(own, counters | found, str(path), type(model).__name__)
     model.load_state_dict(counters | found)
     return model
 
@@ -68,7 +71,7 @@ def _read(path: Path) -> Any:
         if begins and not begins.startswith(BEGINNINGS):
             raise StorageError(f"checkpoint {path} is no checkpoint, nor what is left of one: it begins with {begins!r}, which "
                                "torch.save never writes; files of safetensors are told by their name, .safetensors")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), namespaces_allowed():
             warnings.simplefilter("ignore", UserWarning)  # of unusual pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except StorageError:
@@ -78,11 +81,19 @@ def _read(path: Path) -> Any:
             raise _damaged(path, error) from error
         raise StorageError(
             f"checkpoint {path} contains more than tensors (a pickled module or other code), which is not run. "
-            "If you trust its source, load it in Python and save the weights alone: "
-            "torch.save(model.state_dict(), 'weights.pt')"
+            "If you trust its source, save the weights alone: "
+            f"state = torch.load({str(path)!r}, map_location='cpu', weights_only=False), then "
+            "torch.save(state['state_dict'], 'weights.pt'); its keys may have other names, such as 'model', and of a module "
+            "take .state_dict()"
         ) from error
     except Exception as error:  # the unpickler raises anything on damaged bytes: struct.error, EOFError, KeyError, ...
         raise _damaged(path, error) from error
+
+
+def namespaces_allowed() -> AbstractContextManager[Any]:
+    """In which `torch.load` takes an `argparse.Namespace`. Before torch 2.5 it cannot be told so."""
+    allowed = getattr(torch.serialization, "safe_globals", None)
+    return allowed([argparse.Namespace]) if allowed else nullcontext()
 
 
 def _damaged(path: Path, error: Exception) -> StorageError:
@@ -113,7 +124,17 @@ def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
         found.append(step)
 
 
-def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | Path) -> None:
+def without_attribute(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names without the attribute of a trainer's module that held the network, such as `model.` of a LightningModule.
+
+    It is taken off where the network then has all names, and not all before.
+    """
+    inner = {key.partition(".")[2]: value for key, value in found.items()}
+    held = len({key.partition(".")[0] for key in found}) == 1 and inner.keys() <= own.keys() and not found.keys() <= own.keys()
+    return inner if held else found
+
+
+def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str, network: str) -> None:
     missing = [key for key in own if key not in found]
     unexpected = [key for key in found if key not in own]
     shapes = [
@@ -133,7 +154,8 @@ def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str | P
         )
     if any(parts):
         lines = "\n".join(f"  {part}" for part in parts if part)
-        raise StorageError(f"checkpoint {path} is of another network (nothing was loaded):\n{lines}")
+        raise StorageError(f"checkpoint {path} is of another network (nothing was loaded) than the {network} that it is for "
+                           f"(--model):\n{lines}")
 
 
 def is_narrow(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:

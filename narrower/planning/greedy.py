@@ -196,8 +196,9 @@ def unreachable(graph: Graph, running: RunningCost, targets: Mapping[CostKind, f
         s.role == "out" and s.tensor in largest for s in g.slices)]
     layers = ", ".join(f"{t} {shown(kind, costs[t])}" for t in largest)
     pinned = f"; pinned: {'; '.join(in_way)}" if in_way else ""
+    meant = f"; for {targets[kind]:g} % give {targets[kind] / 100:g}" if kind != "latency_ms" and 1 < targets[kind] <= 100 else ""
     return BudgetError(
         f"{kind}={shown(kind, targets[kind])} ({targets[kind] / dense[kind]:.1%} of {shown(kind, dense[kind])}) cannot be "
         f"reached: the least is {shown(kind, running.now[kind])} ({running.now[kind] / dense[kind]:.1%}). "
-        f"What remains is mostly {layers}{pinned}"
+        f"What remains is mostly {layers}{pinned}{meant}"
     )

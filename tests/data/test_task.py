@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from narrower import ConfigError
 from narrower.data import CLASSIFICATION, Classification, OwnImages, batches, hold_out
 
 torch.manual_seed(0)
@@ -36,6 +37,11 @@ def test_shares_of_fewer_classes_than_outputs_are_targets_too() -> None:
     shares = F.one_hot(LABELS.clamp(max=5), 6).float()
     torch.testing.assert_close(CLASSIFICATION.loss(LOGITS, shares), CLASSIFICATION.loss(LOGITS, LABELS.clamp(max=5)))
     assert Classification(0.1).loss(LOGITS, LABELS) != CLASSIFICATION.loss(LOGITS, LABELS)
+
+
+def test_a_network_with_auxiliary_outputs_in_training_is_refused() -> None:
+    with pytest.raises(ConfigError, match="returns tuple instead of one tensor of logits.*aux_logits"):
+        CLASSIFICATION.loss((LOGITS, LOGITS), LABELS)
 
 
 class Noise:

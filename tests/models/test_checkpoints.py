@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
         lambda state: {"state_dict": {k: v + 1 for k, v in state.items()}, "state_dict_ema": state},
         lambda state: {"model": {k: v + 1 for k, v in state.items()}, "model_ema": prefixed(state, "module.")},
         lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
+        lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 0.1}},  # of a LightningModule
     ],
 )
 def test_every_nesting_and_prefix_loads(nested: Any, tmp_path: Path) -> None:
@@ -54,6 +56,21 @@ def test_every_nesting_and_prefix_loads(nested: Any, tmp_path: Path) -> None:
     torch.save(nested(source.state_dict()), tmp_path / "weights.pt")
     assert load_checkpoint(target, tmp_path / "weights.pt") is target
     assert equal(source.state_dict(), target.state_dict())
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="torch before 2.5 takes no such file")
+def test_the_settings_of_a_training_script_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """timm and torchvision keep their arguments beside the weights."""
+    source, target = network(), network()
+    torch.save({"state_dict": source.state_dict(), "args": Namespace(lr=0.1, opt="sgd", sizes=[1, 2])}, tmp_path / "weights.pt")
+    load_checkpoint(target, tmp_path / "weights.pt")
+    assert equal(source.state_dict(), target.state_dict())
+
+
+def test_a_first_name_is_taken_off_only_where_the_network_then_has_all_others(tmp_path: Path) -> None:
+    torch.save(prefixed(nn.Sequential(nn.Linear(2, 2)).state_dict(), "0."), tmp_path / "weights.pt")
+    with pytest.raises(StorageError, match="another network"):
+        load_checkpoint(nn.ModuleDict({"a": nn.Linear(2, 2)}), tmp_path / "weights.pt")
 
 
 def test_safetensors_load(tmp_path: Path) -> None:
@@ -81,6 +98,7 @@ def test_another_network_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         load_checkpoint(target, tmp_path / "weights.pt")
     message = str(caught.value)
+    assert "than the Sequential that it is for (--model)" in message
     assert "1 missing from the file: 1.running_mean" in message
     assert "1 not in the network: extra.weight" in message
     assert "0.weight is (8, 3, 3, 3), the network has (4, 3, 3, 3)" in message
@@ -114,7 +132,7 @@ def test_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.save({"state_dict": Bomb()}, tmp_path / "nested.pt")
     torch.save(network(), tmp_path / "module.pt")
     for name in ("plain.pt", "nested.pt", "module.pt"):
-        with pytest.raises(StorageError, match=r"contains more than tensors.*state_dict\(\)"):
+        with pytest.raises(StorageError, match=r"contains more than tensors.*weights_only=False\)"):
             load_checkpoint(network(), tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 
