@@ -24,6 +24,11 @@ settings.register_profile(
 settings.load_profile("narrower")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first, so that the other processes do not wait for it at the end."""
+    items.sort(key=lambda item: "test_commands_run_in_the_order" not in item.nodeid)
+
+
 def pytest_collection_finish() -> None:
     """What has been imported and collected stays: no later garbage collection looks at it again."""
     gc.collect()
@@ -33,12 +38,3 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed also notes the whole stack for each kind of device
-
-
-@pytest.fixture(autouse=True)
-def no_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report at the end of each run would take seconds: only the tests of `reporting` write any."""
-    if request.path.parent.name == "app" and "reporting" not in request.path.name:
-        from narrower.app import cli
-
-        monkeypatch.setattr(cli, "report_at_end", lambda *_: None)

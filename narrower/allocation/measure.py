@@ -17,7 +17,7 @@ from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
 from ..repair.held_out import Comparison, Measure, checked_inputs, images_wanted, input_counts, split
 from ..repair.second_moments import SecondMoments, repaired, second_moments
-from ..surgery.copying import duplicate, fresh_copy, same_tensors
+from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.interface import address
@@ -69,7 +69,7 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     inputs = checked_inputs("sensitivity", batches, model, images, 2 * MEASURED, images_wanted(graph, counts))
     fit, measured = split(inputs, MEASURED, MEASURED_IMAGES)
     parts = components(graph)
-    copy = duplicate(model, {id(t): fresh_copy(t) for t in named_tensors(model).values()})
+    copy = independent_copy(model)
     with in_eval_mode(copy):
         moments = second_moments(copy, counts, fit)
         hidden = sorted(counts.keys() - moments.keys())

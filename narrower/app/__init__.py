@@ -1,30 +1,5 @@
-"""The commands without printing, stage by stage. They can be used from Python with the dataclasses of `config`.
+"""The commands, without printing: each takes a `Job` (settings, images, run folder, device, reporter).
 
-`prune`: open the images, load or train the network, trace, score, plan, narrow, verify, recalibrate BatchNorm, fine-tune. The
-network is evaluated dense, after the cut, and at the end.
+`prune` traces the network, scores its channels, measures the damage of each group, plans, narrows, verifies, repairs the
+weights that stay, and fine-tunes. The network is evaluated dense and after each stage that changes it.
 """
-
-from .job import Job, Reporter, Settings, open_images, open_job
-from .networks import Costs, check_outputs, costs_of, dense_network, from_run, inspect_network, load_dense
-from .oneshot import make_plan, score
-from .prune import Result, prune, train_dense
-
-__all__ = [
-    "Costs",
-    "Job",
-    "Reporter",
-    "Result",
-    "Settings",
-    "check_outputs",
-    "costs_of",
-    "dense_network",
-    "from_run",
-    "inspect_network",
-    "load_dense",
-    "make_plan",
-    "open_images",
-    "open_job",
-    "prune",
-    "score",
-    "train_dense",
-]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from . import run_folder
 from .config import PruneConfig
 from .job import Job
 from .oneshot import check_plan, distilling, recalibrated
-from .trained import merged, plan_by_prior, scored_by_prior
+from .trained import merged, plan_by_prior, save_if_interrupted, scored_by_prior
 
 KNOWN = ("together", "strength", "clustering")
 
@@ -39,7 +38,7 @@ def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
 
 def left_alone(given: PruneConfig, graph: narrower.Graph) -> dict[str, str]:
     """The free groups that are not merged, with the reasons."""
-    return unmergeable(graph, given.scope)  # type: ignore[arg-type]
+    return unmergeable(graph, given.scope)
 
 
 def pulled(job: Job, model: nn.Module, graph: narrower.Graph, plan: narrower.Plan, steps: int) -> narrower.CentripetalSGD:
@@ -70,16 +69,9 @@ def train_centripetal(job: Job, model: nn.Module, graph: narrower.Graph) -> tupl
     plan = choose(job, model, graph)
     training = copy.deepcopy(model)
     csgd = pulled(job, training, graph, plan, job.updates)
-    try:
-        with distilling(job, model, training) as distillation:
-            job.train(training, "centripetal", run_folder.CHECKPOINT, job.settings.train,
-                      methods=Methods(centripetal=csgd, distillation=distillation))
-    except KeyboardInterrupt:
-        if job.run.writes:
-            with warnings.catch_warnings():  # that filters still differ
-                warnings.simplefilter("ignore")
-                narrower.save(csgd.merge(), job.run.folder)
-        raise
+    with save_if_interrupted(job, csgd.merge), distilling(job, model, training) as distillation:
+        job.train(training, "centripetal", run_folder.CHECKPOINT, job.settings.train,
+                  methods=Methods(centripetal=csgd, distillation=distillation))
     small = merged(job, csgd, csgd.unified())
     found = replace(csgd.plan, latency_ms=plan.latency_ms)  # of the same widths
     if job.run.writes:

@@ -6,7 +6,7 @@ text and, for some, a short flag.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -15,18 +15,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from ..deployment.layer_times import PREPARE
 from ..errors import ConfigError, PlanError
 from ..planning.requests import read_latency
-from ..training.config import check
+from ..training.config import check, check_choices
 
 TRAINED = ("resrep", "soft", "centripetal")
 """Methods that narrow while they train. The others are scores."""
 METHODS = ("obs", "hrank", *TRAINED, "magnitude", "fpgm", "bn_scale", "taylor", "random")
+SCORES = tuple(name for name in METHODS if name not in TRAINED)
 LEAST_IMAGES = 16
 METHODS_WITH: dict[str, tuple[str, ...]] = {"scope": ("resrep", "centripetal"), "prior": TRAINED, "forgetting": ("resrep",),
-                                            "softness": ("soft",), "pull": ("centripetal",)}
+                                            "softness": ("soft",), "pull": ("centripetal",), "reconstruct": SCORES}
 """Settings that only some methods have, and these."""
 SCOPES = ("inner", "all")
-SCHEDULES = ("once", "layer")
-ALLOCATIONS = ("measured", "share", "norms")
 FINE_TUNING = {"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2}
 """Defaults of the training that follows a cut."""
 
@@ -147,14 +146,16 @@ class PruneConfig:
         bool, "also narrow channels that a layer normalises or pools across (removal changes such a layer by definition)"
     ] = True
     allocate: Annotated[
-        str, "how a budget is spread: measured (by the damage of each group), share (the same of each), norms (for resrep: "
+        Literal["measured", "share", "norms"],
+        "how a budget is spread: measured (by the damage of each group), share (the same of each), norms (for resrep: "
         "the rows of its compactors decide during the training, as published)"
     ] = "measured"
     sensitivity: Annotated[str | None, "measured before: the sensitivity.json of `narrower sensitivity`"] = None
     reconstruct: Annotated[bool, "after the cut, repair the weights that stay by least squares"] = True
     steps: Annotated[int, "cut towards the budget in so many steps: repair, score and measure again after each"] = 1
     schedule: Annotated[
-        str, "once: cut all layers, repair, fine-tune for --epochs; layer (as HRank): plan once, then cut and fine-tune layer "
+        Literal["once", "layer"],
+        "once: cut all layers, repair, fine-tune for --epochs; layer (as HRank): plan once, then cut and fine-tune layer "
         "after layer, without repair, and at the end for --epochs"
     ] = "once"
     epochs_per_layer: Annotated[int, "of --schedule layer"] = 1
@@ -166,7 +167,8 @@ class PruneConfig:
     distill_weight: Annotated[float, "of the dense network's outputs; the labels have the rest; 1: no labels"] = 0.9
     distill_features: Annotated[float, "weight of the features at the end of each stage"] = 0.0
     scope: Annotated[
-        str, "resrep, centripetal: inner (channels that one layer makes; ResRep's paper) or all (residual streams too; C-SGD's)"
+        Literal["inner", "all"],
+        "resrep, centripetal: inner (channels that one layer makes; ResRep's paper) or all (residual streams too; C-SGD's)"
     ] = "inner"
     prior: Annotated[
         str, "resrep, soft, centripetal: score of the plan; with --allocate norms the row norms are multiplied by it, or none "
@@ -187,7 +189,8 @@ class PruneConfig:
     report: Annotated[bool, "write report.html at the end, where matplotlib and jinja2 are installed"] = True
 
     def __post_init__(self) -> None:
-        check(self, steps=(1, inf), images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf))
+        check_choices(self)
+        check(self, steps=(1, inf), images=(1, inf), tune_steps=(0, inf), tune_lr=(0, inf), epochs_per_layer=(0, inf))
         check(self, dense_epochs=(0, inf), dense_lr=(0, inf))
         check(self, distill_temperature=(1e-3, 1e3), distill_weight=(0, 1), distill_features=(0, 1e6))
         self.check_times()
@@ -196,29 +199,20 @@ class PruneConfig:
         if self.steps > 1 and (self.method in TRAINED or self.remove is not None or self.sensitivity):
             raise ConfigError("--steps goes towards a budget (--macs, --params) and measures on the way: it takes no --remove, "
                               f"no --sensitivity and no --method {' or '.join(TRAINED)}")
-        check(self, epochs_per_layer=(0, inf))
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"--schedule {self.schedule}: take one of {', '.join(SCHEDULES)}")
         if self.schedule == "layer" and self.method in TRAINED:
             raise ConfigError(f"--schedule layer is for methods that score and cut: {self.method} takes channels on its way")
-        if self.images < LEAST_IMAGES and (self.reconstruct or self.allocate == "measured"):
+        if self.images < LEAST_IMAGES and (self.allocate == "measured" or (self.reconstruct and self.method in SCORES)):
             raise ConfigError(f"--images {self.images}: measuring and repairing need {LEAST_IMAGES} at least, better hundreds")
-        if self.allocate not in ALLOCATIONS:
-            raise ConfigError(f"--allocate {self.allocate}: take one of {', '.join(ALLOCATIONS)}")
         if self.method not in METHODS:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
-        if self.prior not in ("none", *METHODS) or self.prior in TRAINED:
-            raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(m for m in METHODS if m not in TRAINED)}")
-        if self.scope not in SCOPES:
-            raise ConfigError(f"--scope {self.scope}: take {' or '.join(map(repr, SCOPES))}")
+        if self.prior not in ("none", *SCORES):
+            raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(SCORES)}")
         if self.method in TRAINED and (self.tune_steps or self.distill_features):
             raise ConfigError("--tune-steps and --distill-features are for a network cut before it is trained, not for "
                               f"--method {self.method}")
         if self.tune_steps and (not self.reconstruct or self.schedule == "layer"):
             other = "--no-reconstruct" if self.schedule == "once" else "--schedule layer"
             raise ConfigError(f"--tune-steps tunes what was repaired, and {other} repairs nothing: leave one of them out")
-        if self.distill_features and not self.distill:
-            raise ConfigError("--distill-features is a part of the distillation, and --no-distill takes none: leave one out")
         if self.allocate == "norms" and self.method != "resrep":
             raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
         if self.allocate == "norms" and (
@@ -229,11 +223,14 @@ class PruneConfig:
             raise ConfigError("--prior none leaves the choice to the norms of ResRep's rows: give --allocate norms too")
 
     def check_used(self, *methods: str) -> None:
-        """Raise ConfigError for a setting that none of these methods has."""
+        """Raise ConfigError for a setting without effect: none of these methods has it, or another setting rules it out."""
         for name in unused(*methods):
-            if getattr(self, name) != plain(name):
-                raise ConfigError(f"--{name} is for --method {' or '.join(METHODS_WITH[name])}, and the "
+            if (value := getattr(self, name)) != plain(name):
+                raise ConfigError(f"{flag(name, value)} is for --method {' or '.join(METHODS_WITH[name])}, and the "
                                   f"{'method is' if len(methods) == 1 else 'methods are'} {', '.join(methods)}")
+        for name, (acts, why) in ACTS_WITH.items():
+            if (value := getattr(self, name)) != plain(name) and not acts(self):
+                raise ConfigError(f"{flag(name, value)} {why}")
 
     @property
     def timed(self) -> bool:
@@ -245,9 +242,6 @@ class PruneConfig:
         check(self, threads=(1, inf))
         if self.runtime is not None and self.runtime not in PREPARE:
             raise ConfigError(f"--runtime {self.runtime}: take one of {', '.join(PREPARE)}")
-        named = {"--runtime": self.runtime, "--threads": self.threads, "--latency-table": self.latency_table}
-        if not self.timed and (surplus := [name for name, value in named.items() if value is not None]):
-            raise ConfigError(f"{surplus[0]} is for --latency or --round-to auto, and neither is given")
         if self.timed and self.steps > 1:
             raise ConfigError("--steps takes no --latency and no --round-to auto: times are those of the dense layers")
         if self.latency is None:
@@ -265,6 +259,23 @@ class PruneConfig:
 def plain(name: str) -> Any:
     """The default of a setting of pruning."""
     return getattr(PruneConfig(), name)
+
+
+def flag(name: str, value: object = None) -> str:
+    """A setting as it is typed: `--no-distill` where it is switched off."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+
+
+ACTS_WITH: dict[str, tuple[Callable[[PruneConfig], bool], str]] = {
+    **dict.fromkeys(("runtime", "threads", "latency_table"),
+                    (lambda given: given.timed, "is for --latency or --round-to auto, and neither is given")),
+    **dict.fromkeys(("distill_temperature", "distill_weight", "distill_features"),
+                    (lambda given: given.distill, "is a part of the distillation, and --no-distill takes none")),
+    "tune_lr": (lambda given: given.tune_steps > 0, "is for --tune-steps, which is not given"),
+    "epochs_per_layer": (lambda given: given.schedule == "layer", "is for --schedule layer, and the schedule is once"),
+    "allocate": (lambda given: given.remove is None, "spreads a budget, and --remove is none"),
+}
+"""Settings of pruning that act only where others say so: where, and why not elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +377,8 @@ class ExportConfig:
             raise ConfigError(f"--format {self.format}: take one of {', '.join(EXPORT_FORMATS)}")
         if self.int8 and self.format != "onnx":
             raise ConfigError("--int8 is for --format onnx")
+        if self.calibration_images != type(self).calibration_images and not self.int8:
+            raise ConfigError("--calibration-images is for --int8, which is not given")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,10 @@ class Job:
     report: Reporter
     times: narrower.LatencyTable | None = None
 
+    def with_pruning(self, **changes: Any) -> Job:
+        """The same job with other settings of pruning."""
+        return replace(self, settings=replace(self.settings, prune=replace(self.settings.prune, **changes)))
+
     @property
     def example(self) -> Tensor:
         """One image of zeros, `[1, C, H, W]`."""
@@ -316,6 +320,8 @@ def reading_of(settings: Settings) -> Reading:
     channels = settings.model.in_chans
     if channels not in (1, 3):
         raise ConfigError(f"--in-chans {channels}: images have 3 channels (RGB) or 1 (grey)")
+    if given.aa and given.color_jitter:
+        raise ConfigError("--color-jitter has no effect beside --aa: leave one of them out")
     for name, values in (("mean", given.mean), ("std", given.std)):
         if values is not None and len(values) != channels:
             raise ConfigError(f"--{name} has {len(values)} values, the images {channels} channels")

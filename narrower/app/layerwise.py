@@ -25,7 +25,7 @@ from ..training.methods import Methods
 from ..training.train import read_checkpoint
 from .job import Job
 from .networks import packed, unpacked
-from .oneshot import distilling, planned, sample
+from .oneshot import calibration, distilling, planned, sample
 from .run_folder import LAYERS, LAYERS_CHECKPOINT
 
 
@@ -35,8 +35,7 @@ def narrow_by_layers(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple
     A run that goes on begins with the network after the last layer that was done, and with the checkpoint of the next.
     """
     given = job.settings.prune
-    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
-    plan = planned(job, model, graph, images)
+    plan = planned(job, model, graph, calibration(job))
     parts = cut_order(plan)
     done, small = restored_layers(job) or (0, copy.deepcopy(model))
     config = replace(job.settings.train, epochs=given.epochs_per_layer)

@@ -191,12 +191,16 @@ class Costs:
     latency_ms: float
 
 
-def costs_of(example: Tensor, *networks: nn.Module, rounds: int = 3) -> list[Costs]:
+SECONDS, ROUNDS = 0.3, 3
+"""Of one measurement of latency, and how often the networks take turns."""
+
+
+def costs_of(example: Tensor, *networks: nn.Module) -> list[Costs]:
     """The costs of networks.
 
-    Latency is the minimum of `rounds` measurements. The networks take turns, so that other load affects all of them equally.
+    Latency is the minimum of the rounds. The networks take turns, so that other load affects all of them equally.
     """
-    costs = [[narrower.measure(model, example, seconds=0.3) for model in networks] for _ in range(rounds)]
+    costs = [[narrower.measure(model, example, seconds=SECONDS) for model in networks] for _ in range(ROUNDS)]
     found = []
     for model, cost in zip(networks, zip(*costs, strict=True), strict=True):
         size = sum(t.numel() * t.element_size() for t in model.state_dict().values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +116,11 @@ def sample(job: Job, count: int) -> Iterator[Batch]:
             return
 
 
+def calibration(job: Job) -> list[Batch]:
+    """The sampled images of the settings, in the first process, which scores, measures and repairs for all."""
+    return list(sample(job, job.settings.prune.images)) if job.shard[0] == 0 else []
+
+
 def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[Batch], *,
            again: bool = False) -> narrower.Scores:
     """The scores of the settings, as a stage, or from the folder of a run that goes on.
@@ -175,8 +179,8 @@ def measure_sensitivity(job: Job) -> narrower.Sensitivity:
     given = job.settings.model
     if not (given.checkpoint or given.pretrained):
         raise ConfigError("the damage of groups is measured on a trained network: give --checkpoint or --pretrained")
-    if (wishes := job.settings.prune).method in TRAINED:  # which plan by their prior
-        job = replace(job, settings=replace(job.settings, prune=replace(wishes, method=wishes.prior)))
+    if job.settings.prune.method in TRAINED:  # which plan by their prior
+        job = job.with_pruning(method=job.settings.prune.prior)
     check_score(job)
     model = load_dense(job)
     graph = narrower.trace(model, job.example, allow_inexact=job.settings.prune.allow_inexact, progress=job.report.note)
@@ -236,9 +240,8 @@ def planned_in_steps(job: Job, model: nn.Module, graph: narrower.Graph, images: 
         budget = budget_of_step(given, graph, at, number / given.steps)
         if not any(budget.values()):
             continue  # the step before went far enough: a channel is more than the rest of the way
-        step: PruneConfig = replace(given, **budget)
         job.report.note(f"step {number} of {given.steps}")
-        found = planned_once(replace(job, settings=replace(job.settings, prune=step)), small, at, images, again=number > 1)
+        found = planned_once(job.with_pruning(**budget), small, at, images, again=number > 1)
         plan = narrower.compose(plan, found) if plan else found
         if number < given.steps:
             small = narrower.narrow(model, plan)
@@ -272,7 +275,7 @@ def saved_plan(job: Job, graph: narrower.Graph) -> narrower.Plan | None:
 def narrow_oneshot(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan]:
     """Plan, narrow, verify, and repair. The narrow network and its plan."""
     given = job.settings.prune
-    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
+    images = calibration(job)
     plan = planned(job, model, graph, images)
     if given.reconstruct:
         small = reconstructed(job, model, narrowed(job, model, plan), plan, images)

@@ -38,6 +38,8 @@ from .oneshot import distilling, narrow_oneshot, planned, sample, saved_plan
 from .timing import Timed, check_request, timed, with_given_times, with_times
 
 TRAININGS = {"resrep": resrep_run.train_resrep, "soft": soft_run.train_soft, "centripetal": centripetal_run.train_centripetal}
+LAYER_SECONDS = 1.0
+"""How long the times of layers are measured."""
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune", "layers")
 """Stages before the fine-tuning after which the network is evaluated."""
 
@@ -186,7 +188,7 @@ def measured(job: Job, model: nn.Module, small: nn.Module, before: Mapping[str, 
 
 def layer_times(example: Tensor, model: nn.Module, small: nn.Module) -> dict[str, Any]:
     """`{"layer_times": {"ms": {weight: [dense, narrow]}, ...}}` in eager PyTorch, and with how many threads on which device."""
-    dense, narrow = time_modules([model, small], example)
+    dense, narrow = time_modules([model, small], example, seconds=LAYER_SECONDS)
     both = {name: [round(dense[name], 5), round(narrow[name], 5)] for name in dense if name in narrow}
     return {"layer_times": {"ms": both, "threads": torch.get_num_threads(), "device": str(example.device)}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,8 +21,8 @@ from ..training.methods import Methods
 from . import run_folder
 from .config import PruneConfig
 from .job import Job
-from .oneshot import distilling, make_plan, recalibrated, sample, scored
-from .trained import merged, plan_by_prior, scored_by_prior
+from .oneshot import calibration, distilling, make_plan, recalibrated, scored
+from .trained import merged, plan_by_prior, save_if_interrupted, scored_by_prior
 
 
 class Choice(NamedTuple):
@@ -47,7 +46,7 @@ def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps
     budget = {} if choice.plan else {"macs": given.macs, "params": given.params}
     return narrower.ResRep(
         model, graph, **budget, plan=choice.plan, steps=steps, scores=choice.scores,
-        scope=given.scope, exclude=given.exclude, settings=forgetting(given),  # type: ignore[arg-type]
+        scope=given.scope, exclude=given.exclude, settings=forgetting(given),
     )  # fmt: skip
 
 
@@ -68,7 +67,7 @@ def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
 def left_alone(given: PruneConfig, model: nn.Module, graph: narrower.Graph) -> dict[str, str]:
     """The free groups that no compactor covers, with the reasons. Those that the settings exclude are not among them."""
     apart = dict.fromkeys(excluded(graph, given.exclude), "excluded")
-    found = place(graph, given.scope, partial(takes_bias, model))  # type: ignore[arg-type]
+    found = place(graph, given.scope, partial(takes_bias, model))
     covered = tied_parts(graph, without_groups(found, apart))[1]
     return {name: why for name, why in covered.reasons.items() if name not in apart}
 
@@ -80,10 +79,9 @@ def choose(job: Job, model: nn.Module, graph: narrower.Graph) -> Choice:
         return Choice(plan_by_prior(job, model, graph, left_alone(given, model, graph)))
     if given.prior == "none":
         return Choice()
-    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
-    scoring = replace(given, method=given.prior, allocate="share")  # a method that scores has no norms
-    scoring_job = replace(job, settings=replace(job.settings, prune=scoring))
-    return Choice(scores=first(lambda: scored(scoring_job, model, graph, images)))
+    scoring = job.with_pruning(method=given.prior, allocate="share")  # a method that scores has no norms
+    images = calibration(job)
+    return Choice(scores=first(lambda: scored(scoring, model, graph, images)))
 
 
 def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Module, narrower.Plan | None]:
@@ -95,12 +93,7 @@ def train_resrep(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.
     choice = choose(job, model, graph)
     training = copy.deepcopy(model)
     resrep = compacted(given, training, graph, job.updates, choice)
-    try:
-        with distilling(job, model, training) as distillation:
-            job.train(training, "resrep", run_folder.CHECKPOINT, job.settings.train,
-                      methods=Methods(resrep=resrep, distillation=distillation, norms=NormHistory(resrep)))
-    except KeyboardInterrupt:
-        if job.run.writes:
-            narrower.save(resrep.merge(), job.run.folder)
-        raise
+    with save_if_interrupted(job, resrep.merge), distilling(job, model, training) as distillation:
+        job.train(training, "resrep", run_folder.CHECKPOINT, job.settings.train,
+                  methods=Methods(resrep=resrep, distillation=distillation, norms=NormHistory(resrep)))
     return recalibrated(job, merged(job, resrep, training)), choice.plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from . import run_folder
 from .config import PruneConfig
 from .job import Job
 from .oneshot import check_plan, distilling, narrowed, recalibrated
-from .trained import plan_by_prior, scored_by_prior
+from .trained import plan_by_prior, save_if_interrupted, scored_by_prior
 
 MASKINGS = 20  # so often channels are chosen at least, also in a training of fewer epochs
 KNOWN = ("factor", "grow", "harden", "fixed")
@@ -65,16 +64,8 @@ def train_soft(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Mo
     training = copy.deepcopy(model)
     steps = min(job.updates, max(config.epochs, MASKINGS))
     soft = narrower.SoftPruning(training, graph, plan=plan, steps=steps, **softness(given))
-    try:
-        with distilling(job, model, training) as distillation:
-            job.train(training, "soft", run_folder.CHECKPOINT, config,
-                      methods=Methods(soft=soft, distillation=distillation))
-    except KeyboardInterrupt:
-        if job.run.writes:
-            with warnings.catch_warnings():  # that it was narrowed too early
-                warnings.simplefilter("ignore")
-                narrower.save(soft.narrow(), job.run.folder)
-        raise
+    with save_if_interrupted(job, soft.narrow), distilling(job, model, training) as distillation:
+        job.train(training, "soft", run_folder.CHECKPOINT, config, methods=Methods(soft=soft, distillation=distillation))
     found = replace(soft.plan, latency_ms=plan.latency_ms)  # of the same widths
     with job.stage("mask") as facts:
         facts |= {"macs": found.macs, "params": found.params, "text": str(soft)}

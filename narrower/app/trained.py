@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..inputs import flatten_tensors
 from ..training.agreement import first
 from .config import PruneConfig
 from .job import Job
-from .oneshot import planned, sample
+from .oneshot import calibration, planned, sample
 
 MERGED = 1e-3  # largest difference of the merged network, relative to the outputs, in float32
 
@@ -39,9 +40,21 @@ def plan_by_prior(job: Job, model: nn.Module, graph: narrower.Graph, left: Mappi
     given = job.settings.prune
     for name, why in left.items():
         job.report.note(f"left alone: {name}: {why}")
-    images = list(sample(job, given.images)) if job.shard[0] == 0 else []
-    planning = replace(job, settings=replace(job.settings, prune=scored_by_prior(given, graph, left)))
-    return planned(planning, model, graph, images)
+    by_prior = replace(job, settings=replace(job.settings, prune=scored_by_prior(given, graph, left)))
+    return planned(by_prior, model, graph, calibration(job))
+
+
+@contextmanager
+def save_if_interrupted(job: Job, narrowed: Callable[[], nn.Module]) -> Iterator[None]:
+    """Ctrl-C within saves what `narrowed` makes of the network by then, without its warning that training was too short."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if job.run.writes:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                narrower.save(narrowed(), job.run.folder)
+        raise
 
 
 def merged(job: Job, method: narrower.ResRep | narrower.CentripetalSGD, trained: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan, costed_plan
 from ..planning.plan import plan as plan_widths
 from ..planning.requests import excluded
-from ..surgery.copying import duplicate, fresh_copy, same_tensors
+from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .clusters import cluster_means, cluster_sums, even_clusters, nearest_clusters
 
@@ -122,7 +122,7 @@ class CentripetalSGD:
         """A copy of the network, or of `model`, as wide as before, whose filters are the means of their clusters. It computes
         what `merge` returns does, to rounding."""
         source = self.model if model is None else model
-        whole = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
+        whole = independent_copy(source)
         pull(named_tensors(whole), self.graph, self.clusters, 0.0)
         return whole
 

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..inputs import call_model, device_of, flatten_tensors, map_tensors
 from .exporting import export
 from .formats import format_of
-from .layer_times import OPEN
+from .layer_times import OPEN, waiting
 
 Call = Callable[[], Any]
 
@@ -78,19 +78,6 @@ def prepare_file(module: nn.Module, inputs: Any, threads: int, name: str) -> Cal
         run = format_of(path).open(path, threads)
     given = map_tensors(inputs, lambda t: t.cpu())
     return lambda: run(given)
-
-
-def waiting(run: Call, device: torch.device) -> Call:
-    """`run`, and then wait for the device, where that works on after the call."""
-    if device.type != "cuda":
-        return run
-
-    def run_and_wait() -> Any:
-        found = run()
-        torch.cuda.synchronize(device)
-        return found
-
-    return run_and_wait
 
 
 RUNTIMES = (

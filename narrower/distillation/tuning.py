@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..inputs import call_model, flatten_tensors, map_tensors
+from ..inputs import call_model
 from ..planning.plan import Plan
-from ..repair.held_out import Measure, checked_inputs, divergences, images_at, measure_of, split
-from ..surgery.copying import duplicate, fresh_copy
-from ..surgery.walk import in_eval_mode, named_tensors
+from ..repair.held_out import Measure, checked_inputs, divergences, images_at, joined, measure_of, split
+from ..surgery.copying import independent_copy
+from ..surgery.walk import in_eval_mode
 from .distill import Distillation
 
 HELD_OUT = 6  # one image in so many decides, the others are trained on
@@ -79,7 +79,7 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
         raise ConfigError(f"lr={lr!r}: give a number above 0")
     inputs = checked_inputs("tune", batches, model, images, 2 * HELD_OUT, "the more the better")
     fit, held_out = split(inputs, HELD_OUT, HELD_OUT_IMAGES)
-    tuned = duplicate(small, {id(t): fresh_copy(t) for t in named_tensors(small).values()})
+    tuned = independent_copy(small)
     with torch.no_grad(), in_eval_mode(model):
         measure = measure_of(call_model(model, images_at(held_out[0][0], torch.tensor([0]))), measure)
     temperature = TEMPERATURE if measure == "kl" else None
@@ -118,7 +118,7 @@ def run_steps(student: nn.Module, distillation: Distillation, inputs: Iterable[A
 
 def minibatches(inputs: Sequence[tuple[Any, int]], count: int, size: int, seed: int) -> Iterator[Any]:
     """`count` batches of `size` images (of all, where there are fewer). The order is drawn anew for each pass."""
-    together = concatenated([batch for batch, _ in inputs])
+    together = joined([batch for batch, _ in inputs])
     total = sum(n for _, n in inputs)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
@@ -127,9 +127,3 @@ def minibatches(inputs: Sequence[tuple[Any, int]], count: int, size: int, seed: 
             order = torch.cat([order, torch.randperm(total, generator=generator)])
         yield images_at(together, order[:size])
         order = order[size:]
-
-
-def concatenated(batches: Sequence[Any]) -> Any:
-    """One batch of the images of all, in the nesting of the first."""
-    parts = iter([torch.cat(tensors) for tensors in zip(*map(flatten_tensors, batches), strict=True)])
-    return map_tensors(batches[0], lambda _: next(parts))

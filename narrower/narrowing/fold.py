@@ -14,7 +14,7 @@ from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..inputs import precise
 from ..planning.plan import Plan, costed_plan
-from ..surgery.copying import duplicate, fresh_copy, same_tensors
+from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.resize import add_biases, takes_bias
 from ..surgery.walk import named_tensors
 from .constant_propagation import Propagation, propagate
@@ -55,7 +55,7 @@ def fold(model: nn.Module, plan: Plan) -> Folded:
     """
     graph = plan.graph
     same_tensors(model, graph)
-    copy = duplicate(model, {id(t): fresh_copy(t) for t in named_tensors(model).values()})
+    copy = independent_copy(model)
     tensors = named_tensors(copy)
     eps = {n: float(getattr(m, "eps", 0.0)) for n, m in copy.named_modules()}
     found = propagate(graph, partial(takes_bias, copy), partial(constant_rows, tensors=tensors, eps=eps))

@@ -196,7 +196,8 @@ def unreachable(graph: Graph, running: RunningCost, targets: Mapping[CostKind, f
         s.role == "out" and s.tensor in largest for s in g.slices)]
     layers = ", ".join(f"{t} {shown(kind, costs[t])}" for t in largest)
     pinned = f"; pinned: {'; '.join(in_way)}" if in_way else ""
-    meant = f"; for {targets[kind]:g} % give {targets[kind] / 100:g}" if kind != "latency_ms" and 1 < targets[kind] <= 100 else ""
+    percent = kind != "latency_ms" and 1 < targets[kind] <= 100
+    meant = f"; for {targets[kind]:g} % give {targets[kind] / 100:g}" if percent else ""
     return BudgetError(
         f"{kind}={shown(kind, targets[kind])} ({targets[kind] / dense[kind]:.1%} of {shown(kind, dense[kind])}) cannot be "
         f"reached: the least is {shown(kind, running.now[kind])} ({running.now[kind] / dense[kind]:.1%}). "

@@ -16,7 +16,7 @@ from ..inputs import flatten_tensors
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
-from ..surgery.copying import duplicate, fresh_copy, same_tensors
+from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors
 from .held_out import Measure, checked_inputs, divergences, images_wanted, joined, split
@@ -133,7 +133,7 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     outputs = {name: outputs[name] for name in reads}
     inputs = checked_inputs("reconstruct", batches, model, images, LEAST_IMAGES, images_wanted(plan.graph, reads))
     fit, judges = split(inputs, JUDGES, MOST_JUDGES)
-    cut = fresh(small)
+    cut = independent_copy(small)
     if outputs:
         count = sum(n for _, n in fit)
         per_image = {n: -(-max(LEAST_SAMPLES, SAMPLES_PER_INPUT * k) // count) for n, k in reads.items()}
@@ -169,15 +169,10 @@ def cut_tensors(small: nn.Module, kept: Kept) -> dict[str, Tensor]:
     return named
 
 
-def fresh(small: nn.Module) -> nn.Module:
-    """A copy that shares no tensor."""
-    return duplicate(small, {id(t): fresh_copy(t) for t in named_tensors(small).values()})
-
-
 def repaired(small: nn.Module, kept: Kept, targets: Mapping[str, Target], inputs: Any,
              stream_targets: bool, once: frozenset[int]) -> tuple[nn.Module, tuple[LayerRepair, ...]]:
     """A repaired copy of the cut network, and what was gained. `once`: the calls whose output one other call reads."""
-    model = fresh(small)
+    model = independent_copy(small)
     intercepts = give_intercepts(model, kept, targets)
     if hasattr(model, RECORD):
         record_biases(model, [place.into for place in intercepts.values() if place.kind == "new bias"])

@@ -25,7 +25,7 @@ from ..narrowing.optimizer import carry_optimizers
 from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded
-from ..surgery.copying import duplicate, fresh_copy, same_tensors
+from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
 from .placement import Scope, prepare, without_groups
@@ -195,7 +195,7 @@ class ResRep:
         channels of a plan that are not zero after all `steps` are cut.
         """
         source = self.model if model is None else model
-        small = duplicate(source, {id(t): fresh_copy(t) for t in named_tensors(source).values()})
+        small = independent_copy(source)
         reached = self.remaining()
         kept = self.candidates.planned(reached) if self.step >= self.steps else reached
         restructure(small, self.placement, self.kept, kept, "merge")

@@ -25,10 +25,6 @@ def parameter_like(t: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 
-def fresh_copy(t: Tensor) -> Tensor:
-    return parameter_like(t, t.detach().clone())
-
-
 def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
     """The parameters and buffers of the model. Raises PlanError if their names or shapes differ from the traced model."""
     tensors, traced = named_tensors(model), graph.shapes
@@ -120,6 +116,11 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
             raise
         raise TraceError(f"{computed[0]} holds a tensor that is computed from others (old-style weight_norm or prune): make it "
                          "permanent first, with torch.nn.utils.remove_weight_norm or prune.remove") from e
+
+
+def independent_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are fresh: no gradients, no history, nothing shared with `model`."""
+    return duplicate(model, {id(t): parameter_like(t, t.detach().clone()) for t in named_tensors(model).values()})
 
 
 @cache

@@ -21,7 +21,8 @@ CLASSES_ONLY = ("mixup", "cutmix", "smoothing")
 OURS = ("stage", "epoch", "epochs", "lr", "loss", "val_loss", "held_loss", "seconds", "images_per_second", "headline", "text",
         "error", "macs", "params", "size_mb", "latency_ms", "kept", "images", "losses", "method", "groups", "free", "folded",
         "held_out", "best_epoch", "network", "data", "time", "by_class",
-        "steps", "norms")
+        "steps", "norms",
+        "masked", "reached", "chosen", "zero", "least_norm", "mean_norm", "channels", "hard", "merged", "spread")
 """Names in the rows of the metrics that no figure may have."""
 
 

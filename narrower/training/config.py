@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
-
-AMP_DTYPES = ("bfloat16", "float16")
 
 
 def check(config: Any, **bounds: tuple[float, float]) -> None:
@@ -18,6 +16,13 @@ def check(config: Any, **bounds: tuple[float, float]) -> None:
         if value is not None and not low <= value <= high:
             allowed = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give a value of {allowed}")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ConfigError where a setting is none of the values of its `Literal` annotation."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and (value := getattr(config, name)) not in get_args(hint):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: take one of {', '.join(get_args(hint))}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class TrainConfig:
     reprob: Annotated[float, "probability that a part of an image is erased"] = 0.0
     clip_grad: Annotated[float | None, "clip the gradient to this norm"] = None
     amp: Annotated[bool, "compute in --amp-dtype where that is safe (weights stay float32)"] = False
-    amp_dtype: Annotated[str, "bfloat16, or float16 (its gradients are scaled)"] = "bfloat16"
+    amp_dtype: Annotated[Literal["bfloat16", "float16"], "bfloat16, or float16 (its gradients are scaled)"] = "bfloat16"
     torchcompile: Annotated[str | None, "train through torch.compile with this backend, such as inductor"] = None
     channels_last: Annotated[bool, "channels_last memory format: faster on most machines"] = False
     sync_bn: Annotated[bool, "with several processes: BatchNorm statistics over the images of all of them in training"] = False
@@ -68,8 +73,7 @@ class TrainConfig:
         check(self, epochs=(0, inf), batch_size=(1, inf), lr=(0, inf), momentum=(0, 1), weight_decay=(0, inf))
         check(self, grad_accum_steps=(1, inf), mixup=(0, inf), cutmix=(0, inf), reprob=(0, 1), warmup_lr=(0, inf))
         check(self, decay_epochs=(1e-9, inf), decay_rate=(0, 1))
-        if self.amp_dtype not in AMP_DTYPES:
-            raise ConfigError(f"--amp-dtype {self.amp_dtype}: take one of {', '.join(AMP_DTYPES)}")
+        check_choices(self)
         check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
         check(self, model_ema_decay=(0, 1), held_out=(0, inf), recalibrate=(0, inf))
         if self.model_ema and not self.held_out:

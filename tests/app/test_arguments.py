@@ -135,14 +135,19 @@ def test_a_run_gives_its_network_and_images_but_not_how_it_was_trained(tmp_path:
 
 
 @pytest.mark.parametrize(("given", "says"), [
-    ({"scope": "nonsense"}, "--scope nonsense: take 'inner' or 'all'"),
+    ({"scope": "nonsense"}, "--scope nonsense: take one of inner, all"),
     ({"tune_steps": 3, "reconstruct": False}, "--tune-steps tunes what was repaired, and --no-reconstruct repairs nothing"),
     ({"tune_steps": 3, "schedule": "layer"}, "--tune-steps tunes what was repaired, and --schedule layer repairs nothing"),
     ({"distill_features": 1, "distill": False}, "--distill-features is a part of the distillation, and --no-distill takes"),
+    ({"distill_weight": 1, "distill": False}, "--distill-weight is a part of the distillation"),
+    ({"tune_lr": 1e-3}, "--tune-lr is for --tune-steps, which is not given"),
+    ({"epochs_per_layer": 2}, "--epochs-per-layer is for --schedule layer"),
+    ({"allocate": "share", "remove": 0.5}, "--allocate spreads a budget, and --remove is none"),
+    ({"threads": 2}, "--threads is for --latency or --round-to auto, and neither is given"),
 ])
 def test_settings_that_others_leave_without_effect_are_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        PruneConfig(**given)
+        PruneConfig(**given).check_used("obs")
 
 
 def test_settings_of_other_methods_are_refused() -> None:

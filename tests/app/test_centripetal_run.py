@@ -63,7 +63,7 @@ def test_the_published_rule_ends_with_differences_which_are_said(capsys: pytest.
     (["--pull", '{"speed": 1}'], "take published, or JSON with together"),
     (["--pull", '{"together": 2}'], "together=2"),
     (["--pull", '{"together": "soon"}'], "--pull {'together': 'soon'}: "),
-    (["--scope", "outer"], "'inner' or 'all'"),
+    (["--scope", "outer"], "give inner or all"),
     (["--scope", "inner"], "cannot be reached"),
     (["--allocate", "norms"], "--allocate norms is for --method resrep"),
     (["--prior", "none"], "--prior none"),

@@ -28,7 +28,6 @@ from support.command_line import rows, weights
 import narrower
 from narrower.app import cli, run_folder, terminal
 from narrower.app.config import DataConfig, ModelConfig, PruneConfig, RunConfig
-from narrower.app.networks import Costs
 from narrower.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,9 +247,6 @@ def test_images_without_classes_are_enough_without_training(
     flat_images(folder / "flat")
     torch.manual_seed(0)
     torch.save(make_model("net.py:Net").state_dict(), "dense.pt")
-    module = sys.modules["narrower.app.prune"]  # the package has a function of this name
-    monkeypatch.setattr(module, "costs_of", lambda example, *networks: [Costs(1, 1, 1, 1) for _ in networks])
-    monkeypatch.setattr(module, "layer_times", lambda *_: {})
     images = [*SMALL, "--data-dir", "flat", "--workers", "0"]
     common = ["prune", *images, "--checkpoint", "dense.pt", "--method", "magnitude", "--remove", "0.25", "--images", "24"]
     assert cli.main([*common, "--epochs", "0", "--output", "run"]) == 0
@@ -265,7 +261,7 @@ def test_images_without_classes_are_enough_without_training(
     capsys.readouterr()
     for arguments, message in (
         ([*common, "--epochs", "1"], "train towards the dense network alone"),
-        ([*common, "--epochs", "1", "--distill-weight", "1", "--no-distill"], "train towards the dense network alone"),
+        ([*common, "--epochs", "1", "--no-distill"], "train towards the dense network alone"),
         ([*common, "--epochs", "0", "--method", "taylor"], "--method taylor needs labels"),
         (["sensitivity", *images, "--checkpoint", "dense.pt", "--method", "taylor"], "--method taylor needs labels"),
         ([*grid, "--seeds", "1", "--epochs", "1"], "train towards the dense network alone"),
@@ -310,7 +306,27 @@ def test_each_stage_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "recalibrate" in stages and not {"sensitivity", "reconstruct"} & {*stages}
     assert "BatchNorm renewed" in capsys.readouterr().out
     assert cli.main(["prune", *SHORT, "--allocate", "best", "--output", "other"]) == 2
-    assert "--allocate best: take one of measured, share" in capsys.readouterr().err
+    assert "--allocate best: give measured or share or norms" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "name", "expected"), [
+    (["--tune-steps", "2", "--tune-lr", "1e-3"], "tune", {"steps": 2, "lr": 1e-3}),
+    (["--distill-temperature", "2", "--distill-weight", "0.5", "--distill-features", "0.1", "--epochs", "1"], "Distillation",
+     {"temperature": 2.0, "weight": 0.5, "features": 0.1}),
+    (["--min-channels", "3"], "plan", {"min_channels": 3}),
+    (["--no-allow-inexact"], "trace", {"allow_inexact": False}),
+])  # fmt: skip
+def test_settings_reach_the_library(flags: list[str], name: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+                                    ) -> None:
+    given, plain = [], getattr(narrower, name)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        given.append(options)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(narrower, name, noted)
+    assert cli.main(["prune", *SMALL, "-b", "256", "--epochs", "0", "--dense-epochs", "0", *flags, "--output", "run"]) == 0
+    assert any(expected.items() <= options.items() for options in given)
 
 
 def test_trackers_get_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,7 +510,8 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--method", "resrep", "--prior", "none"], "give --allocate norms too", nothing),
     (["--method", "resrep", "--epochs", "0"], "needs --epochs", nothing),
     (["--method", "resrep", "--macs", "0.01"], "the least is", nothing),
-    (["--method", "resrep", "--scope", "outer"], "'inner' or 'all'", nothing),
+    (["--method", "resrep", "--scope", "outer"], "give inner or all", nothing),
+    (["--method", "resrep", "--no-reconstruct"], "--no-reconstruct is for --method obs or hrank or magnitude", nothing),
     (["--method", "resrep", "--forgetting", '{"lambda": 1}'], "it knows strength, warmup_steps", nothing),
     (["--images", "0"], "--images 0: give a value of at least 1", nothing),
     (["-b", "0"], "--batch-size 0", nothing),

@@ -151,4 +151,4 @@ def test_a_process_that_is_killed_ends_the_other_with_a_message(folder: Path) ->
     (survivor,) = outcomes(folder, "killed")
     assert survivor.code == 2 and survivor.err.count("\n") == 1
     assert "another process has stopped without a message; go on with --resume killed" in survivor.err
-    assert survivor.ended - float((folder / "killed.time").read_text()) < 20
+    assert survivor.ended - float((folder / "killed.time").read_text()) < 120  # else it waits for hours

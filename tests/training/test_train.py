@@ -34,7 +34,7 @@ def test_training_learns_and_logs_every_epoch() -> None:
     rows: list[dict[str, Any]] = []
     model = run(network(), config=replace(CONFIG, held_out=0), log=rows.append)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert rows[-1]["top1"] > 90 > 60 > 100 * rows[-1]["loss"] - 40
+    assert rows[-1]["top1"] > 90 and rows[-1]["loss"] < 1
     assert rows[-1]["top1"] == evaluate(model, data().val, accelerator=make_accelerator("cpu"))["top1"]
     assert all(row["images_per_second"] > 0 and row["seconds"] > 0 for row in rows)
 
