@@ -54,6 +54,8 @@ class ExportError(NarrowerError):
 
 class HubError(NarrowerError):
     """A hub of models cannot be reached or refuses, or has no such repository."""
+
+
 class NoiseError(NarrowerError):
     """Times on this machine spread so far that what they were measured for cannot be decided."""
 

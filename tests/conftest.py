@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -38,3 +39,20 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed also notes the whole stack for each kind of device
+
+
+@pytest.fixture(autouse=True, scope="module")  # some tests run their commands in a fixture of the module
+def quick_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs without what takes seconds and has tests of its own: reports, and stop-watches."""
+    if request.path.parent.name != "app":
+        yield
+        return
+    from narrower.app import cli, networks, prune
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "reporting" not in request.path.name:
+            patch.setattr(cli, "report_at_end", lambda *_: None)
+        patch.setattr(networks, "SECONDS", 0.0)
+        patch.setattr(networks, "ROUNDS", 1)
+        patch.setattr(prune, "LAYER_SECONDS", 0.0)
+        yield

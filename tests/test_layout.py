@@ -51,7 +51,6 @@ PUBLIC_OPTIONS = {"planning/plan.py plan", "resrep/trainer.py __init__", "distil
 TESTED_ELSEWHERE = {
     "__main__.py": "app/test_cli.py",
     "app/config.py": "app/test_cli.py: a setting is a flag of the command line",
-    "app/job.py": "app/test_cli.py: a job is one command at work",
     "app/networks.py": "app/test_cli.py",
     "app/oneshot.py": "app/test_cli.py",
     "app/prune.py": "app/test_cli.py",

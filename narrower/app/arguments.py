@@ -104,6 +104,10 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
     for name, sub in parsers.items():
         subcommands.add_subcommand(name, sub, help=commands[name].summary)
     name = next((text for text in arguments if text in commands), "")
+    if not name and not {"-h", "--help", "--version"}.intersection(arguments):
+        typed = next((text for text in arguments if not text.startswith("-")), "")
+        missing = f"there is no command {typed!r}{similar(typed, commands) or '.'}" if typed else "no command is given."
+        raise ConfigError(f"{missing} Take one of {', '.join(commands)} (each has --help)")
     parser.hints = parsers[name].hints if name else {}
     texts = with_fractions(arguments, parser.hints)
     given = parser.parse_args(texts)[name]

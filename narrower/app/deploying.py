@@ -47,7 +47,8 @@ def export_network(
     name = ("model.int8" if given.int8 else "model") + SUFFIXES[given.format]
     path = Path(given.output) if given.output else (folder or Path()) / name
     if not path.name.endswith(SUFFIXES[given.format]):
-        raise ConfigError(f"--output {path} must end in {SUFFIXES[given.format]} for --format {given.format}")
+        other = next((f", or give --format {name}" for name, suffix in SUFFIXES.items() if path.name.endswith(suffix)), "")
+        raise ConfigError(f"--output {path} must end in {SUFFIXES[given.format]} for --format {given.format}{other}")
     with report.busy(f"exporting to {path}"):
         return narrower.export(model.cpu(), images, path, dynamic_batch=given.fixed_batch is None, calibration=calibration)
 

@@ -29,7 +29,7 @@ from ..training.evaluate import evaluate_classes, headline
 from ..training.methods import Methods
 from ..training.optimizing import updates_per_epoch
 from ..training.train import TrainContext, train
-from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from .config import DataConfig, ModelConfig, PruneConfig, RunConfig, flag
 from .own_task import open_task
 from .resuming import WHERE, changes, check_start, fingerprint, named
 from .run_folder import IMAGES, INPUT_SIZE, WEIGHTS, Run
@@ -339,13 +339,22 @@ def reading_of(settings: Settings) -> Reading:
     )
 
 
+OF_DATASETS = ("train_split", "val_split", "input_key", "target_key", "dataset_download")
+"""Settings that only data sets of timm have."""
+
+
 def open_images(settings: Settings, report: Reporter) -> tuple[ImageData, Reading | None]:
     """The images that the settings name, and how they are read where no task does that. The default is the digits."""
     given = settings.data
     if given.task:
         return open_task(given, settings.train), None
+    dataset = given.dataset or ("" if given.data_dir else "digits")
+    unread = [name for name in OF_DATASETS if getattr(given, name) != getattr(DataConfig, name)]
+    if dataset in ("", "folder", "digits") and unread:
+        raise ConfigError(f"{flag(unread[0])} is for a data set of timm (--dataset), and the images are "
+                          f"{'the digits' if dataset == 'digits' else f'those in {given.data_dir}'}")
     reading, parts = reading_of(settings), Parts(given.train_split, given.val_split, given.input_key, given.target_key)
     return open_data(
-        given.dataset or ("" if given.data_dir else "digits"), given.data_dir, reading, parts=parts,
+        dataset, given.data_dir, reading, parts=parts,
         download=given.dataset_download, num_classes=settings.model.num_classes, watch=report.watch,
     ), reading  # fmt: skip

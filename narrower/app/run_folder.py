@@ -297,7 +297,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ConfigError: there is no run, or its settings cannot be read.
     """
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} is no run folder (no {CONFIG})")
+        weights = "; the weights in a file are given by --checkpoint, the network by --model" if folder.is_file() else ""
+        raise ConfigError(f"{folder} is no run folder (no {CONFIG}){weights}")
     return read_yaml(folder / CONFIG)
 
 

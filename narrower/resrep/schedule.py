@@ -25,7 +25,7 @@ class Forgetting:
       despite their higher momentum. Ten times that, as published, is too fast for short trainings.
     - threshold: a chosen row with a smaller norm counts as zero.
     - rest: once the budget is reached, only the network trains on. In the paper the compactors train on too.
-    - ranking: "norm" as published: lowest norm first. "share" as in `plan`: smallest share of the group's sum per cost saved.
+    - ranking: "norm" as published: lowest norm first. "share": smallest share of the group's sum of norms per cost saved.
     """
 
     strength: float = 1e-4

@@ -64,6 +64,7 @@ def test_flags_have_the_types_of_their_settings(arguments: str, group: str, fiel
     ("--nonsense", "there is no option --nonsense (all"),
     ("run surplus", "there is no option surplus (all"),
     ("surplus", "surplus is no run folder"),
+    (__file__, "(no config.yaml); the weights in a file are given by --checkpoint, the network by --model"),
     ("--steps 2 --remove 0.5", "--steps goes towards a budget"),
     ("--macs", "argument --macs: expected one argument"),
     ("--config nowhere.yaml", "cannot read nowhere.yaml"),
@@ -77,8 +78,8 @@ def test_what_is_wrong_is_said_in_one_line(arguments: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    ("", "one of {inspect,train,prune"),
-    ("nosuch", "invalid choice: 'nosuch'"),
+    ("", "no command is given. Take one of inspect, train, prune"),
+    ("prun --macs 0.5", "there is no command 'prun'; did you mean prune? Take one of"),
     ("bench", "the following arguments are required: networks"),
     ("eval --macs 0.5", "there is no option --macs (all options: narrower eval --help)"),
 ])

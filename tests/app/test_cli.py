@@ -514,6 +514,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--method", "resrep", "--no-reconstruct"], "--no-reconstruct is for --method obs or hrank or magnitude", nothing),
     (["--method", "resrep", "--forgetting", '{"lambda": 1}'], "it knows strength, warmup_steps", nothing),
     (["--images", "0"], "--images 0: give a value of at least 1", nothing),
+    (["--train-split", "all"], "--train-split is for a data set of timm (--dataset), and the images are the digits", nothing),
     (["-b", "0"], "--batch-size 0", nothing),
     (["--lr", "-1"], "--lr -1.0", nothing),
     (["--in-chans", "2"], "--in-chans 2", nothing),

@@ -87,7 +87,7 @@ def test_without_images_noise_is_compared(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(("arguments", "text"), [
     (["--model", "net.py:net"], "say what to export: a run folder, or --model with"),
     (["run", "--format", "tflite"], "take one of onnx, openvino, pt2, torchscript"),
-    (["run", "--format", "pt2", "--output", "net.onnx"], "--output net.onnx must end in .pt2"),
+    (["run", "--format", "pt2", "--output", "net.onnx"], "must end in .pt2 for --format pt2, or give --format onnx"),
     (["run", "--format", "pt2", "--int8"], "--int8 is for --format onnx"),
     (["--model", "net.py:net", "--checkpoint", "run/model.safetensors", "--int8"], "--int8 needs images for calibration"),
     (["nowhere"], "no run folder"),

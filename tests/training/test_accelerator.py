@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -70,7 +70,9 @@ def test_other_threads_leave_the_signals_alone() -> None:
 
 @pytest.mark.parametrize(("dtype", "operator"), [("bfloat16", "_is_mkldnn_bf16_supported"),
                                                  ("float16", "_is_mkldnn_fp16_supported")])
-def test_a_processor_without_the_short_type_emulates_it(monkeypatch: pytest.MonkeyPatch, dtype: str, operator: str) -> None:
+def test_a_processor_without_the_short_type_emulates_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: Literal["bfloat16", "float16"], operator: str
+) -> None:
     config = TrainConfig(amp=True, amp_dtype=dtype)
     for supported in (False, True):
         monkeypatch.setattr(torch.ops.mkldnn, operator, lambda found=supported: found)
