@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "narrower"
 # A package (or a module at the top) imports only those of a lower level. A new one must be given its level here.
 LEVELS: dict[str, int] = {
     "errors": 0, "inputs": 0,
-    "graph": 1,
+    "extras": 1, "graph": 1,
     "planning": 2, "surgery": 2,
     "batchnorm": 3, "tracing": 3,
     "measuring": 4, "narrowing": 4,
@@ -41,7 +41,7 @@ OPTIONAL_PACKAGES = {"numba", "timm", "jsonargparse", "torchvision", "accelerate
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 7
-MAX_TOP_MODULES = 8
+MAX_TOP_MODULES = 9
 # Public functions with more options than that: keyword-only, and each documented in the docstring.
 PUBLIC_OPTIONS = {"planning/plan.py plan", "resrep/trainer.py __init__", "distillation/tuning.py tune",
                   "allocation/measure.py sensitivity",

@@ -12,7 +12,7 @@ import yaml
 from test_layout import OPTIONAL_PACKAGES
 
 import narrower
-from narrower.deployment.extras import EXTRAS
+from narrower.extras import EXTRAS
 
 tomllib: Any = pytest.importorskip("tomllib")  # since Python 3.11
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_each_extra_that_is_named_anywhere_exists() -> None:
 
 
 def test_the_extra_that_a_message_names_brings_the_package() -> None:
-    wrong = {module: extra for module, extra in EXTRAS.items() if normal(module) not in packages(extra)}
+    wrong = {module: extra for module, extra in EXTRAS.items() if normal(DISTRIBUTIONS.get(module, module)) not in packages(extra)}
     assert not wrong
 
 

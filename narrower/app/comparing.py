@@ -13,8 +13,8 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from ..data.task import titled
-from ..deployment.extras import optional
 from ..errors import ConfigError, MissingExtraError, NarrowerError
+from ..extras import optional
 from ..soft.soft_pruning import PUBLISHED
 from ..storage import write_whole
 from ..training.agreement import first

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import narrower
 
-from ..deployment.extras import optional
 from ..errors import NarrowerError
+from ..extras import optional
 from ..measuring import macs_of
 from ..training.methods import Methods
 from . import run_folder

@@ -11,10 +11,10 @@ from torch import nn
 import narrower
 
 from ..deployment.elsewhere import read_latency_times
-from ..deployment.extras import optional
 from ..deployment.fitting import Trial, elsewhere, trial
 from ..deployment.formats import format_of
 from ..errors import ConfigError, NoiseError
+from ..extras import optional
 from ..planning.requests import read_latency
 from ..storage import write_whole
 from ..training.agreement import first

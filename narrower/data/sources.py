@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import ConfigError, DataError
+from ..extras import optional
 from .decoding import decoded
 from .images import Files, Images, LazyImages, Source, TensorImages, hold_out
 from .streams import StreamImages, shards_of
@@ -136,7 +137,8 @@ def open_data(
 
     Raises:
         DataError: there are no images, classes differ between the splits, or an image cannot be read.
-        ConfigError: a package or setting is missing, or there is a folder for the digits.
+        MissingExtraError: a package is missing.
+        ConfigError: a setting is missing, or there is a folder for the digits.
     """
     reading = reading or Reading()
     if dataset == "digits":
@@ -158,26 +160,18 @@ def digits(
     channels: int = 3,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
-    *,
-    test_size: float = 1 / 3,
-    seed: int = 0,
 ) -> ImageData:
     """The 1,797 8x8 digits of scikit-learn, enlarged to `size` px, in a stratified split.
 
     Training shifts them by up to size / 8 pixels and never mirrors them.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ConfigError("the digits need scikit-learn: pip install 'narrower[cli]'") from error
-
-    bunch = load_digits()
+    bunch = optional("sklearn.datasets").load_digits()
     pixels = torch.tensor(bunch.images, dtype=torch.float32)[:, None] * (255 / 16)
     pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
     images = pixels.to(torch.uint8).expand(-1, channels, -1, -1)
     labels = torch.tensor(bunch.target)
-    train, val = train_test_split(np.arange(len(labels)), test_size=test_size, stratify=labels, random_state=seed)
+    split = optional("sklearn.model_selection").train_test_split
+    train, val = split(np.arange(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
 
     def read(split: str) -> Images:
         index = torch.from_numpy(np.sort(train if split == "train" else val))
@@ -206,18 +200,14 @@ def folder(root: Path, reading: Reading, watch: Watch = silent) -> ImageData:
 
 def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
     """The images of one split, and its classes in timm's natural order (2 before 10)."""
-    try:
-        from timm.data.readers.reader_image_folder import find_images_and_targets
-        from timm.utils.misc import natural_key
-    except ImportError as error:
-        raise ConfigError("reading folders needs timm: pip install 'narrower[cli]'") from error
-
+    natural_key = optional("timm.utils.misc").natural_key
     names = FOLDERS[split]
     place = next((root / name for name in names if (root / name).is_dir()), None)
     if place is None:
         inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
         raise DataError(f"{root} has no folder {' or '.join(names)} (found: {inside}); expected train/<class>/<image>")
-    samples, _ = find_images_and_targets(str(place), types=SUFFIXES)  # its classes are the innermost folders
+    reader = optional("timm.data.readers.reader_image_folder")
+    samples, _ = reader.find_images_and_targets(str(place), types=SUFFIXES)  # its classes are the innermost folders
     start = len(str(place))
     paths = [path for path, _ in samples if f"{os.sep}." not in path[start:]]
     if not paths:
@@ -234,17 +224,13 @@ def from_timm(
     num_classes: int | None = None, watch: Watch = silent,
 ) -> ImageData:  # fmt: skip
     """A data set of timm's `create_dataset`."""
-    try:
-        from timm.data import create_dataset
-    except ImportError as error:
-        raise ConfigError(f"dataset {name!r} needs timm: pip install 'narrower[cli]'") from error
-
+    timm = optional("timm.data")
     if root is None and not name.lower().startswith(("hfds/", "hfids/")):
         raise ConfigError(f"--dataset {name} needs --data-dir: the folder where the data are, or go to")
     place, parts = None if root is None else str(root), parts or Parts()
     try:
         found = {
-            split: create_dataset(name, place, split=theirs, is_training=split == "train", download=download,
+            split: timm.create_dataset(name, place, split=theirs, is_training=split == "train", download=download,
                                   input_img_mode=reading.mode, input_key=parts.images, target_key=parts.labels)
             for split, theirs in (("train", parts.train), ("val", parts.val))
         }  # fmt: skip
@@ -334,18 +320,16 @@ def augmentation(reading: Reading) -> Callable[[Any], Any] | None:
     """timm's augmentation of a PIL image by name, None where there is no name.
 
     Raises:
-        ConfigError: timm is missing, or has no such augmentation, or none for images of one channel.
+        MissingExtraError: timm is missing.
+        ConfigError: timm has no such augmentation, or none for images of one channel.
     """
     if reading.aa is None:
         return None
     if reading.channels != 3:
         raise ConfigError(f"--aa {reading.aa} is for images of 3 channels, these have {reading.channels}")
-    try:
-        from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-    except ImportError as error:
-        raise ConfigError("--aa needs timm: pip install 'narrower[cli]'") from error
-    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
-    make = next((make for start, make in makers.items() if reading.aa.startswith(start)), auto_augment_transform)
+    timm = optional("timm.data.auto_augment")
+    makers = {"rand": timm.rand_augment_transform, "augmix": timm.augment_and_mix_transform}
+    make = next((make for start, make in makers.items() if reading.aa.startswith(start)), timm.auto_augment_transform)
     try:
         return make(reading.aa, {"translate_const": 10, "img_mean": tuple(round(255 * value) for value in reading.mean)})
     except (AssertionError, ValueError, KeyError) as error:

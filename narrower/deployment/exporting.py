@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, NarrowerError
+from ..extras import optional
 from ..inputs import call_model, flatten_tensors, map_tensors
 from ..surgery.walk import in_eval_mode
-from .extras import optional
 from .formats import Format, Writer, format_of
 from .int8 import quantize, relative_error
 

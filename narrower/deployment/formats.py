@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..extras import optional
 from ..inputs import call_model, flatten_tensors
-from .extras import optional
 from .layer_times import open_session
 
 Writer = Callable[[nn.Module, Any, Path, bool], None]

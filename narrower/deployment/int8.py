@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..extras import optional
 from ..inputs import model_inputs
-from .extras import optional
 from .formats import by_name
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, HubError, similar
+from ..extras import optional
 from ..sharing import reach
 from .densenet import cifar_densenet40
 from .googlenet import cifar_googlenet
@@ -59,7 +60,8 @@ def make_model(
         kwargs: passed on to the factory.
 
     Raises:
-        ConfigError: the name is unknown, its library is missing, or the factory fails with these arguments.
+        MissingExtraError: the library of the network is missing.
+        ConfigError: the name is unknown, or the factory fails with these arguments.
     """
     if ":" in name:
         return _own(name, num_classes, pretrained, in_channels, kwargs)
@@ -144,11 +146,7 @@ def _unknown(name: str, known: list[str], hint: str) -> ConfigError:
 
 
 def _timm(name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(f"{name!r} is looked up in timm, which is missing: pip install 'narrower[cli]'") from error
-
+    timm = optional("timm")
     if not timm.is_model(name):  # is_model takes `name.tag` too
         hint = "names are ours (cifar_...), timm's, torchvision/NAME or package.module:factory"
         raise _unknown(name, [*CIFAR_MODELS, *timm.list_models()], hint)
@@ -173,11 +171,7 @@ def _reach_hub(name: str) -> None:
 def _torchvision(
     name: str, num_classes: int | None, pretrained: bool, in_channels: int, kwargs: dict[str, Any]
 ) -> nn.Module:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise ConfigError("torchvision is missing: pip install 'narrower[cli]'") from error
-
+    models = optional("torchvision.models")
     if name not in models.list_models():
         raise _unknown(f"torchvision/{name}", [f"torchvision/{known}" for known in models.list_models()], "torchvision")
     if in_channels != 3:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import MissingExtraError
+from ..extras import optional
 
 DENSE, NARROW, CHOSEN = "#9aa5b1", "#2f7fc1", "#d9480f"
 DEPTH = ("#3b6fd4", "#2fa39a", "#e0962a")
@@ -17,18 +16,9 @@ MOST_NAMES = 64
 """With more bars than this, names cannot be read, and only every n-th is written."""
 
 
-def matplotlib(name: str = "matplotlib") -> Any:
-    """The module `matplotlib`, or one of it. Raises MissingExtraError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(f"matplotlib is missing ({error}): pip install 'narrower[report]'") from error
-
-
 def new_axes(bars: int = 0) -> Any:
     """Axes in a figure of their own, as wide as that many bars need."""
-    matplotlib()
-    return matplotlib("matplotlib.pyplot").subplots(figsize=(width_for(bars), 4.2), layout="constrained")[1]
+    return optional("matplotlib.pyplot").subplots(figsize=(width_for(bars), 4.2), layout="constrained")[1]
 
 
 def width_for(bars: int) -> float:
@@ -80,7 +70,7 @@ def draw_damage(axes: Any, sensitivity: Damages, removed: Mapping[str, float] | 
 
     Points: as measured. Lines: as a plan reads them. `removed`: {group: the share that a plan removes}, drawn as circles.
     """
-    colours = matplotlib("matplotlib.colors").LinearSegmentedColormap.from_list("depth", DEPTH)
+    colours = optional("matplotlib.colors").LinearSegmentedColormap.from_list("depth", DEPTH)
     curves = sensitivity.curves
     floor = floor_of(sensitivity)
     for k, curve in enumerate(curves):

@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
-from ..deployment.extras import optional
 from ..errors import ConfigError, MissingExtraError, similar
+from ..extras import optional
 from .facts import Facts
 from .sections import stages
 

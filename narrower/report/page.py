@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib.resources import files
 
-from ..errors import MissingExtraError
-from ..planning.drawing import matplotlib
+from ..extras import optional
 from .facts import Facts
 from .sections import sections
 
@@ -21,11 +19,8 @@ def render(facts: Facts) -> tuple[str, dict[str, bytes]]:
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    try:
-        jinja2 = importlib.import_module("jinja2")
-    except ImportError as error:
-        raise MissingExtraError(f"jinja2 is missing ({error}): pip install 'narrower[report]'") from error
-    matplotlib()
+    jinja2 = optional("jinja2")
+    optional("matplotlib")
     made = sections(facts)
     text = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..planning.drawing import DENSE, NARROW, draw_bars, draw_damage, matplotlib, width_for
+from ..extras import optional
+from ..planning.drawing import DENSE, NARROW, draw_bars, draw_damage, width_for
 from .by_class import Class
 from .facts import Facts, Row, Scored
 
@@ -51,7 +52,7 @@ class Picture(NamedTuple):
 @contextmanager
 def figure(width: float, height: float) -> Iterator[tuple[Figure, io.BytesIO]]:
     """A figure of so many inches, and the file that it is written to at the end."""
-    matplotlib()
+    optional("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

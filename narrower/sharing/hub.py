@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..deployment.extras import optional
 from ..errors import HubError, NarrowerError, StorageError
+from ..extras import optional
 from ..storage import META, WEIGHTS
 from .checksums import SUMS, check_files
 

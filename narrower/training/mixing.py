@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.images import Batch
 from ..data.seeding import seed_all
-from ..errors import ConfigError
+from ..extras import optional
 from .config import TrainConfig
 
 
@@ -20,20 +20,15 @@ class Mixing:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        """Raises ConfigError if timm is missing and something is to be mixed or erased."""
+        """Raises MissingExtraError if timm is missing and something is to be mixed or erased."""
         self.mixup: Any = None
         self.erasing: Any = None
         if not (config.mixup or config.cutmix or config.reprob):
             return
-        try:
-            from timm.data.mixup import Mixup
-            from timm.data.random_erasing import RandomErasing
-        except ImportError as error:
-            raise ConfigError("--mixup, --cutmix and --reprob need timm: pip install 'narrower[cli]'") from error
         if config.mixup or config.cutmix:
-            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=0.0)  # the loss smooths
+            self.mixup = optional("timm.data.mixup").Mixup(config.mixup, config.cutmix, label_smoothing=0.0)  # the loss smooths
         if config.reprob:
-            self.erasing = RandomErasing(config.reprob, mode="pixel", device=str(device))
+            self.erasing = optional("timm.data.random_erasing").RandomErasing(config.reprob, mode="pixel", device=str(device))
 
     def __call__(self, x: Tensor, y: Any, classes: int | None, seed: int) -> Batch:
         """The batch, and its targets: as they are, or, where images are mixed, the share of each class, `[N, classes]`.

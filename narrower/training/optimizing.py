@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..extras import optional
 from ..resrep.trainer import ResRep
 from .config import TrainConfig
-
-MISSING = "training needs timm: pip install 'narrower[cli]'"
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None = None) -> torch.optim.Optimizer:
@@ -21,21 +20,19 @@ def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None 
     Weight decay is of all parameters.
 
     Raises:
-        ConfigError: timm is missing or has no such optimizer, its settings are wrong, or ResRep cannot work with it.
+        MissingExtraError: timm is missing.
+        ConfigError: timm has no such optimizer, its settings are wrong, or ResRep cannot work with it.
     """
-    try:
-        from timm.optim import create_optimizer_v2, list_optimizers
-    except ImportError as error:
-        raise ConfigError(MISSING) from error
+    timm = optional("timm.optim")
     if resrep is not None and config.opt != "sgd":
         raise ConfigError(f"--opt {config.opt}: ResRep moves its compactors by SGD with momentum, as published: take --opt sgd")
     given: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     groups = list(model.parameters()) if resrep is None else resrep.param_groups(**given)
     own = {"nesterov": config.momentum > 0} if config.opt == "sgd" else {}
-    if config.opt not in list_optimizers():
-        raise ConfigError(f"--opt {config.opt}: timm knows {', '.join(list_optimizers(exclude_filters=['bnb*']))}")
+    if config.opt not in timm.list_optimizers():
+        raise ConfigError(f"--opt {config.opt}: timm knows {', '.join(timm.list_optimizers(exclude_filters=['bnb*']))}")
     try:
-        return create_optimizer_v2(groups, config.opt, **given, **{**own, **config.opt_kwargs})
+        return timm.create_optimizer_v2(groups, config.opt, **given, **{**own, **config.opt_kwargs})
     except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:  # each has its own checks
         raise ConfigError(f"--opt {config.opt} --opt-kwargs {config.opt_kwargs}: {error}") from error
 
@@ -46,18 +43,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates
     It has no state: `step_update(n)` sets the rates of step n. All groups begin at `config.lr`, times their `lr_scale`.
 
     Raises:
-        ConfigError: timm is missing, or has no such schedule without state.
+        MissingExtraError: timm is missing.
+        ConfigError: timm has no such schedule without state.
     """
-    try:
-        from timm.scheduler import create_scheduler_v2
-    except ImportError as error:
-        raise ConfigError(MISSING) from error
+    timm = optional("timm.scheduler")
     for group in optimizer.param_groups:
         group["initial_lr"], group["lr"] = config.lr, config.lr * group.get("lr_scale", 1.0)
     if config.sched == "plateau":
         raise ConfigError("--sched plateau looks at results, so a run that goes on would differ: take another schedule")
     try:
-        schedule, _ = create_scheduler_v2(
+        schedule, _ = timm.create_scheduler_v2(
             optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
             warmup_lr=min(config.warmup_lr, config.lr), min_lr=config.min_lr, decay_epochs=config.decay_epochs,
             decay_milestones=config.decay_milestones, decay_rate=config.decay_rate, step_on_epochs=False,
@@ -79,14 +74,11 @@ def make_average(model: nn.Module, config: TrainConfig, narrows: bool = False) -
     """timm's moving average of the weights, where `config.model_ema` asks for it.
 
     Raises:
-        ConfigError: timm is missing, or the network narrows in the training: what is averaged would be another one.
+        MissingExtraError: timm is missing.
+        ConfigError: the network narrows in the training: what is averaged would be another one.
     """
     if not config.model_ema:
         return None
     if narrows:
         raise ConfigError("--model-ema: the network becomes narrower in the training, so its weights cannot be averaged")
-    try:
-        from timm.utils import ModelEmaV3
-    except ImportError as error:
-        raise ConfigError("--model-ema needs timm: pip install 'narrower[cli]'") from error
-    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True)
+    return optional("timm.utils").ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=True)

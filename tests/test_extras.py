@@ -9,7 +9,7 @@ import pytest
 from support.networks import IMAGES, Plain
 
 import narrower
-from narrower.deployment.extras import optional
+from narrower.extras import optional
 
 
 @pytest.mark.parametrize(("package", "extra", "file"), [
