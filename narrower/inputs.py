@@ -46,9 +46,21 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices: Apple's GPUs
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type not in WITHOUT_FLOAT64
+
+
 def precise(t: Tensor) -> Tensor:
-    """A tensor in float64, for long sums and for merging weights. In float32 on Apple's GPUs, which have no float64."""
-    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+    """A tensor in float64, for long sums and for merging weights. In float32 where its device has no float64."""
+    return t.to(torch.float64 if has_float64(t.device) else torch.float32)
+
+
+def as_float64(t: Tensor) -> Tensor:
+    """A tensor in float64, on the CPU where its device has no float64."""
+    return (t if has_float64(t.device) else t.cpu()).double()
 
 
 def map_tensors(x: Any, f: Callable[[Tensor], Any]) -> Any:

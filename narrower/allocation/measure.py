@@ -17,7 +17,7 @@ from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
 from ..repair.held_out import Comparison, Measure, checked_inputs, images_wanted, input_counts, split
 from ..repair.second_moments import SecondMoments, repaired, second_moments
-from ..surgery.copying import independent_copy, same_tensors
+from ..surgery.copying import independent_copy, same_tensors, where_float64_is
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.interface import address
@@ -64,6 +64,7 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
     are of another graph; ConfigError for an unknown measure.
     """
     same_tensors(model, graph)
+    model = where_float64_is(model)
     values = checked_scores(graph, scores, set())
     counts = input_counts(graph)
     inputs = checked_inputs("sensitivity", batches, model, images, 2 * MEASURED, images_wanted(graph, counts))

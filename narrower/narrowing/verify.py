@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import VerifyError
 from ..graph.selection import Kept
 from ..graph.types import Mixer, Product
-from ..inputs import flatten_tensors, map_tensors
+from ..inputs import device_of, flatten_tensors, has_float64, map_tensors
 from ..planning.plan import Plan
-from ..surgery.copying import duplicate, same_tensors
+from ..surgery.copying import duplicate, same_tensors, where_float64_is
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
@@ -54,7 +55,9 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance
     same_tensors(model, plan.graph)
-    inputs = map_tensors(example_inputs, lambda t: t.detach().to(kind) if t.is_floating_point() else t.detach())
+    if kind == torch.float64:
+        model, small = where_float64_is(model), where_float64_is(small)
+    inputs = map_tensors(example_inputs, partial(as_input, kind=kind, device=device_of(model)))
     reference = mask_consumers(model, kept).to(kind).eval()
     memo = {id(t): t.detach().clone() for t in small.buffers()}
     candidate = duplicate(small, memo).to(kind).eval()
@@ -109,6 +112,12 @@ def largest_difference(want: Sequence[Tensor], have: Sequence[Tensor]) -> float:
         rounding = a.dtype == torch.float64 and gap <= ROUNDING * largest
         worst = max(worst, gap / (largest if alike or rounding else spread)) if gap == gap else gap
     return worst
+
+
+def as_input(t: Tensor, kind: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor for a model of that floating dtype, on its device if its own has no float64."""
+    t = t.detach() if has_float64(t.device) else t.detach().to(device)
+    return t.to(kind) if t.is_floating_point() else t
 
 
 def mask_consumers(model: nn.Module, kept: Kept) -> nn.Module:

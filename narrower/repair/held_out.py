@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
 from ..graph.types import Graph
-from ..inputs import call_model, flatten_tensors, map_tensors, samples, shapes_of
+from ..inputs import as_float64, call_model, flatten_tensors, map_tensors, samples, shapes_of
 from ..surgery.walk import in_eval_mode
 
 Measure = Literal["kl", "relative"]
@@ -102,7 +102,7 @@ class Comparison:
         """The dense output on the next chunk. Raises DataError if it holds nothing that can be compared."""
         self.measure = measure_of(out, self.given)
         self.want = [t.clone() for t in floats(out)]
-        doubles = [t.detach().double() for t in self.want]
+        doubles = [as_float64(t.detach()) for t in self.want]
         self.sizes = self.sizes + np.array([[t.numel(), float(t.sum()), float(t.square().sum())] for t in doubles]).T
 
     def other(self, network: int, out: Any) -> None:
@@ -113,7 +113,7 @@ class Comparison:
         if self.measure == "kl":
             errors = [kl_divergence(self.want[0], found[0])]
         else:
-            errors = [float((a - b).double().square().sum()) for a, b in zip(self.want, found, strict=True)]
+            errors = [float(as_float64(a - b).square().sum()) for a, b in zip(self.want, found, strict=True)]
         self.errors[network] = self.errors[network] + np.array(errors)
 
     def values(self) -> list[float]:
@@ -167,7 +167,7 @@ def divergences(dense: nn.Module, others: Sequence[nn.Module], inputs: Iterable[
 
 def kl_divergence(dense: Tensor, other: Tensor) -> float:
     """KL(dense || other) over dimension 1, in nats, summed over images and positions."""
-    p, q = dense.double().log_softmax(1), other.double().log_softmax(1)
+    p, q = as_float64(dense).log_softmax(1), as_float64(other).log_softmax(1)
     return float((p.exp() * (p - q)).sum())
 
 

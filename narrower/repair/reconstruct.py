@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..errors import DataError, PlanError
 from ..graph.selection import Kept
 from ..graph.types import html_table, table
-from ..inputs import flatten_tensors
+from ..inputs import device_of, flatten_tensors
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
-from ..surgery.copying import independent_copy, same_tensors
+from ..surgery.copying import independent_copy, moved, same_tensors, where_float64_is
 from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors
 from .held_out import Measure, checked_inputs, divergences, images_wanted, joined, split
@@ -124,13 +124,9 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     that were traced, or those of `small` not those that the plan leaves.
     """
     same_tensors(model, plan.graph)
-    kept = Kept(plan.graph, plan.keep)
-    named = cut_tensors(small, kept)
-    outputs, left = losing_inputs(kept)
-    reads = {name: named[name][0].numel() for name in outputs}
-    wide = [name for name, count in reads.items() if count > MOST_INPUTS]
-    left |= {name: f"it has {reads.pop(name):,} inputs, more than can be solved for ({MOST_INPUTS:,})" for name in wide}
-    outputs = {name: outputs[name] for name in reads}
+    kept, home = Kept(plan.graph, plan.keep), device_of(small)
+    model, small = where_float64_is(model), where_float64_is(small)
+    outputs, reads, left = solvable(kept, cut_tensors(small, kept))
     inputs = checked_inputs("reconstruct", batches, model, images, LEAST_IMAGES, images_wanted(plan.graph, reads))
     fit, judges = split(inputs, JUDGES, MOST_JUDGES)
     cut = independent_copy(small)
@@ -141,7 +137,7 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
             targets, unseen, once = dense_targets(model, outputs, per_image, fit)
         left |= unseen
     if not outputs or not targets:
-        return Reconstruction(cut, (), left, CUT, {}, "", 0)
+        return Reconstruction(moved(cut, home), (), left, CUT, {}, "", 0)
     ways = [stream_targets] if stream_targets is not None else [False, True]
     if all(t.stream is None for t in targets.values()):
         ways = ways[:1]
@@ -154,7 +150,8 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     best = min(by_name, key=lambda name: by_name[name])
     if best == CUT:
         left |= dict.fromkeys(targets, "no repair brings the outputs nearer to the dense ones")
-    return Reconstruction(*found[best], left, best, by_name, measure, sum(n for _, n in judges))
+    nearest, layers = found[best]
+    return Reconstruction(moved(nearest, home), layers, left, best, by_name, measure, sum(n for _, n in judges))
 
 
 def cut_tensors(small: nn.Module, kept: Kept) -> dict[str, Tensor]:
@@ -167,6 +164,16 @@ def cut_tensors(small: nn.Module, kept: Kept) -> dict[str, Tensor]:
             raise PlanError(f"the network to repair is not what this plan leaves: {name} is {found}, should be {want}; give "
                             "reconstruct what narrow(model, plan) returned")
     return named
+
+
+def solvable(kept: Kept, named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
+    """Of the weights that have lost inputs: the dense output channels that their layers still have, how many inputs each
+    reads at a position, and why others cannot be repaired. `named`: the tensors of the cut network."""
+    outputs, left = losing_inputs(kept)
+    reads = {name: named[name][0].numel() for name in outputs}
+    wide = [name for name, count in reads.items() if count > MOST_INPUTS]
+    left |= {name: f"it has {reads.pop(name):,} inputs, more than can be solved for ({MOST_INPUTS:,})" for name in wide}
+    return {name: outputs[name] for name in reads}, reads, left
 
 
 def repaired(small: nn.Module, kept: Kept, targets: Mapping[str, Target], inputs: Any,

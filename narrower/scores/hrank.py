@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import DataError
 from ..graph.selection import Keep
 from ..graph.types import ChannelMap, Graph, MapSource, Scores
-from ..inputs import samples
+from ..inputs import as_float64, samples
 from ..planning.plan import plan
 from ..surgery.walk import in_eval_mode, named_tensors
 from ..tracing.interpreter import run_forward
@@ -103,7 +103,7 @@ class Maps(TorchDispatchMode):
         if maps.ndim > 4:  # video: a map for each frame
             maps = maps.flatten(2, -3)
         try:
-            ranks = rank(maps).double()
+            ranks = as_float64(rank(maps))
         except ValueError as e:
             raise DataError(f"the maps that {source.weight or 'a pooling or convolution'} reads are not finite: {e}") from e
         mean = ranks.view(*maps.shape[:2], -1).mean((0, 2))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..inputs import has_float64
 from . import matrix_rank_numba
 
 _EPS = torch.finfo(torch.float32).eps
@@ -55,7 +56,7 @@ def rank(maps: Tensor) -> Tensor:
         raise ValueError(f"rank takes floating maps of shape (..., H, W), not {maps.dtype} of {tuple(maps.shape)}")
     *batch, height, width = maps.shape
     flat = maps.detach().reshape(math.prod(batch), height, width)
-    if flat.device.type == "mps":  # has no float64
+    if not has_float64(flat.device):
         flat = flat.cpu()
     if height > width:
         flat = flat.mT

@@ -14,7 +14,7 @@ from ..graph.types import ChannelGroup, Graph, Scores
 from ..repair import held_out
 from ..repair.patches import as_matrix
 from ..repair.second_moments import SecondMoments, ridge_factor, second_moments
-from ..surgery.copying import same_tensors
+from ..surgery.copying import same_tensors, where_float64_is
 from ..surgery.walk import in_eval_mode, named_tensors
 from .weights import magnitude
 
@@ -44,6 +44,7 @@ def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int |
     is not finite, PlanError if the model is not the one that was traced.
     """
     same_tensors(model, graph)
+    model = where_float64_is(model)
     counts = held_out.input_counts(graph)
     inputs = held_out.checked_inputs("obs", batches, model, images, 1, held_out.images_wanted(graph, counts))
     with in_eval_mode(model):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError, TraceError
 from ..graph.types import Graph
-from ..inputs import map_tensors
+from ..inputs import device_of, has_float64, map_tensors
 from .walk import keep_modes, named_tensors, tensor_shapes
 
 
@@ -121,6 +121,19 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 def independent_copy(model: nn.Module) -> nn.Module:
     """A deep copy whose parameters and buffers are fresh: no gradients, no history, nothing shared with `model`."""
     return duplicate(model, {id(t): parameter_like(t, t.detach().clone()) for t in named_tensors(model).values()})
+
+
+def moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, or a copy of it on `device` if it is elsewhere."""
+    if device_of(model) == device:
+        return model
+    return duplicate(model, {id(t): parameter_like(t, t.detach().to(device, copy=True))
+                             for t in (*named_tensors(model).values(), *loose_tensors(model))})
+
+
+def where_float64_is(model: nn.Module) -> nn.Module:
+    """The model, or a copy of it on the CPU if its device has no float64."""
+    return model if has_float64(device_of(model)) else moved(model, torch.device("cpu"))
 
 
 @cache

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+
+APPLE = torch.device("meta")
 
 
 class NoFloat64(TorchDispatchMode):
@@ -19,6 +21,39 @@ class NoFloat64(TorchDispatchMode):
         if func is not torch.ops.aten.lift_fresh.default:  # numbers on their way to the device
             assert all(not isinstance(t, torch.Tensor) or t.dtype != torch.float64 for t in tree_leaves(out)), func
         return out
+
+
+class OnApple(torch.Tensor):
+    """A tensor that says it is on a device without float64, and cannot be float64. Its values are on the CPU."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> OnApple:
+        if values.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        t = torch.Tensor._make_wrapper_subclass(cls, values.shape, values.stride(), dtype=values.dtype, device=APPLE)
+        t.held = values
+        return t
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        there = {id(t.held): t for t in tree_leaves((args, kwargs)) if isinstance(t, OnApple)}
+        device = (kwargs or {}).get("device")
+        args, kwargs = tree_map(lambda t: t.held if isinstance(t, OnApple) else t, (args, kwargs or {}))
+        out = func(*args, **(kwargs if device is None else kwargs | {"device": "cpu"}))
+        if device is not None and device.type == "cpu":
+            return out
+        return tree_map(lambda t: there[id(t)] if id(t) in there else OnApple(t) if isinstance(t, torch.Tensor) else t, out)
+
+
+class Apple(TorchDispatchMode):
+    """Within, tensors can be made on and moved to `APPLE`. Only the device of meta tensors can be played without a driver."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (kwargs or {}).get("device") == APPLE:
+            return OnApple.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def without_float64(monkeypatch: pytest.MonkeyPatch, *modules: str) -> NoFloat64:

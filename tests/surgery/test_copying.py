@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support import reference
 from support.networks import IMAGES, PATTERNS
 from torch import nn
 
-from narrower.surgery.copying import duplicate
+from narrower.surgery.copying import duplicate, loose_tensors, moved
 from narrower.surgery.walk import named_tensors
 
 
@@ -45,3 +47,15 @@ def test_a_duplicate_keeps_what_refers_to_its_own_parts() -> None:
     assert dup.parts[0] is dup.conv is dup.parts[1]["again"] is not model.conv  # type: ignore[index]
     assert dup.me[0] is dup and dup.config is not model.config  # type: ignore[index]
     dup(IMAGES)
+
+
+def test_a_moved_model_is_a_copy_with_its_loose_tensors_and_the_same_model_where_it_is_already() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[0].scale = torch.ones(4)
+    model[1].weight = model[0].bias  # tied
+    there: Any = moved(model, torch.device("meta"))
+    tensors = [*named_tensors(there).values(), *loose_tensors(there)]
+    assert {t.device.type for t in tensors} == {"meta"} and len(tensors) == 8
+    assert there[1].weight is there[0].bias and isinstance(there[0].bias, nn.Parameter)
+    assert {t.device.type for t in (*named_tensors(model).values(), *loose_tensors(model))} == {"cpu"}
+    assert moved(model, torch.device("cpu")) is model
