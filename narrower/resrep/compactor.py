@@ -21,7 +21,7 @@ class Compactor(nn.Module):
 
     `weight` is `(K, C)` for a full compactor, `(blocks, K / blocks, C / blocks)` for a block-diagonal and `(K,)` for a
     diagonal one. K = C at first. `rows` `(K,)` and `columns` `(C,)` are the remaining rows and input channels of the dense
-    network, ascending.
+    network, ascending. The weight is at least float32: in half precision the small steps of a row near one would round to none.
 
     Buffers, `(K,)` each: `chosen` rows are being shrunk to zero. `gone` rows stay zero. `penalised` is 1 for rows with a
     penalty and 0 for others. `variance` is a running variance of the output over batch and space. It is measured on whole
@@ -40,19 +40,19 @@ class Compactor(nn.Module):
         self.following = True  # whether the next forward in train mode updates `variance`
         self.shrinking = False  # whether there are chosen rows, known without a device sync
         self.frozen = False  # merged already: the identity, which no longer trains
-        ones = torch.ones(site.size, dtype=like.dtype, device=like.device)
+        ones = torch.ones(site.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         self.weight = nn.Parameter(diagonal(ones, site))
         self.register_buffer("chosen", torch.zeros(site.size, dtype=torch.bool, device=like.device))
         self.register_buffer("gone", self.chosen.clone())
         self.register_buffer("penalised", torch.zeros_like(ones), persistent=False)
-        self.register_buffer("variance", ones[:0] if variance is None else variance.detach().clone())
+        self.register_buffer("variance", ones[:0] if variance is None else variance.detach().to(ones.dtype, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.frozen:
             return x
-        w = self.weight
+        w = self.weight.to(x.dtype)
         if w.dim() == 1:
-            return x * w.to(x.dtype) if self.dim == -1 else x * w.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+            return x * w if self.dim == -1 else x * w.view(-1, *(1,) * (x.dim() - 2))
         blocks = w.shape[0] if w.dim() == 3 else 1
         kernel = w.flatten(0, -2)
         if x.dim() == 2:

@@ -20,6 +20,7 @@ from ..graph.cost import CostKind, CostModel
 from ..graph.equal_counts import Component
 from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph, html_table
+from ..inputs import precise
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizers
 from ..narrowing.step_hooks import hook_steps
@@ -107,7 +108,7 @@ class ResRep:
         for name, site in self.placement.sites.items():
             variance = None
             if site.norm is not None and site.kind != "diagonal":
-                variance = named[f"{site.norm}.weight"].detach() ** 2
+                variance = precise(named[f"{site.norm}.weight"].detach()) ** 2
             insert_compactor(self.model.get_submodule(name), Compactor(site, named[site.rows[0]], variance))
         for name, rows in self.row_maps():
             compactor_at(self.model, name).penalised[rows.positions] = 1
