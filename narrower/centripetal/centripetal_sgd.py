@@ -7,8 +7,8 @@ that are identical are merged without a loss: one of them stays, and what read t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -82,10 +82,12 @@ class CentripetalSGD:
         widths = widths_of(plan, graph, self.reasons)
         self.clusters: dict[str, np.ndarray] = {}
         for name, count in widths.items():
-            filters = rows_of(tensors, maker(graph[name])).cpu().double().numpy()
+            made = maker(graph[name])
+            filters = rows_at(tensors[made.tensor].detach().cpu(), made.dim, torch.as_tensor(positions(made))).double().numpy()
             size = graph[name].size
             self.clusters[name] = even_clusters(size, count) if clustering == "even" else nearest_clusters(filters, count, seed)
         self.optimizer: torch.optim.Optimizer | None = None
+        self.places: list[Place] = []  # where the channels of clusters are made, once a step has needed it
 
     # ------------------------------------------------------------------------------------------------ the user's side
 
@@ -111,7 +113,8 @@ class CentripetalSGD:
         `model`: an averaged copy to merge instead. Neither is changed. Warns if filters still differ; their means are taken.
         """
         source = self.model if model is None else model
-        if (left := spread(named_tensors(source), self.graph, self.clusters)) > IDENTICAL:
+        tensors = named_tensors(source)
+        if (left := spread(tensors, places_in(tensors, self.graph, self.clusters))) > IDENTICAL:
             warnings.warn(f"filters that are merged still differ, by {left:.1e} of their norm: train longer (step {self.step} "
                           f"of {self.steps})", stacklevel=2)
         whole = self.unified(source)
@@ -123,14 +126,15 @@ class CentripetalSGD:
         what `merge` returns does, to rounding."""
         source = self.model if model is None else model
         whole = independent_copy(source)
-        pull(named_tensors(whole), self.graph, self.clusters, 0.0)
+        tensors = named_tensors(whole)
+        pull(tensors, places_in(tensors, self.graph, self.clusters), 0.0)
         return whole
 
     def progress(self) -> dict[str, float]:
         """Figures for a log. `merged`: the multiply-adds after the merge, as a share of the dense network's. `spread`: the
         largest distance of a filter to the mean of its cluster, relative to the norm of the mean."""
         dense, now = self.plan.macs
-        return {"merged": now / dense, "spread": spread(named_tensors(self.model), self.graph, self.clusters)}
+        return {"merged": now / dense, "spread": spread(*self.present())}
 
     def __str__(self) -> str:
         p = self.progress()
@@ -159,23 +163,23 @@ class CentripetalSGD:
                 raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")
         self.step = state["step"]
         self.clusters = {name: np.array(c, dtype=np.int64) for name, c in state["clusters"].items()}
+        self.places = []
 
     # ------------------------------------------------------------------------------------------------ the rule
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradients of a step are averaged, and as published the pull is added."""
-        tensors = named_tensors(self.model)
-        for s, clusters in made_by(self.graph, self.clusters):
-            t = tensors[s.tensor]
+        tensors, places = self.present()
+        for p in places:
+            t = tensors[p.tensor]
             if t.grad is None:
                 continue
-            index = torch.as_tensor(clusters, device=t.device)
-            mean = cluster_means(rows_at(t.grad, s), index)
+            mean = cluster_means(rows_at(t.grad, p.dim, p.at), p.clusters, p.sizes)
             if self.strength is not None:
-                rows = rows_at(t, s)
-                mean += self.strength * (rows - cluster_means(rows, index))
-            put_rows(t.grad, s, mean)
+                rows = rows_at(t, p.dim, p.at)
+                mean += self.strength * (rows - cluster_means(rows, p.clusters, p.sizes))
+            put_rows(t.grad, p.dim, p.at, mean)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -183,7 +187,15 @@ class CentripetalSGD:
         self.step += 1
         if self.strength is None:
             left = self.together * self.steps - self.step
-            pull(named_tensors(self.model), self.graph, self.clusters, max(0.0, left / (left + 1)) if left > 0 else 0.0)
+            pull(*self.present(), max(0.0, left / (left + 1)) if left > 0 else 0.0)
+
+    def present(self) -> tuple[dict[str, Tensor], list[Place]]:
+        """The tensors of the model as they are, and the places in them. Indices are copied to a device once, not in each step:
+        every copy would make the host wait for all that was queued before."""
+        tensors = named_tensors(self.model)
+        if not self.places or any(p.at.device != tensors[p.tensor].device for p in self.places):
+            self.places = places_in(tensors, self.graph, self.clusters)
+        return tensors, self.places
 
 
 # ------------------------------------------------------------------------------------------------ which channels
@@ -259,33 +271,45 @@ def maker(group: ChannelGroup) -> Slice:
 # ------------------------------------------------------------------------------------------------ tensors
 
 
-def made_by(graph: Graph, clusters: Mapping[str, np.ndarray]) -> Iterator[tuple[Slice, np.ndarray]]:
-    """The slices of what makes the channels of clusters: filters, biases, BatchNorms, depthwise filters."""
-    return ((s, c) for name, c in clusters.items() for s in graph[name].slices if s.role != "in")
+class Place(NamedTuple):
+    """Where a tensor makes the channels of clusters: filters, biases, BatchNorms, depthwise filters.
+
+    `at` (size, positions of a channel): the positions of each channel along `dim`. `clusters` (size,): the cluster of each.
+    `sizes` (clusters,): how many channels each cluster has. All are on the device of the tensor.
+    """
+
+    tensor: str
+    dim: int
+    at: Tensor
+    clusters: Tensor
+    sizes: Tensor
 
 
-def rows_at(t: Tensor, s: Slice) -> Tensor:
+def places_in(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[str, np.ndarray]) -> list[Place]:
+    """Everything that makes the channels of clusters."""
+    made = ((s, c) for name, c in clusters.items() for s in graph[name].slices if s.role != "in")
+    return [Place(s.tensor, s.dim, *(torch.as_tensor(a, device=tensors[s.tensor].device)
+                                     for a in (positions(s), c, np.bincount(c)))) for s, c in made]
+
+
+def rows_at(t: Tensor, dim: int, at: Tensor) -> Tensor:
     """The part of a tensor that belongs to each channel. Shape (size, positions of a channel, ...)."""
-    return t.detach().movedim(s.dim, 0)[torch.as_tensor(positions(s), device=t.device)]
-
-
-def rows_of(tensors: Mapping[str, Tensor], s: Slice) -> Tensor:
-    return rows_at(tensors[s.tensor], s)
+    return t.detach().movedim(dim, 0)[at]
 
 
 @torch.no_grad()
-def put_rows(t: Tensor, s: Slice, rows: Tensor) -> None:
+def put_rows(t: Tensor, dim: int, at: Tensor, rows: Tensor) -> None:
     """Replace what `rows_at` gives, in place."""
-    t.movedim(s.dim, 0)[torch.as_tensor(positions(s), device=t.device)] = rows
+    t.movedim(dim, 0)[at] = rows
 
 
 @torch.no_grad()
-def pull(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[str, np.ndarray], factor: float) -> None:
+def pull(tensors: Mapping[str, Tensor], places: Sequence[Place], factor: float) -> None:
     """Multiply what the channels of a cluster differ by, in all that makes them, by `factor`, in place."""
-    for s, c in made_by(graph, clusters):
-        rows = rows_of(tensors, s)
-        mean = cluster_means(rows, torch.as_tensor(c, device=rows.device))
-        put_rows(tensors[s.tensor], s, mean + factor * (rows - mean) if factor else mean)
+    for p in places:
+        rows = rows_at(tensors[p.tensor], p.dim, p.at)
+        mean = cluster_means(rows, p.clusters, p.sizes)
+        put_rows(tensors[p.tensor], p.dim, p.at, mean + factor * (rows - mean) if factor else mean)
 
 
 @torch.no_grad()
@@ -297,16 +321,17 @@ def add_readers(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[s
             t = tensors[s.tensor]
             if s.role == "in" and (id(t), s.dim, name) not in done:
                 done.add((id(t), s.dim, name))
-                index, first = (torch.as_tensor(a, device=t.device) for a in (c, np.unique(c, return_index=True)[1]))
-                put_rows(t, s, cluster_sums(rows_at(t, s), index, first))
+                index, first, at = (torch.as_tensor(a, device=t.device)
+                                    for a in (c, np.unique(c, return_index=True)[1], positions(s)))
+                put_rows(t, s.dim, at, cluster_sums(rows_at(t, s.dim, at), index, first))
 
 
 @torch.no_grad()
-def spread(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[str, np.ndarray]) -> float:
+def spread(tensors: Mapping[str, Tensor], places: Sequence[Place]) -> float:
     """The largest distance of a filter, bias or BatchNorm entry to the mean of its cluster, relative to the largest norm."""
     found = [0.0]
-    for s, c in made_by(graph, clusters):
-        rows = precise(rows_of(tensors, s).flatten(1))
-        mean = cluster_means(rows, torch.as_tensor(c, device=rows.device))
+    for p in places:
+        rows = precise(rows_at(tensors[p.tensor], p.dim, p.at).flatten(1))
+        mean = cluster_means(rows, p.clusters, p.sizes)
         found.append(float((rows - mean).norm(dim=1).max() / mean.norm(dim=1).max().clamp_min(1e-12)))
     return max(found)

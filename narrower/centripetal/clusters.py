@@ -49,12 +49,11 @@ def spread_centres(points: np.ndarray, count: int, rng: np.random.Generator) -> 
     return points[chosen]
 
 
-def cluster_means(rows: Tensor, clusters: Tensor) -> Tensor:
-    """Each row replaced by the mean of its cluster. `rows`: (size, ...); `clusters`: (size,), numbers from 0."""
+def cluster_means(rows: Tensor, clusters: Tensor, sizes: Tensor) -> Tensor:
+    """Each row replaced by the mean of its cluster. `rows`: (size, ...). `clusters`: (size,), numbers from 0. `sizes`:
+    (clusters,), how many rows each has."""
     flat = rows.reshape(len(rows), -1)
-    count = int(clusters.max()) + 1
-    sums = flat.new_zeros(count, flat.shape[1]).index_add_(0, clusters, flat)
-    sizes = torch.bincount(clusters, minlength=count).to(flat.dtype)
+    sums = flat.new_zeros(len(sizes), flat.shape[1]).index_add_(0, clusters, flat)
     return (sums / sizes[:, None])[clusters].reshape(rows.shape)
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import networks, random_networks
-from support.devices import without_float64
+from support.devices import Waits, without_float64
 from support.networks import PATTERNS, TRAPS
 from support.plans import graph_of
 from support.random_networks import Block, Random, examples
@@ -169,6 +169,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one() -> None:
     other = narrower.CentripetalSGD(chain(), chain_graph(), params=0.5, steps=9)
     with pytest.raises(narrower.StorageError, match="steps was 8, is 9"):
         other.load_state_dict(csgd.state_dict())
+
+
+@pytest.mark.parametrize("strength", [None, 3e-3])
+def test_only_the_first_step_copies_indices_to_the_device(strength: float | None) -> None:
+    model = chain()
+    csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=4, strength=strength)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, X, 1)
+    seen = []
+    for _ in range(2):
+        with Waits() as waits:
+            csgd.before_step(optimizer)
+            csgd.after_step(optimizer)
+        seen.append(waits.found)
+    assert seen[0] and not seen[1]
+    places = csgd.places
+    assert csgd.present()[1] is places
+    model.to("meta")
+    assert {i.device.type for p in csgd.present()[1] for i in (p.at, p.clusters, p.sizes)} == {"meta"}
+
+
+def test_the_clusters_of_a_state_replace_those_of_the_steps_before() -> None:
+    model = chain()
+    csgd, other = (narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=8, clustering=c) for c in ("kmeans", "even"))
+    optimizer = sgd(model)
+    csgd.attach(optimizer)
+    train(model, optimizer, X, 1)
+    csgd.load_state_dict(other.state_dict())
+    train(model, optimizer, X, 8)
+    assert csgd.progress()["spread"] < 1e-12 and other.progress()["spread"] < 1e-12
 
 
 def test_filters_that_still_differ_are_said_and_averaged() -> None:

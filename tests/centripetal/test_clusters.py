@@ -31,7 +31,7 @@ def test_every_cluster_has_a_member_even_of_equal_filters(count: int) -> None:
 
 def test_means_and_sums_are_those_of_a_loop() -> None:
     rows, clusters = torch.randn(5, 2, 3), torch.tensor([1, 0, 1, 1, 0])
-    means, sums = cluster_means(rows, clusters), cluster_sums(rows, clusters, torch.tensor([1, 0]))
+    means, sums = cluster_means(rows, clusters, torch.tensor([2, 3])), cluster_sums(rows, clusters, torch.tensor([1, 0]))
     for k in range(5):
         same = [j for j in range(5) if clusters[j] == clusters[k]]
         torch.testing.assert_close(means[k], sum(rows[j] for j in same) / len(same))

@@ -23,6 +23,21 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
+class Waits(TorchDispatchMode):
+    """What would make the host wait for a GPU: numbers that are read, and tensors made of the host's numbers."""
+
+    NAMES = ("_local_scalar_dense", "lift_fresh", "nonzero", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.found += [name] * (name in self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
 class OnApple(torch.Tensor):
     """A tensor that says it is on a device without float64, and cannot be float64. Its values are on the CPU."""
 
