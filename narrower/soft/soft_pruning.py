@@ -14,7 +14,7 @@ the masked network by which `narrow` and `verify` define removal, in train mode 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import and_
 from typing import Any, Literal
@@ -103,6 +103,7 @@ class SoftPruning:
                      for part in self.parts]
         self.masked: Masks = {g.name: np.zeros(g.size, dtype=bool) for g in graph.free}
         self.hard: Masks = {name: m.copy() for name, m in self.masked.items()}
+        self.zeros: list[tuple[str, Tensor]] | None = None  # the factors that keep hard channels at zero, once they are needed
         self.optimizer: torch.optim.Optimizer | None = None
 
     # ------------------------------------------------------------------------------------------------ the user's side
@@ -128,6 +129,7 @@ class SoftPruning:
             count = int(np.floor(share * masked.sum() + 1e-9))
             lowest = np.argsort(np.where(masked, values.get(name, 0.0), np.inf), kind="stable")[:count]
             self.hard[name] = np.isin(np.arange(len(masked)), lowest)  # hard channels come first, so they stay hard
+        self.zeros = None
         factor = self.factor * (1 - reached(time, 1.0 if self.harden is None else self.harden))
         multiply_readers(self.model, kept_without(self.graph, self.masked), factor)
         self.zero_hard()
@@ -196,6 +198,7 @@ class SoftPruning:
             masks: Masks = getattr(self, key)
             for name, channels in state[key].items():
                 masks[name] = np.isin(np.arange(self.graph[name].size), channels)
+        self.zeros = None
 
     # ------------------------------------------------------------------------------------------------ which channels
 
@@ -217,8 +220,14 @@ class SoftPruning:
         return {g.name: ~kept.mask(g.name) for g in self.graph.free}
 
     def zero_hard(self) -> None:
-        """Set what reads a hard channel to zero."""
-        multiply_readers(self.model, kept_without(self.graph, self.hard), 0.0)
+        """Set what reads a hard channel to zero. The factors are copied to a device once for each `step`, not for each of the
+        optimizer's: every copy would make the host wait for all that was queued before."""
+        if self.zeros == []:
+            return
+        tensors = named_tensors(self.model)
+        if self.zeros is None or any(factors.device != tensors[name].device for name, factors in self.zeros):
+            self.zeros = reader_factors(tensors, kept_without(self.graph, self.hard), 0.0)
+        multiply(tensors, self.zeros)
 
 
 def reached(time: float, end: float) -> float:
@@ -265,34 +274,48 @@ def as_lists(masks: Masks) -> dict[str, list[int]]:
     return {name: np.nonzero(m)[0].tolist() for name, m in masks.items()}
 
 
-def readers(model: nn.Module, kept: Kept) -> list[tuple[Tensor, int, np.ndarray]]:
-    """The weights that read a removed channel: tensor, dimension, and which positions stay, bool `(blocks, size)`. Tied tensors
+def readers(tensors: Mapping[str, Tensor], kept: Kept) -> list[tuple[str, int, np.ndarray]]:
+    """The weights that read a removed channel: name, dimension, and which positions stay, bool `(blocks, size)`. Tied tensors
     come once."""
-    tensors = named_tensors(model)
-    found: dict[tuple[int, int], tuple[Tensor, list[np.ndarray]]] = {}
+    found: dict[tuple[int, int], tuple[str, list[np.ndarray]]] = {}
     for (name, dim), slices in kept.graph.by_axis.items():
         if slices[0].role == "in":
-            t = tensors[name]
-            found.setdefault((id(t), dim), (t, []))[1].append(kept.axis_mask(name, dim))
-    stays = [(t, dim, reduce(and_, masks)) for (_, dim), (t, masks) in found.items()]
-    return [(t, dim, mask) for t, dim, mask in stays if not mask.all()]
+            found.setdefault((id(tensors[name]), dim), (name, []))[1].append(kept.axis_mask(name, dim))
+    stays = [(name, dim, reduce(and_, masks)) for (_, dim), (name, masks) in found.items()]
+    return [(name, dim, mask) for name, dim, mask in stays if not mask.all()]
+
+
+def reader_factors(tensors: Mapping[str, Tensor], kept: Kept, factor: float) -> list[tuple[str, Tensor]]:
+    """What every weight that reads a removed channel is to be multiplied by: `factor` there, one elsewhere."""
+    found = []
+    for name, dim, stays in readers(tensors, kept):
+        t = tensors[name]
+        factors = torch.as_tensor(np.where(stays, 1.0, factor), dtype=t.dtype, device=t.device)
+        if dim:  # each block is a part of dimension 0
+            factors = factors if len(stays) == 1 else factors.repeat_interleave(len(t) // len(stays), 0)
+        found.append((name, factors.view([-1 if d == dim else len(factors) if d == 0 else 1 for d in range(t.dim())])))
+    return found
 
 
 @torch.no_grad()
+def multiply(tensors: Mapping[str, Tensor], factors: Iterable[tuple[str, Tensor]]) -> None:
+    """Multiply tensors by factors that broadcast, in place."""
+    for name, factor in factors:
+        tensors[name].mul_(factor)
+
+
 def multiply_readers(model: nn.Module, kept: Kept, factor: float) -> None:
     """Multiply every weight that reads a removed channel by `factor`, in place."""
-    for t, dim, stays in readers(model, kept):
-        for part, mask in zip(t.chunk(len(stays), dim=0), stays, strict=True):
-            factors = torch.as_tensor(np.where(mask, 1.0, factor), dtype=t.dtype, device=t.device)
-            part.mul_(factors.view([-1 if d == dim else 1 for d in range(t.dim())]))
+    tensors = named_tensors(model)
+    multiply(tensors, reader_factors(tensors, kept, factor))
 
 
 @torch.no_grad()
 def weight_left(model: nn.Module, kept: Kept) -> bool:
     """Whether a weight that reads a removed channel is not zero."""
-    return any(bool(part.index_select(dim, torch.as_tensor(np.nonzero(~mask)[0], device=t.device)).any())
-               for t, dim, stays in readers(model, kept)
-               for part, mask in zip(t.chunk(len(stays), dim=0), stays, strict=True))
+    tensors = named_tensors(model)
+    return any(bool(tensors[name][factors.expand_as(tensors[name]) == 0].any())
+               for name, factors in reader_factors(tensors, kept, 0.0))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.devices import without_float64
+from support.devices import Waits, without_float64
 from support.networks import PATTERNS, Head, unit
 from support.plans import graph_of
 from support.resrep_training import X, called, chain, chain_graph, difference, outputs, randomised, train
@@ -153,6 +153,39 @@ def test_masked_channels_learn_again_between_soft_steps() -> None:
     train(model, optimizer, X, 1)
     assert weight_left(model, kept_without(soft.graph, soft.masked))
     assert bool((model.get_parameter(READS)[:, soft.masked["0.0"]].abs().amax((0, 2, 3)) > 0).all())
+
+
+def test_factors_are_copied_to_the_device_once_for_each_step_and_none_while_no_channel_is_hard() -> None:
+    model = chain()
+    soft = soft_pruning(model, steps=4, factor=0.0, grow=0.0, harden=1.0)
+    soft.zero_hard()
+    seen = []
+    for _ in range(2):
+        with Waits() as waits:
+            soft.zero_hard()
+        seen.append(waits.found)
+        soft.step()
+    assert seen == [[], []]
+    model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.get_parameter(READS).fill_(1.0)
+    soft.zero_hard()
+    assert torch.equal((model.get_parameter(READS) == 0).all(0).all(-1).all(-1), torch.as_tensor(soft.hard["0.0"]))
+    model.to("meta")
+    soft.zero_hard()
+    assert soft.zeros and {factors.device.type for _, factors in soft.zeros} == {"meta"}
+
+
+def test_the_hard_channels_of_a_state_replace_those_before() -> None:
+    soft, other = soft_pruning(chain(), **HARD), soft_pruning(chain(1), **HARD)
+    for part in (soft, other):
+        part.step()
+    assert (soft.hard["0.0"] != other.hard["0.0"]).any()
+    soft.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        soft.model.get_parameter(READS).fill_(1.0)
+    soft.zero_hard()
+    assert torch.equal((soft.model.get_parameter(READS) == 0).all(0).all(-1).all(-1), torch.as_tensor(other.hard["0.0"]))
 
 
 def test_a_plan_says_which_channels_go() -> None:
