@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.devices import APPLE, Apple
+from support.devices import APPLE, apple
 from support.networks import Head, unit
 from support.resrep_training import randomised
 from torch import Tensor, nn
@@ -62,10 +62,9 @@ CALLS: dict[str, Callable[[Given], Any]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_device_without_float64_gives_what_the_cpu_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "WITHOUT_FLOAT64", {APPLE.type})
     here = given()
     want = CALLS[name](here)
-    with Apple():
+    with apple(monkeypatch):
         there = here._replace(
             model=moved(here.model, APPLE), small=moved(here.small, APPLE), images=[x.to(APPLE) for x in here.images]
         )

@@ -72,9 +72,11 @@ class Distillation:
     def feature_error(self, dense: dict[str, Tensor], narrow: dict[str, Tensor]) -> Tensor:
         """The squared difference of the features, relative to the variance of the dense ones; the mean over taps."""
         errors = []
-        for tap in self.taps:
-            want = dense[tap.module].index_select(tap.dim, tap.channels.to(dense[tap.module].device))
-            errors.append(relative_error(want, narrow[tap.module]))
+        for k, tap in enumerate(self.taps):
+            whole = dense[tap.module]
+            if tap.channels.device != whole.device:  # moved once: a copy in each step would make the host wait
+                tap = self.taps[k] = tap._replace(channels=tap.channels.to(whole.device))
+            errors.append(relative_error(whole.index_select(tap.dim, tap.channels), narrow[tap.module]))
         return torch.stack(errors).mean()
 
     def close(self) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..inputs import call_model
+from ..inputs import call_model, flatten_tensors
 from ..planning.plan import Plan
 from ..repair.held_out import Measure, checked_inputs, divergences, images_at, joined, measure_of, split
 from ..surgery.copying import independent_copy
@@ -101,29 +101,38 @@ class Cosine(NamedTuple):
 
 def run_steps(student: nn.Module, distillation: Distillation, inputs: Iterable[Any], rate: Cosine,
               progress: Callable[[str], None] | None) -> None:
-    """A step of Adam on each of the inputs, in place. Raises ConfigError if the loss is not finite."""
+    """A step of Adam on each of the inputs, in place. Raises ConfigError if the loss is not finite.
+
+    Losses are read together, ten times in all: reading each would make the host wait for the device in every step.
+    """
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=rate.lr)
+    losses: list[Tensor] = []
     for step, batch in enumerate(inputs):
         for group in optimizer.param_groups:
             group["lr"] = rate.at(step)
         loss = distillation.loss(batch, call_model(student, batch))
-        if not bool(loss.isfinite()):
-            raise ConfigError(f"the loss is no longer finite at step {step + 1} of {rate.steps}: try a lower lr")
+        losses.append(loss.detach())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if progress is not None and (step + 1) % max(1, rate.steps // 10) == 0:
-            progress(f"tuning: step {step + 1} of {rate.steps}, loss {float(loss.detach()):.4f}")
+        tenth = (step + 1) % max(1, rate.steps // 10) == 0
+        if tenth or step + 1 == rate.steps:
+            values = torch.stack(losses).cpu().tolist()
+            losses.clear()
+            odd = [step + 2 - len(values) + k for k, value in enumerate(values) if not math.isfinite(value)]
+            if odd:
+                raise ConfigError(f"the loss is no longer finite at step {odd[0]} of {rate.steps}: try a lower lr")
+            if tenth and progress is not None:
+                progress(f"tuning: step {step + 1} of {rate.steps}, loss {values[-1]:.4f}")
 
 
 def minibatches(inputs: Sequence[tuple[Any, int]], count: int, size: int, seed: int) -> Iterator[Any]:
     """`count` batches of `size` images (of all, where there are fewer). The order is drawn anew for each pass."""
     together = joined([batch for batch, _ in inputs])
     total = sum(n for _, n in inputs)
+    size = min(size, total)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(count):
-        while len(order) < min(size, total):
-            order = torch.cat([order, torch.randperm(total, generator=generator)])
-        yield images_at(together, order[:size])
-        order = order[size:]
+    order = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count * size // total))])
+    order = order.to(flatten_tensors(together)[0].device)  # once: a copy in each step would make the host wait
+    for index in order[:count * size].split(size):
+        yield images_at(together, index)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from support.devices import APPLE, Waits, apple
 from support.networks import Head, unit
 from support.resrep_training import randomised
 from torch import nn
@@ -15,6 +17,7 @@ import narrower
 from narrower.distillation import tuning
 from narrower.distillation.tuning import TEMPERATURE, Cosine, minibatches
 from narrower.repair.held_out import divergences, split
+from narrower.surgery.copying import moved
 
 BATCHES = list(torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(32))
 
@@ -79,6 +82,20 @@ def test_the_same_seed_gives_the_same_network_and_frozen_parameters_stay(network
     assert not all(torch.equal(v, states[2][k]) for k, v in states[0].items())
     assert torch.equal(states[0]["0.0.weight"], small[0][0].weight)
     assert not runs[0].get_parameter("0.0.weight").requires_grad and runs[0].get_parameter("1.0.weight").requires_grad
+
+
+def test_the_host_waits_for_the_device_as_often_however_many_steps_there_are(
+    networks: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, small, plan = networks
+    with apple(monkeypatch):
+        model, small, images = moved(model, APPLE), moved(small, APPLE), [x.to(APPLE) for x in BATCHES]
+        found = []
+        for steps in (10, 20, 40):
+            with Waits() as waits:
+                narrower.tune(model, small, plan, images, steps=steps, lr=1e-3)
+            found.append(Counter(waits.there))
+    assert found[0] == found[1] == found[2] and found[0]["_to_copy"] and found[0]["_local_scalar_dense"]
 
 
 def test_a_tuned_network_is_saved_and_loaded(networks: Any, tmp_path: Any) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from narrower import inputs
+
 APPLE = torch.device("meta")
 
 
@@ -24,17 +26,23 @@ class NoFloat64(TorchDispatchMode):
 
 
 class Waits(TorchDispatchMode):
-    """What would make the host wait for a GPU: numbers that are read, and tensors made of the host's numbers."""
+    """What would make the host wait for a GPU: numbers that are read, and tensors made of the host's numbers.
+
+    `found`: the operators on the CPU, which here is played for the GPU. `there`: those between it and `APPLE`.
+    """
 
     NAMES = ("_local_scalar_dense", "lift_fresh", "nonzero", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.there: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        self.found += [name] * (name in self.NAMES)
+        name, devices = func._schema.name.removeprefix("aten::"), [t.device for t in args if isinstance(t, torch.Tensor)]
+        moves = name == "_to_copy" and (kwargs or {}).get("device") not in (None, *devices)
+        if moves or name in self.NAMES:
+            (self.there if moves or APPLE in devices else self.found).append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -69,6 +77,12 @@ class Apple(TorchDispatchMode):
         if (kwargs or {}).get("device") == APPLE:
             return OnApple.__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
+
+
+def apple(monkeypatch: pytest.MonkeyPatch) -> Apple:
+    """`APPLE` as a device that narrower takes for one without float64."""
+    monkeypatch.setattr(inputs, "WITHOUT_FLOAT64", {APPLE.type})
+    return Apple()
 
 
 def without_float64(monkeypatch: pytest.MonkeyPatch, *modules: str) -> NoFloat64:
