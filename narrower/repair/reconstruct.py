@@ -234,15 +234,16 @@ class RepairWatch(LayerWatch):
 
     def wanted(self, name: str, target: Target) -> tuple[Tensor, Tensor]:
         """What a layer should make `(P, O)`, and by what its outputs are multiplied on their way into a sum `(O,)`."""
-        ones = torch.ones_like(target.out[0])
+        out = target.out.to(self.tensors[name].device)
+        ones = torch.ones_like(out[0])
         if target.stream is None or target.total is None:
-            return target.out, ones
+            return out, ones
         module: Any = None if target.stream.norm is None else self.modules[target.stream.norm]
         scale = ones if module is None else module.weight / torch.sqrt(module.running_var + module.eps)
         if name not in self.others:
-            return target.out, scale
-        wanted = target.total - self.others[name]
+            return out, scale
+        wanted = target.total.to(out.device) - self.others.pop(name)
         visible = scale.abs() > LEAST_SCALE
         if module is not None:
             wanted = (wanted - module.bias) / torch.where(visible, scale, 1.0) + module.running_mean
-        return torch.where(visible, wanted, target.out), scale
+        return torch.where(visible, wanted, out), scale

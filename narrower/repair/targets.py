@@ -17,7 +17,7 @@ ROUNDING = 1e-2  # a batch of other size rounds otherwise; other images differ b
 
 
 class Target(NamedTuple):
-    """The dense outputs of a layer at sampled positions, kept channels only: `(P, O)`.
+    """The dense outputs of a layer at sampled positions, kept channels only: `(P, O)`, on the CPU.
 
     `stream`: the sum that the layer's output goes into, if any, and `total` `(P, O)`: that sum.
     """
@@ -59,8 +59,9 @@ class TargetWatch(LayerWatch):
         return out
 
     def taken(self, name: str, out: Tensor) -> Tensor:
-        """The kept channels of an output at the sampled positions of this batch."""
-        return values_at(out, self.sampled[name][-1])[:, self.kept[name]]
+        """The kept channels of an output at the sampled positions of this batch, on the CPU: those of all layers together are
+        more than a GPU may have room for."""
+        return values_at(out, self.sampled[name][-1])[:, self.kept[name]].cpu()
 
     def finished(self, number: int, out: Tensor) -> None:
         for name, stream in self.streams.items():

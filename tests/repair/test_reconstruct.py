@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import APPLE, Apple
 from support.networks import PATTERNS, Head, unit
 from support.resrep_training import randomised
 from torch import Tensor, nn
 
 import narrower
 from narrower.inputs import call_model, flatten_tensors, map_tensors, model_inputs
+from narrower.repair.patches import Positions
+from narrower.repair.reconstruct import RepairWatch
+from narrower.repair.targets import Target
+from narrower.repair.watching import Stream
+from narrower.surgery.copying import moved
 from narrower.surgery.walk import named_tensors
 
 IMAGES = 96
@@ -52,6 +58,22 @@ def test_outputs_are_compared_by_the_measure_that_is_given() -> None:
     found = [narrower.reconstruct(model, small, plan, batches(), measure=measure) for measure in (None, "relative")]
     assert [f.measure for f in found] == ["kl", "relative"] and "relative from the dense outputs" in str(found[1])
     assert found[0].divergences["cut"] != found[1].divergences["cut"]
+
+
+def test_targets_move_to_the_device_of_the_layer_when_they_are_used() -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval()
+    at = Positions(torch.arange(5), (torch.zeros(5), torch.zeros(5)), torch.arange(5))
+    for stream in (None, Stream("1", 3, 5)):
+        target = Target(at, torch.randn(5, 4), stream, None if stream is None else torch.randn(5, 4))
+        other, found = torch.randn(5, 4), []
+        for device in (torch.device("cpu"), APPLE):
+            with Apple():
+                watch = RepairWatch(moved(model, device), {"0.weight": target}, {}, True)
+                watch.others["0.weight"] = other.to(device)
+                values = watch.wanted("0.weight", target)
+                assert {t.device for t in values} == {device} and (not watch.others) == (stream is not None)
+                found.append([t.cpu() for t in values])
+        torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_duplicated_channel_goes_at_no_error() -> None:

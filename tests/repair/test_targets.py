@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from support.devices import APPLE, Apple
 from torch import Tensor, nn
 
-from narrower.repair.patches import values_at
-from narrower.repair.targets import dense_targets
+from narrower.repair.patches import Positions, values_at
+from narrower.repair.targets import TargetWatch, dense_targets
 
 
 class Twice(nn.Module):
@@ -34,6 +35,16 @@ def test_targets_are_the_kept_dense_outputs_and_sums() -> None:
     assert target.stream is not None and target.stream.norm == "norm" and target.total is not None
     torch.testing.assert_close(target.total, values_at(total, target.at)[:, [0, 4]])
     assert len(target.out) == 5 * 7 and not left
+
+
+def test_targets_are_kept_on_the_cpu() -> None:
+    out, rows = torch.randn(5, 6, 4, 4), torch.tensor([1, 3])
+    at = Positions(rows, (torch.tensor([0, 2]), torch.tensor([3, 3])), rows)
+    watch = TargetWatch(Twice(), {"conv.weight": torch.tensor([0, 4])}, {})
+    watch.sampled["conv.weight"] = [at]
+    with Apple():
+        found = watch.taken("conv.weight", out.to(APPLE))
+    assert type(found) is Tensor and torch.equal(found, values_at(out, at)[:, [0, 4]])
 
 
 def test_layers_that_cannot_be_seen_have_a_reason() -> None:
