@@ -39,7 +39,8 @@ class Positions(NamedTuple):
 def sample_positions(out: Tensor, images: int, per_image: int, generator: torch.Generator) -> Positions:
     """`per_image` random positions of each image in an output `(rows, channels, *space)`, or all of them if there are no more.
 
-    The number of rows is a multiple of `images`. The generator is one of the CPU: the positions are the same on every device.
+    The number of rows is a multiple of `images`. The generator is one of the CPU: the positions are the same on
+    every device, for the same chunks of images.
     """
     sizes = (len(out) // images, *out.shape[2:])
     count = prod(sizes)

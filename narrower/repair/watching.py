@@ -17,10 +17,13 @@ from ..tracing.operators.call_counter import CallCounter
 from ..tracing.operators.interface import Call, address, tensors_in
 from .patches import Geometry
 
-CHUNK = 1 << 20  # numbers that a convolution reads at once
+CHUNK = 1 << 20  # numbers that a convolution reads at once on the CPU, so that its memory is reused
+LARGER = 6  # on a GPU 2^6 times as many: fewer would not keep it busy
 IN_PLACE = frozenset({"add", "mul", "relu", "hardtanh", "silu", "hardswish", "clamp"})
 """Operators that can write into their first operand."""
-FRESH = IN_PLACE | {"convolution", "native_batch_norm", "constant_pad_nd"}
+BATCH_NORMS = {"native_batch_norm": 3, "cudnn_batch_norm": 4, "miopen_batch_norm": 3}
+"""The operators of BatchNorm on the CPU and on GPUs, and how many outputs they have."""
+FRESH = IN_PLACE | BATCH_NORMS.keys() | {"convolution", "constant_pad_nd"}
 """Operators whose output has memory of its own."""
 ORIGIN = "_narrower_origin"  # the attribute of an activation
 
@@ -67,9 +70,12 @@ def input_and_weight(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | 
 def run_in_chunks(func: Any, call: Call) -> Any:
     """The output of a call. A convolution takes a few images at a time: its workspace stays small, and its memory is reused."""
     args = call.args
-    if call.name != "convolution" or args[0].numel() <= CHUNK:
+    if call.name != "convolution":
         return func(*args, **call.kwargs)
-    size = max(1, CHUNK * len(args[0]) // args[0].numel())
+    chunk = CHUNK if args[0].device.type == "cpu" else CHUNK << LARGER
+    if args[0].numel() <= chunk:
+        return func(*args, **call.kwargs)
+    size = max(1, chunk * len(args[0]) // args[0].numel())
     out: Tensor | None = None
     for start in range(0, len(args[0]), size):
         part = func(args[0][start: start + size], *args[1:], **call.kwargs)
@@ -84,11 +90,13 @@ def in_place(call: Call) -> Any:
     x, others = call.args[0], list(tensors_in(call.args[1:]))
     if call.name in IN_PLACE and all(t.shape == x.shape and t.dtype == x.dtype for t in others):
         return getattr(torch.ops.aten, f"{call.name}_")(*call.args, **call.kwargs)
-    if call.name == "native_batch_norm" and len(others) == 4 and not call.args[5]:
+    exact = x.dtype in (torch.float32, torch.float64)  # in half precision two steps would round twice, the kernel once
+    if call.name in BATCH_NORMS and exact and len(others) == 4 and not call.args[5]:
         _, scale, shift, mean, variance, _, _, eps = call.args
         factor = scale / torch.sqrt(variance + eps)
         wide = (1, -1, *(1,) * (x.ndim - 2))
-        return x.mul_(factor.view(wide)).add_((shift - mean * factor).view(wide)), x.new_empty(0), x.new_empty(0)
+        x.mul_(factor.view(wide)).add_((shift - mean * factor).view(wide))
+        return x, *(x.new_empty(0) for _ in range(BATCH_NORMS[call.name] - 1))
     return None
 
 

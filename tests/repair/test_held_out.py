@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import APPLE, Apple
 from torch import Tensor, nn
 
 import narrower
+from narrower.repair import held_out
 from narrower.repair.held_out import Comparison, Measure, checked_inputs, divergences, images_wanted, measure_of, split
 
 
@@ -24,6 +26,15 @@ def test_no_more_images_are_held_out_than_asked() -> None:
     x = torch.arange(100).view(-1, 1)
     fit, held_out = split([(x, 100)], 4, 3)
     assert torch.cat([t for t, _ in held_out]).flatten().tolist() == [3, 7, 11] and sum(n for _, n in fit) == 97
+
+
+def test_a_gpu_gets_more_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.arange(100.0).view(-1, 1)
+    for chunk, here, there in ((5, [5, 5, 5, 1], [16]), (1, [1] * 16, [8, 8])):
+        monkeypatch.setattr(held_out, "CHUNK", chunk)
+        assert [n for _, n in split([(x, 100)], 6, 64)[1]] == here
+        with Apple():
+            assert [n for _, n in split([(x.to(APPLE), 100)], 6, 64)[1]] == there
 
 
 def compared(dense: list[Any], *others: list[Any], measure: Measure | None = None) -> tuple[list[float], Measure]:

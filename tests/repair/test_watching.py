@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import APPLE, Apple
 from support.resrep_training import randomised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from narrower.inputs import flatten_tensors
 from narrower.repair import watching
 from narrower.repair.watching import LayerCall, LayerWatch
+from narrower.tracing.operators.call_counter import CallCounter
 
 
 class Block(nn.Module):
@@ -103,6 +105,66 @@ def test_large_convolutions_run_in_chunks_that_give_the_same(monkeypatch: pytest
                 torch.testing.assert_close(Seen(model, ["conv.weight"]).run(x, 5), want)
             seen.append(max(sizes.seen))
     assert seen == [1, 2, 5]
+
+
+def test_a_gpu_gets_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(200, 1, 2, 2), torch.randn(1, 1, 1, 1)
+    monkeypatch.setattr(watching, "CHUNK", 8)
+    seen = []
+    for device in ("cpu", APPLE):
+        with Apple(), ConvolutionSizes() as sizes:
+            args = (x.to(device), w.to(device), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+            func = torch.ops.aten.convolution.default
+            out = watching.run_in_chunks(func, CallCounter().count(func, args, {}))
+            torch.testing.assert_close(out.cpu(), x * w)
+        seen.append(sizes.seen)
+    assert seen == [[2] * 100, [128, 72]]
+
+
+class Cudnn(nn.Module):
+    """What `nn.BatchNorm2d` calls on CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, out = self.norm, self.conv(x)
+        tensors = out, norm.weight, norm.bias, norm.running_mean, norm.running_var
+        return torch.ops.aten.cudnn_batch_norm(*tensors, False, 0.1, 1e-5)[0]
+
+
+class CudnnOnTheCpu(TorchDispatchMode):
+    """Runs cuDNN's BatchNorm by the one of the CPU, and counts how often."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.cudnn_batch_norm.default:
+            self.count += 1
+            return *torch.ops.aten.native_batch_norm(*args), args[0].new_empty(0, dtype=torch.uint8)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_batch_norm_of_cuda_is_written_in_place_too() -> None:
+    model: Any = randomised(Cudnn()).eval()
+    x = torch.randn(3, 4, 5, 5)
+    first, second = (Seen(model, ["conv.weight"]) for _ in range(2))
+    with torch.no_grad(), CudnnOnTheCpu() as cudnn:
+        want = first.run(x, 3)
+        second.once = first.read_once()
+        torch.testing.assert_close(second.run(x, 3), want)
+        torch.testing.assert_close(want, model.norm(model.conv(x)))
+    assert cudnn.count == 1 and second.memory < first.memory
+
+
+def test_a_batch_norm_in_half_precision_is_not_written_in_place_as_that_would_round_twice() -> None:
+    model, x = randomised(Block()).eval().bfloat16(), torch.randn(3, 4, 5, 5).bfloat16()
+    with torch.no_grad():
+        first, second = (Seen(model, ["conv.weight"]) for _ in range(2))
+        want = first.run(x, 3)
+        second.once = first.read_once()
+        assert torch.equal(second.run(x, 3), want) and torch.equal(want, model(x))
 
 
 def test_a_second_forward_starts_anew() -> None:
