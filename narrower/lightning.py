@@ -106,7 +106,8 @@ class Narrowing(Callback):
         if self.method is None:
             self.small = network
         else:
-            self.small = self.method.merge() if isinstance(self.method, ResRep) else self.method.narrow()
+            self.small = (self.method.merge(over=trainer.global_step >= self.method.steps)
+                          if isinstance(self.method, ResRep) else self.method.narrow())
             owner, _, leaf = self.network.rpartition(".")
             setattr(pl_module.get_submodule(owner), leaf, self.small)
         if self.output is not None and trainer.is_global_zero:

@@ -99,6 +99,22 @@ def test_a_fit_ends_with_the_narrow_network(make: Callable[..., Any], tmp_path: 
     assert "on_load_checkpoint" not in vars(module)
 
 
+@pytest.mark.parametrize("epochs", [EPOCHS, 2])
+def test_a_fit_is_over_after_its_steps_also_if_a_scaler_has_skipped_some(
+    epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    merge, over = narrower.ResRep.merge, []
+
+    def noted(self: narrower.ResRep, **options: Any) -> nn.Module:
+        self.step -= 2
+        over.append(options["over"])
+        return merge(self, **options)
+
+    monkeypatch.setattr(narrower.ResRep, "merge", noted)
+    fit(tools.Narrowing(resrep, network=NETWORK), Stop(tmp_path / "some.ckpt", epochs))
+    assert over == [epochs == EPOCHS]
+
+
 @pytest.mark.parametrize(("make", "shrink"), [(resrep, True), (soft, False)])
 def test_a_resumed_fit_is_the_uninterrupted_one(make: Callable[..., Any], shrink: bool, tmp_path: Path) -> None:
     def narrowing() -> Any:

@@ -189,16 +189,17 @@ class ResRep:
         """The share of the dense network that `shrink` would remove now. 1 if it can merge the compactors for good."""
         return 1.0 if self.phase == "resting" else self.candidates.share(self.kept) - self.reached()
 
-    def merge(self, model: nn.Module | None = None) -> nn.Module:
+    def merge(self, model: nn.Module | None = None, *, over: bool | None = None) -> nn.Module:
         """The narrow network: plain modules, with every compactor merged. In eval mode it equals the trained one to rounding.
 
-        `model`: an averaged copy to merge instead of the trained model. Neither is changed. Warns if the budget is not reached;
-        channels of a plan that are not zero after all `steps` are cut.
+        `model`: an averaged copy to merge instead of the trained model. Neither is changed. `over`: whether the training is
+        (None: after `steps`, not counting those that a GradScaler skips). Channels of a plan that are not zero then are cut.
+        Warns if the budget is not reached.
         """
         source = self.model if model is None else model
         small = independent_copy(source)
         reached = self.remaining()
-        kept = self.candidates.planned(reached) if self.step >= self.steps else reached
+        kept = self.candidates.planned(reached) if over or (over is None and self.step >= self.steps) else reached
         restructure(small, self.placement, self.kept, kept, "merge")
         for kind, have in self.candidates.costs(reached).items():
             target, dense = self.candidates.targets[kind], self.dense[kind]

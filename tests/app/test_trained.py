@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from support.plans import graph_of
+from support.resrep_training import X, chain, chain_graph, sgd, train
 from torch import nn
 
 import narrower
+from narrower.app import trained
 from narrower.app.config import PruneConfig
 from narrower.app.trained import difference, scored_by_prior
 
@@ -22,6 +27,20 @@ def test_a_plan_is_scored_by_the_prior_and_leaves_groups_alone() -> None:
     assert (found.method, found.exclude) == ("fpgm", ["a", name])
     with pytest.raises(narrower.PlanError, match=f"--method soft can narrow nothing here: {name}: because"):
         scored_by_prior(given, graph, dict.fromkeys([name, *others], "because"))
+
+
+def test_what_is_left_of_a_plan_is_cut_in_the_end_also_if_a_scaler_has_skipped_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = narrower.plan(chain_graph(), narrower.random(chain_graph()), remove=0.4)
+    resrep = narrower.ResRep(chain(), chain_graph(), plan=plan, steps=10, settings=narrower.Forgetting(forget_steps=0))
+    monkeypatch.setattr(trained, "sample", lambda job, count: iter([(X, None)]))
+    for steps in (9, 1):
+        train(resrep, sgd(resrep) if resrep.optimizer is None else resrep.optimizer, X, steps)
+        facts: dict[str, Any] = {}
+        job: Any = SimpleNamespace(stage=lambda name, facts=facts: nullcontext(facts), headline=lambda small: {})
+        small = trained.merged(job, resrep, resrep.model)
+        assert {n: t.shape for n, t in small.state_dict().items()} == {
+            n: t.shape for n, t in narrower.narrow(chain(), plan).state_dict().items()}
+        assert facts["error"] < 1e-6 and facts["text"].count("not zero yet are cut") == 1
 
 
 def test_a_merged_network_that_computes_something_else_is_an_error() -> None:

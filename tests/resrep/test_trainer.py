@@ -478,11 +478,14 @@ def test_what_is_left_of_a_plan_after_all_steps_is_cut_and_said() -> None:
     with pytest.warns(UserWarning, match="was not reached"):
         early = resrep.merge()
     assert difference(outputs(resrep.model, IMAGES), outputs(early, IMAGES)) < 1e-10
-    resrep_training.train(resrep, optimizer, IMAGES, 30)
-    with pytest.warns(UserWarning, match="channels of the plan that are not zero yet are cut"):
-        merged = resrep.merge()
     shapes = {n: t.shape for n, t in narrower.narrow(model, plan).state_dict().items()}
-    assert {n: t.shape for n, t in merged.state_dict().items() if n in shapes} == shapes
+    for steps, over in ((29, True), (1, None)):  # a scaler has skipped a step
+        resrep_training.train(resrep, optimizer, IMAGES, steps)
+        with pytest.warns(UserWarning, match="channels of the plan that are not zero yet are cut"):
+            merged = resrep.merge(over=over)
+        assert {n: t.shape for n, t in merged.state_dict().items() if n in shapes} == shapes
+    with pytest.warns(UserWarning, match="remain .*was asked for; train"):
+        assert difference(outputs(resrep.model, IMAGES), outputs(resrep.merge(over=False), IMAGES)) < 1e-10
 
 
 def test_plans_that_do_not_fit_are_refused() -> None:
