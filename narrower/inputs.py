@@ -23,7 +23,7 @@ def model_inputs(batch: Any, model: nn.Module) -> Any:
         if len(needed) < 2 or not isinstance(batch[0], Tensor):
             batch = batch[0]
     device = device_of(model)
-    return map_tensors(tuple(batch) if isinstance(batch, list) else batch, lambda t: t.to(device, non_blocking=True))
+    return map_tensors(tuple(batch) if isinstance(batch, list) else batch, lambda t: move_to(t, device))
 
 
 def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
@@ -51,6 +51,14 @@ WITHOUT_FLOAT64 = frozenset({"mps"})  # types of devices: Apple's GPUs
 
 def has_float64(device: torch.device) -> bool:
     return device.type not in WITHOUT_FLOAT64
+
+
+def move_to(t: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. Only copies to CUDA are not waited for.
+
+    One to Apple's GPUs may read memory that is free again, and one to the CPU may be read before it is there.
+    """
+    return t.to(device, non_blocking=device.type == "cuda")
 
 
 def precise(t: Tensor) -> Tensor:

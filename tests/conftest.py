@@ -36,6 +36,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionstart() -> None:
+    """Autograd starts its threads: one for each kind of device, also of stand-ins, and with any no test could fork."""
+    torch.zeros(1, requires_grad=True).backward()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed also notes the whole stack for each kind of device

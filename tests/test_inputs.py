@@ -10,9 +10,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.devices import Calls
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from narrower.inputs import call_model, device_of, flatten_tensors, map_tensors, model_inputs, precise, samples, shapes_of
+from narrower.inputs import (
+    call_model,
+    device_of,
+    flatten_tensors,
+    map_tensors,
+    model_inputs,
+    move_to,
+    precise,
+    samples,
+    shapes_of,
+)
 
 
 def test_sums_are_in_float64_where_there_is_float64() -> None:
@@ -107,6 +119,21 @@ def test_inputs_go_to_the_device_of_the_model() -> None:
     assert device_of(nn.BatchNorm2d(2, affine=False, device="meta")) == torch.device("meta"), "buffers count too"
     assert device_of(nn.ReLU()) == torch.device("cpu")
     assert model_inputs((A, 0), nn.Linear(3, 1, device="meta")).is_meta
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "cpu"])
+def test_only_copies_to_cuda_are_not_waited_for(name: str) -> None:
+    """To Apple's GPUs they may read memory that is free again (pytorch issue 189690)."""
+    anywhere: Any = SimpleNamespace(to=lambda device, non_blocking: (device, non_blocking))
+    assert move_to(anywhere, torch.device(name)) == (torch.device(name), name.startswith("cuda"))
+
+
+def test_a_batch_on_its_way_to_the_cpu_is_waited_for() -> None:
+    with FakeTensorMode(), Calls() as calls:
+        batch = torch.zeros(2, 3, device="cuda")
+        assert model_inputs((batch, 0), nn.Linear(3, 1)).device.type == "cpu"
+    (copy,) = calls.named("_to_copy")
+    assert not copy.get("non_blocking")
 
 
 @given(st.lists(st.integers(1, 4), max_size=5), st.one_of(st.none(), st.integers(1, 12)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.images import Batch
 from ..errors import ConfigError
-from ..inputs import map_tensors
+from ..inputs import map_tensors, move_to
 from .agreement import meeting, several
 from .config import TrainConfig
 
@@ -82,8 +82,8 @@ def emulated(config: TrainConfig, device: torch.device) -> bool:
 def to_device(x: Tensor, y: Any, config: TrainConfig, device: torch.device) -> Batch:
     """A batch on the device, in the memory format of the settings."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return (x.to(device, memory_format=layout, non_blocking=True),
-            map_tensors(y, lambda t: t.to(device, non_blocking=True)))
+    # reordered on the device: a copy that changes the order begins with one in memory that is not pinned, and is waited for
+    return move_to(x, device).contiguous(memory_format=layout), map_tensors(y, lambda t: move_to(t, device))
 
 
 @contextmanager

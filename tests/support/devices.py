@@ -1,4 +1,4 @@
-"""A stand-in for devices that are not there."""
+"""Stand-ins for devices that are not there."""
 
 from __future__ import annotations
 
@@ -83,6 +83,22 @@ def apple(monkeypatch: pytest.MonkeyPatch) -> Apple:
     """`APPLE` as a device that narrower takes for one without float64."""
     monkeypatch.setattr(inputs, "WITHOUT_FLOAT64", {APPLE.type})
     return Apple()
+
+
+class Calls(TorchDispatchMode):
+    """Notes the keyword arguments of each operator that is called within. With fake tensors these may lie on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[str, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.noted.append((func.overloadpacket.__name__, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        """The keyword arguments of the calls of one operator."""
+        return [kwargs for operator, kwargs in self.noted if operator == name]
 
 
 def without_float64(monkeypatch: pytest.MonkeyPatch, *modules: str) -> NoFloat64:

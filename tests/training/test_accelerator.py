@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from support.devices import Calls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("accelerate")
 from narrower.errors import ConfigError
@@ -44,6 +46,17 @@ def test_batches_get_the_memory_format_of_the_settings() -> None:
     x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2)
     moved, _ = to_device(x, y, TrainConfig(channels_last=True), torch.device("cpu"))
     assert moved.is_contiguous(memory_format=torch.channels_last) and not moved.is_contiguous()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_are_copied_as_they_lie_in_memory(channels_last: bool) -> None:
+    """And reordered on the GPU: torch reorders on the CPU first, in memory that is not pinned, if the copy asks for an order."""
+    with FakeTensorMode(), Calls() as calls:
+        x = torch.zeros(2, 4, 4, 3).permute(0, 3, 1, 2) if not channels_last else torch.zeros(2, 3, 4, 4)
+        moved, _ = to_device(x, torch.zeros(2), TrainConfig(channels_last=channels_last), torch.device("cuda"))
+    assert [call.get("memory_format") for call in calls.named("_to_copy")] == [None, None]
+    assert all(call["non_blocking"] for call in calls.named("_to_copy"))
+    assert moved.is_cuda and moved.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
 def test_the_first_signal_is_collected_and_the_second_raises() -> None:
