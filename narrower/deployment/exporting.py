@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import ExportError, NarrowerError
 from ..extras import optional
 from ..inputs import call_model, flatten_tensors, map_tensors
+from ..surgery.copying import moved
 from ..surgery.walk import in_eval_mode
 from .formats import Format, Writer, format_of
 from .int8 import quantize, relative_error
@@ -72,6 +73,8 @@ def export(
     | `.pt2`                  | `torch.export`             | torch        |            |
     | `.ts`, `.torchscript.pt`| `torch.jit`                | torch, C++   |            |
 
+    A network on a GPU is written and compared as a copy on the CPU where the file runs on the CPU: ONNX and OpenVINO.
+
     The comparison is on the example inputs and on their mirror images, in another number if the batch size is free. Give real
     inputs. A tensor of equal values shows nothing and is replaced by normal noise.
 
@@ -97,6 +100,8 @@ def export(
     for package in format.packages:
         optional(package)
     inputs = telling(example_inputs)
+    if format.on_cpu:  # a GPU's convolutions round more than the tolerance (TF32)
+        module, inputs = moved(module, torch.device("cpu")), map_tensors(inputs, Tensor.cpu)
     dynamic = dynamic_batch and batch_size(inputs) is not None
     with in_eval_mode(module), quiet(), torch.no_grad():
         checks = expected_outputs(module, inputs, dynamic)

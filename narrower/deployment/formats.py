@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..extras import optional
 from ..inputs import call_model, flatten_tensors
-from .layer_times import open_session
+from .layer_times import OPEN, open_session
 
 Writer = Callable[[nn.Module, Any, Path, bool], None]
 Run = Callable[[Any], list[Tensor]]
@@ -42,6 +42,11 @@ class Format:
     packages: tuple[str, ...]
     writers: tuple[Writer, ...]
     open: Callable[[Path, int], Run]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether files run on the CPU only. torch runs its own on the device of the inputs."""
+        return self.runtime in OPEN
 
 
 def format_of(path: Path) -> Format:

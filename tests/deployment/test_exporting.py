@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import narrower
 from narrower.deployment import exporting
 from narrower.deployment.exporting import batch_size, reason, relative_difference, resized, telling
-from narrower.deployment.formats import Format
+from narrower.deployment.formats import FORMATS, Format
+from narrower.surgery import copying
 
 
 def test_a_narrow_network_is_exported_and_stays_as_it_is(
@@ -67,6 +68,27 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(narrower.ExportError, match=r"cannot write .*file/net.ts: "):
         narrower.export(Plain(), images(), tmp_path / "file" / "net.ts")
+
+
+@pytest.mark.parametrize(("name", "package"), [("net.onnx", "onnxruntime"), ("net.xml", "openvino")])
+def test_a_file_that_runs_on_the_cpu_is_compared_with_the_network_on_the_cpu(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a network on a GPU: what it computes in PyTorch is rounded, as by TF32."""
+    pytest.importorskip(package)
+
+    class OnGpu(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            rounds = self is model and not torch.compiler.is_compiling()
+            return super().forward(x) * (1.001 if rounds else 1)
+
+    model = OnGpu()
+    monkeypatch.setattr(copying, "device_of", lambda module: torch.device("cuda"))
+    assert narrower.export(model, images(batch=1), tmp_path / name).difference < 1e-5 and model.training
+
+
+def test_torch_runs_its_own_files_on_the_device_of_the_network() -> None:
+    assert {format.name for format in FORMATS if format.on_cpu} == {"onnx", "openvino"}
 
 
 def test_files_are_compared_on_mirror_images_and_never_on_equal_values(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_batches_get_the_memory_format_of_the_settings() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_batches_are_copied_as_they_lie_in_memory(channels_last: bool) -> None:
-    """And reordered on the GPU: torch reorders on the CPU first, in memory that is not pinned, if the copy asks for an order."""
+    """And reordered on the GPU. If the copy asks for an order, torch reorders on the CPU, in memory that is not pinned."""
     with FakeTensorMode(), Calls() as calls:
         x = torch.zeros(2, 4, 4, 3).permute(0, 3, 1, 2) if not channels_last else torch.zeros(2, 3, 4, 4)
         moved, _ = to_device(x, torch.zeros(2), TrainConfig(channels_last=channels_last), torch.device("cuda"))
