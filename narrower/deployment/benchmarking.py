@@ -168,7 +168,6 @@ def compared(modules: Mapping[str, nn.Module], inputs: Any, runtime: Runtime, th
         for module in modules.values():
             modes.enter_context(in_eval_mode(module))
             calls.append(runtime.prepare(module, inputs, threads))
-            calls[-1]()
         times = in_turn(calls, seconds, time.perf_counter, SETTLE if threads > 1 else 0.0)
     first = flatten_tensors(inputs)[0]
     samples = batch_size(inputs) or 1

@@ -173,8 +173,23 @@ def prepare_eager(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:
 
 
 def prepare_compiled(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:
-    compiled: Any = torch.compile(module, dynamic=False)
-    return waiting(lambda: compiled(x), x.device)
+    run = compiled(module)
+    return waiting(lambda: run(x), x.device)
+
+
+def compiled(module: nn.Module) -> Callable[..., Any]:
+    """The module by `torch.compile`, for the very shapes of its inputs. The first call compiles.
+
+    torch compiles one code object, such as the `forward` of a class, eight times at most. Networks after that run eagerly, and
+    nothing says so. So the module is called from a code object of its own. Where its graph breaks, `forward` is compiled by
+    itself: therefore what was compiled before is forgotten.
+    """
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    forward.__code__ = forward.__code__.replace()
+    torch.compiler.reset()
+    return torch.compile(forward, dynamic=False)
 
 
 def onnx_of(module: nn.Module, x: Any) -> bytes:

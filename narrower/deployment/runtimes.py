@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..inputs import call_model, device_of, flatten_tensors, map_tensors
 from .exporting import export
 from .formats import format_of
-from .layer_times import OPEN, waiting
+from .layer_times import OPEN, compiled, waiting
 
 Call = Callable[[], Any]
 
@@ -42,8 +42,8 @@ def prepare_eager(module: nn.Module, inputs: Any, threads: int) -> Call:
 
 def prepare_compiled(module: nn.Module, inputs: Any, threads: int) -> Call:
     """`torch.compile` for these very shapes. The first call compiles."""
-    compiled: Any = torch.compile(module, dynamic=False)
-    return waiting(lambda: call_model(compiled, inputs), device_of(module))
+    run: Any = compiled(module)
+    return waiting(lambda: call_model(run, inputs), device_of(module))
 
 
 def prepare_cuda_graph(module: nn.Module, inputs: Any, threads: int) -> Call:

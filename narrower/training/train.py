@@ -235,6 +235,7 @@ class TrainLoop:
     def compile(self) -> None:
         """Train through torch.compile where the settings ask for it. The model itself stays as it is."""
         if self.config.torchcompile:
+            torch.compiler.reset()  # after some shapes of networks of a class, in a process, torch compiles no more
             self.wrapped = torch.compile(self.wrapped, backend=self.config.torchcompile)
 
     def count(self, images: Images) -> int:
@@ -264,13 +265,13 @@ class TrainLoop:
         if self.resrep is None or self.resrep.waiting() < WORTH_SHRINKING:
             return
         self.resrep.shrink()
-        if self.config.torchcompile:
-            torch.compiler.reset()  # after a few shapes of a network, torch compiles it no more
         if self.shard[1] > 1:  # DistributedDataParallel knows the old parameters; it must be freed before the new one
             self.accelerator._models.clear()
             del self.wrapped
             self.wrapped = self.accelerator.prepare_model(self.model)
             self.compile()
+        elif self.config.torchcompile:
+            torch.compiler.reset()  # for the new shapes, as in `compile`
 
     def settle(self) -> None:
         """Keep the best of the network's values at the end, and log which, with the accuracy that is final."""

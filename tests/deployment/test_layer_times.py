@@ -6,6 +6,7 @@ import ast
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,6 +96,32 @@ def test_depthwise_copies_are_a_chain_and_others_a_sum() -> None:
 def test_the_clock_is_that_of_the_process_only_where_that_means_something() -> None:
     assert layer_times.clock_for("cpu", 1) == "process"
     assert layer_times.clock_for("cpu", 2) == layer_times.clock_for("cuda:0", 1) == "wall"
+
+
+@pytest.mark.parametrize(("breaks", "together", "times"), [(False, 10, 1), (True, 3, 3)])
+def test_each_of_many_networks_of_a_class_is_compiled(
+    breaks: bool, together: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch compiles one code eight times at most, and runs it eagerly after that."""
+    seen: list[int] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        seen.append(len(seen))
+        return module
+
+    class Broken(nn.Linear):
+        def forward(self, x: Any) -> Any:
+            if breaks:
+                torch._dynamo.graph_break()
+            return super().forward(x)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    x = torch.zeros(1, 2)
+    for _ in range(times):
+        calls = [layer_times.prepare_compiled(Broken(2, width), x, 1) for width in range(1, 1 + together)]
+        with torch._dynamo.config.patch(cache_size_limit=8):  # as it is, but one of timm's optimizers changes it
+            assert [call().shape[1] for call in calls + calls] == 2 * [*range(1, 1 + together)]
+    assert len(seen) == times * together
 
 
 def test_the_script_needs_nothing_of_narrower() -> None:

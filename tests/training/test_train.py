@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("timm")
@@ -158,6 +158,29 @@ def test_a_compiled_training_leaves_the_network_as_it_is(monkeypatch: pytest.Mon
     assert run(model, config=replace(CONFIG, epochs=1, torchcompile="eager")) is model
     assert [kwargs for _, kwargs in compiled] == [{"backend": "eager"}] and type(model) is nn.Sequential
     assert model.state_dict().keys() == network().state_dict().keys()
+
+
+def test_each_of_many_trainings_in_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of `--schedule layer`, runs of `compare`. After eight networks of a class torch compiles no more."""
+    seen, kept = list[nn.Module](), list[TrainLoop]()
+
+    def backend(graph: nn.Module, _: Any) -> Any:
+        seen.append(graph)
+        return graph
+
+    class Layer(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile(model, backend=backend))
+    for width in range(1, 11):
+        context = TrainContext(make_accelerator("cpu"))
+        loop = TrainLoop(Layer(1, width, 3), data(), replace(CONFIG, torchcompile="counting"), context, 0, Methods())
+        with torch._dynamo.config.patch(cache_size_limit=8):  # as it is, but one of timm's optimizers changes it
+            loop.wrapped(torch.zeros(2, 1, 8, 8))
+        kept.append(loop)  # torch forgets what it compiled of networks that are gone
+        assert len(seen) == width
 
 
 def test_mixed_targets_have_as_many_classes_as_the_network_has_outputs() -> None:
