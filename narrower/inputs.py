@@ -61,6 +61,14 @@ def move_to(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, non_blocking=device.type == "cuda")
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given. On the CPU, and on devices that are not known, there is no waiting."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def precise(t: Tensor) -> Tensor:
     """A tensor in float64, for long sums and for merging weights. In float32 where its device has no float64."""
     return t.to(torch.float64 if has_float64(t.device) else torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import call_model, flatten_tensors
+from .inputs import call_model, flatten_tensors, synchronize
 from .surgery.copying import stage
 from .surgery.walk import in_eval_mode
 from .tracing.constraints import ConstraintCollector
@@ -56,8 +56,8 @@ def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> d
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
+    """The outputs, once they are there."""
     out = call_model(model, inputs)
     for t in flatten_tensors(out)[:1]:
-        if t.is_cuda:
-            torch.cuda.synchronize(t.device)
+        synchronize(t.device)
     return out

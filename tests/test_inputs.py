@@ -14,6 +14,7 @@ from support.devices import Calls
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from narrower.deployment import layer_times
 from narrower.inputs import (
     call_model,
     device_of,
@@ -24,6 +25,7 @@ from narrower.inputs import (
     precise,
     samples,
     shapes_of,
+    synchronize,
 )
 
 
@@ -134,6 +136,16 @@ def test_a_batch_on_its_way_to_the_cpu_is_waited_for() -> None:
         assert model_inputs((batch, 0), nn.Linear(3, 1)).device.type == "cpu"
     (copy,) = calls.named("_to_copy")
     assert not copy.get("non_blocking")
+
+
+@pytest.mark.parametrize(("name", "waits"), [("cuda:1", ["cuda:1"]), ("mps", ["mps"]), ("cpu", []), ("meta", [])])
+def test_gpus_are_waited_for(name: str, waits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(str(device)))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for wait in (synchronize, layer_times.synchronize):
+        wait(torch.device(name))
+    assert waited == 2 * waits
 
 
 @given(st.lists(st.integers(1, 4), max_size=5), st.one_of(st.none(), st.integers(1, 12)))

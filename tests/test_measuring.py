@@ -9,6 +9,7 @@ from support.networks import IMAGES, PATTERNS, Plain, images
 from torch import Tensor, nn
 
 import narrower
+from narrower import measuring
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -36,6 +37,14 @@ def test_measure_leaves_modes_and_statistics() -> None:
     narrower.measure(model, IMAGES, seconds=0.0)
     assert model.training and model.bn1.training and not model.bn3.training
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_forward_ends_when_the_device_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU works on after the call: without waiting, the time is that of giving it the work."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(measuring, "synchronize", waited.append)
+    narrower.measure(Plain().to("meta"), IMAGES.to("meta"), seconds=0.0)
+    assert len(waited) == 3 + 5 and {*waited} == {torch.device("meta")}
 
 
 def test_a_slower_network_is_measured_slower() -> None:

@@ -121,18 +121,19 @@ def layer_ms(job: Job, prepare: Prepare, place: Mapping[str, Any], seconds: floa
     for count in (1, 1 + more):
         network = Copies(job, count).to(x).eval()
         calls.append(prepare(network, x, place["threads"]))
-    few, many = shortest(calls, seconds, clock_named(place["clock"]), positions(job) * place["batch"] < FEW_USES)
+    flush = x.device if positions(job) * place["batch"] < FEW_USES else None
+    few, many = shortest(calls, seconds, clock_named(place["clock"]), flush)
     return max(1e3 * (many - few) / more, 1e-5)
 
 
 def shortest(calls: Sequence[Callable[[], Any]], seconds: float, clock: Callable[[], float],
-             flush: bool = False) -> list[float]:
+             flush: torch.device | None = None) -> list[float]:
     """The shortest time of each function, in turn, until `seconds` for each are spent, seven times at least.
 
-    With `flush` each starts with other data in the caches. Then rounds are few: this takes longer than most calls.
+    Each starts with other data in the caches of the device `flush`. Then rounds are few: this takes longer than most calls.
     """
     best = [float("inf")] * len(calls)
-    other = torch.zeros(FLUSH_BYTES // 4) if flush else None
+    other = torch.zeros(FLUSH_BYTES // 4, device=flush) if flush else None
     for call in calls:
         call()
     spent, rounds = 0.0, 0
@@ -141,6 +142,7 @@ def shortest(calls: Sequence[Callable[[], Any]], seconds: float, clock: Callable
         for i, call in enumerate(calls):
             if other is not None:
                 other.add_(1)
+                synchronize(other.device)
             start = clock()
             call()
             took = clock() - start
@@ -159,13 +161,22 @@ def clock_for(device: str, threads: int) -> str:
     return "process" if threads == 1 and str(device) == "cpu" else "wall"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, as `narrower.inputs.synchronize`, which is not everywhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def waiting(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`run`, and then wait for the device, where that works on after the call."""
     def run_and_wait() -> Any:
         found = run()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         return found
 
-    return run_and_wait if device.type == "cuda" else run
+    return run if device.type == "cpu" else run_and_wait
 
 
 def prepare_eager(module: nn.Module, x: Any, threads: int) -> Callable[[], Any]:

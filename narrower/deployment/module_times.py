@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..inputs import device_of
+from ..inputs import device_of, synchronize
 from ..measuring import forward
 from ..surgery.walk import in_eval_mode
 from .layer_times import clock_for, clock_named
@@ -27,10 +27,10 @@ def time_modules(networks: Sequence[nn.Module], example_inputs: Any, *, seconds:
 
     Of several rounds in turn, for about so many `seconds` in all, the shortest. Layers are timed by hooks, in eval mode, on the
     device of the first network: on CUDA by events, on the CPU with one thread in processor time, which other programs disturb
-    little. What lies between the layers is left out: BatchNorm, activations, additions.
+    little, on Apple's GPUs by waiting before and after each. What lies between the layers is left out: BatchNorm, activations,
+    additions.
     """
-    device = device_of(networks[0]).type
-    now = cuda_event if device == "cuda" else clock_named(clock_for(device, torch.get_num_threads()))
+    now = clock_of(device_of(networks[0]))
     found: list[dict[str, float]] = [{} for _ in networks]
     with ExitStack() as stack, torch.inference_mode():
         marks: list[Marks] = [[] for _ in networks]
@@ -48,11 +48,20 @@ def time_modules(networks: Sequence[nn.Module], example_inputs: Any, *, seconds:
     return found
 
 
-def cuda_event() -> torch.cuda.Event:
-    """An event that the device will reach at this point."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def clock_of(device: torch.device) -> Callable[[], Any]:
+    """What gives the time at which the device has done what it was given so far. On CUDA an event, which is not waited for."""
+    seconds = clock_named(clock_for(device.type, torch.get_num_threads()))
+
+    def event() -> torch.cuda.Event:
+        found = torch.cuda.Event(enable_timing=True)
+        found.record(torch.cuda.current_stream(device))
+        return found
+
+    def wait() -> float:
+        synchronize(device)
+        return seconds()
+
+    return event if device.type == "cuda" else wait
 
 
 @contextmanager

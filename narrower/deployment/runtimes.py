@@ -58,7 +58,7 @@ def prepare_cuda_graph(module: nn.Module, inputs: Any, threads: int) -> Call:
             call_model(module, inputs)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # torch's own stream for captures may be one of another GPU
         call_model(module, inputs)
     return waiting(graph.replay, device)
 

@@ -62,14 +62,27 @@ def test_what_disturbs_some_rounds_does_not_count() -> None:
 
 
 def test_other_data_fills_the_cache_before_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In those of the device, which is waited for."""
     class Other:
+        def __init__(self, count: int, device: torch.device) -> None:
+            self.device = device
+
         def add_(self, number: int) -> None:
             seen.append("other")
 
     seen: list[str] = []
-    monkeypatch.setattr(torch, "zeros", lambda count: Other())
-    layer_times.shortest([lambda: seen.append("a"), lambda: seen.append("b")], 0.0, lambda: 0.0, flush=True)
-    assert seen == ["a", "b"] + 7 * ["other", "a", "other", "b"], "after a call of each"
+    monkeypatch.setattr(torch, "zeros", Other)
+    monkeypatch.setattr(layer_times, "synchronize", lambda device: seen.append(str(device)))
+    calls = [lambda: seen.append("a"), lambda: seen.append("b")]
+    layer_times.shortest(calls, 0.0, lambda: 0.0, torch.device("mps"))
+    assert seen == ["a", "b"] + 7 * ["other", "mps", "a", "other", "mps", "b"], "after a call of each"
+
+
+@pytest.mark.parametrize(("name", "waits"), [("cuda:1", ["cuda:1"]), ("mps", ["mps"]), ("cpu", [])])
+def test_a_call_ends_when_the_device_has_done_it(name: str, waits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(layer_times, "synchronize", lambda device: waited.append(str(device)))
+    assert layer_times.waiting(lambda: 7, torch.device(name))() == 7 and waited == waits
 
 
 def test_only_unknown_layers_are_measured_and_each_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

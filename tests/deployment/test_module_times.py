@@ -55,6 +55,16 @@ def test_each_layer_has_the_time_of_all_its_calls_and_the_networks_stay_as_they_
     assert all(model.training and not hooks(model) for model in networks)
 
 
+def test_each_layer_is_waited_for_on_apples_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have done nothing yet when a layer returns."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(module_times, "device_of", lambda model: torch.device("mps"))
+    monkeypatch.setattr(module_times, "synchronize", waited.append)
+    model = Net(0.0)
+    time_modules([model], torch.zeros(2, 4), seconds=0.0)
+    assert len(waited) == 6 * (module_times.WARMUP + module_times.LEAST) and {*waited} == {torch.device("mps")}
+
+
 def test_hooks_go_when_a_forward_fails() -> None:
     class Failing(Net):
         def forward(self, x: Any) -> Any:
