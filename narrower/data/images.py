@@ -226,7 +226,7 @@ def batches(
     else:
         index = torch.randperm(count, generator=torch.Generator().manual_seed(order))[: trained_on(count, batch_size, shard[1])]
     chunks = [chunk.tolist() for chunk in index[:limit][shard[0] :: shard[1]].split(batch_size)]
-    pin = torch.cuda.is_available()
+    pin = torch.cuda.is_initialized()  # by what the batches are for: pinning makes a CUDA context where there is none
     if isinstance(images, TensorImages):
         return DataLoader(images, batch_sampler=chunks[start:], collate_fn=_as_it_is, pin_memory=pin)
     collate = getattr(images.task, "collate", None)

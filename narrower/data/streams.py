@@ -157,7 +157,7 @@ def stream_batches(images: StreamImages, batch_size: int, *, order: int | None, 
         steps = None if reader.split_info.filenames else 0
     generator = None if order is None else torch.Generator().manual_seed(mix(order, rank, "stream"))
     return StreamLoader(images, batch_size, steps=steps, start=start, num_workers=workers, generator=generator,
-                        worker_init_fn=signals_of_a_worker, pin_memory=torch.cuda.is_available())
+                        worker_init_fn=signals_of_a_worker, pin_memory=torch.cuda.is_initialized())
 
 
 def shuffle(images: StreamImages, order: int, rank: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.images import Batch
 from ..errors import ConfigError
 from ..inputs import map_tensors, move_to
-from .agreement import meeting, several
+from .agreement import launched, local_rank, meeting, several
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 def make_accelerator(device: str = "auto", log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """accelerate's view of this process: its device, and the other processes if there are any.
 
+    A CUDA device becomes the current one of torch, and cuDNN chooses its algorithms by trying them.
+
     Args:
-        device: a name of torch's, or "auto" for what accelerate finds.
+        device: a name of torch's, or "auto" for what accelerate finds. With "auto" or "cuda" each process has a GPU of its own.
         log_with: accelerate's names of experiment trackers, such as "tensorboard" and "wandb".
         folder: where trackers write.
 
     Raises:
-        ConfigError: accelerate or a tracker is missing, or this machine has no such device.
+        ConfigError: accelerate or a tracker is missing, this machine has no such device, or several processes would share it.
     """
     try:
         from accelerate import Accelerator
@@ -40,12 +42,9 @@ def make_accelerator(device: str = "auto", log_with: Sequence[str] = (), folder:
         raise ConfigError("training needs accelerate: pip install 'narrower[cli]'") from error
 
     if device not in ("auto", "cpu"):
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"--device {device} cannot be used here ({reason}); auto takes what there is") from error
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        check_device(device)
+        if device != "cuda" or launched() == 1:  # else accelerate gives each process a GPU, as it does where none is named
+            os.environ["ACCELERATE_TORCH_DEVICE"] = device
     try:
         found = Accelerator(cpu=device == "cpu", log_with=list(log_with) or None, project_dir=folder)
     except ValueError as error:
@@ -54,7 +53,33 @@ def make_accelerator(device: str = "auto", log_with: Sequence[str] = (), folder:
         raise ConfigError(f"--log-with {missing[0]}: its package is not installed (pip install {missing[0]})")
     if found.num_processes > 1:
         meeting()  # here, where all processes pass
+    if found.device.type == "cuda":
+        use_gpu(found.device)
     return found
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError if torch cannot use the device, or if it is one GPU for several processes."""
+    if name.startswith("cuda:") and launched() > 1:
+        raise ConfigError(f"--device {name} is one GPU for {launched()} processes: give --device cuda, which gives each its "
+                          "own, and choose among the GPUs by CUDA_VISIBLE_DEVICES")
+    each = name == "cuda" and launched() > 1  # even a small tensor takes half a gigabyte of a GPU
+    try:
+        torch.empty(1, device=f"cuda:{local_rank() % max(1, torch.cuda.device_count())}" if each else name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used here ({reason}); auto takes what there is") from error
+
+
+def use_gpu(device: torch.device) -> None:
+    """Make a GPU the current one, which libraries and CUDA graphs take, and let cuDNN try out its algorithms.
+
+    What it knows without trying does not fit the odd widths of narrow networks.
+    """
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    if not torch.are_deterministic_algorithms_enabled():
+        torch.backends.cudnn.benchmark = True
 
 
 def shard_of(accelerator: Accelerator) -> tuple[int, int]:

@@ -43,8 +43,8 @@ def evaluate_classes(
     config = config or TrainConfig()
     accelerator = accelerator or make_accelerator()
     shard, task = shard_of(accelerator), images.task
-    loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
     model.to(accelerator.device)
+    loader = batches(images, config.batch_size, shard=shard, workers=config.workers)
     losses = precise(torch.zeros(2, device=accelerator.device))
     total: Tensor | None = None
     with in_eval_mode(model), torch.inference_mode(), autocast(config, accelerator.device):

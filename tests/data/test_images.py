@@ -66,9 +66,10 @@ def test_each_image_once_and_shards_are_disjoint() -> None:
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_batches_lie_in_pinned_memory_where_there_is_cuda(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only from there is a copy to the GPU not waited for."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+def test_batches_lie_in_pinned_memory_where_cuda_is_used(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only from there is a copy to the GPU not waited for. With `--device cpu` a GPU that is there is left alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
     memory = TensorImages(torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.arange(9), (0.5,), (0.5,))
     files = LazyImages([], torch.as_tensor, torch.as_tensor)
     assert [batches(images, 4).pin_memory for images in (memory, files)] == [cuda, cuda]

@@ -79,9 +79,11 @@ def test_shards_are_evaluated_once_by_any_number_of_processes_and_readers(shards
     assert sorted(itertools.chain(*more)) == list(range(21))
 
 
-def test_batches_lie_in_pinned_memory_where_there_is_cuda(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cuda", [False, True])
+def test_batches_lie_in_pinned_memory_where_cuda_is_used(cuda: bool, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert batches(opened(shards).val, 4).pin_memory
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    assert batches(opened(shards).val, 4).pin_memory is cuda
 
 
 def epoch(data: ImageData, number: int = 0, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -28,6 +29,48 @@ def test_an_unknown_device_is_named() -> None:
 def test_a_tracker_that_is_not_there_is_named(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_accelerator("cpu", [name])
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine with four GPUs, without them, and what becomes the current one. accelerate chooses as it does."""
+    current: list[str] = []
+
+    def accelerator(cpu: bool, log_with: object, project_dir: object) -> Any:
+        chosen = os.environ.get("ACCELERATE_TORCH_DEVICE", f"cuda:{os.environ.get('LOCAL_RANK')}")
+        return SimpleNamespace(device=torch.device(chosen), num_processes=1, log_with=[])
+
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "")
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")
+    monkeypatch.setattr("accelerate.Accelerator", accelerator)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(torch, "empty", lambda count, device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    return current
+
+
+def test_the_gpu_of_the_settings_becomes_the_current_one(gpus: list[str]) -> None:
+    """CUDA graphs and events are of the current one. Of odd widths cuDNN knows the best algorithm by trying only."""
+    assert str(make_accelerator("cuda:1").device) == "cuda:1" and gpus == ["cuda:1"]
+    assert str(make_accelerator("cuda").device) == "cuda" and gpus == ["cuda:1"], "the current one is left to the caller"
+    assert torch.backends.cudnn.benchmark
+
+
+def test_a_computation_that_must_be_deterministic_stays_so(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    make_accelerator("cuda")
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_each_process_has_a_gpu_of_its_own(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    tried: list[str] = []
+    monkeypatch.setattr(torch, "empty", lambda count, device: tried.append(device))
+    assert str(make_accelerator("cuda").device) == "cuda:2" and gpus == tried == ["cuda:2"]
+    with pytest.raises(ConfigError, match="--device cuda:1 is one GPU for 4 processes: give --device cuda"):
+        make_accelerator("cuda:1")
 
 
 def test_one_process_is_the_first_of_one() -> None:
