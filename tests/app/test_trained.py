@@ -43,6 +43,23 @@ def test_what_is_left_of_a_plan_is_cut_in_the_end_also_if_a_scaler_has_skipped_s
         assert facts["error"] < 1e-6 and facts["text"].count("not zero yet are cut") == 1
 
 
+def test_networks_are_compared_in_float32() -> None:
+    """A stand-in for TF32, which CUDA's convolutions compute in by default. It rounds compactors that are not merged yet."""
+    class Conv(nn.Conv2d):
+        rounds = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y * 1.002 if torch.backends.cudnn.allow_tf32 and self.rounds else y
+
+    one, two = Conv(3, 4, 1), Conv(3, 4, 1)
+    one.rounds = True
+    two.load_state_dict(one.state_dict())
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    assert before[0] and difference(one, two, torch.ones(2, 3, 4, 4)) == 0
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
+
+
 def test_a_merged_network_that_computes_something_else_is_an_error() -> None:
     net, x = nn.Linear(4, 3), torch.ones(2, 4)
     assert difference(net, copy.deepcopy(net), x) == 0
