@@ -80,8 +80,8 @@ class Classification:
     def measure(self, outputs: Any, targets: Any) -> Tensor:
         """`[3 + 2 K]`: images, right, right among five; then of each class images, and right ones."""
         first = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
-        whole = torch.stack((torch.tensor(len(targets), device=outputs.device), first[:, 0].sum(), first.sum()))
         known = torch.stack((targets >= 0, first[:, 0])).long()  # a class below 0 is none
+        whole = torch.stack((known.new_full((), len(targets)), first[:, 0].sum(), first.sum()))
         return torch.cat((whole, known.new_zeros(2, outputs.shape[1]).index_add_(1, targets.clamp(min=0), known).flatten()))
 
     def figures(self, total: Tensor) -> dict[str, float]:

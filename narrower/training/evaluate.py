@@ -51,7 +51,7 @@ def evaluate_classes(
         for x, y in watch(loader, "evaluating", len(images) // shard[1]):
             x, y = to_device(x, y, config, accelerator.device)
             outputs = in_float32(model(x))
-            losses += torch.stack((precise(check_loss(task.loss(outputs, y))) * len(x), losses.new_tensor(len(x))))
+            losses += torch.stack((precise(check_loss(task.loss(outputs, y))) * len(x), losses.new_full((), len(x))))
             statistic = precise(check_statistic(task.measure(outputs, y), total))
             total = statistic if total is None else total + statistic
     loss, count = accelerator.reduce(losses).tolist()

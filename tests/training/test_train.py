@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("timm")
-from support.devices import without_float64
+from support.devices import Calls, without_float64
 from support.training import CONFIG, data, network, run
 
 import narrower
@@ -50,6 +50,15 @@ def test_evaluate_is_top1_and_mean_loss_in_eval_mode() -> None:
     logits = model.eval()(x)
     assert result["top1"] == pytest.approx(100 * (logits.argmax(1) == y).float().mean().item())
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+def test_an_evaluation_waits_for_no_copies_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that becomes a tensor lies on the CPU first: the GPU would have to end each batch before the next begins."""
+    model, held = network(), [data().val.__getitems__(range(k, k + 30)) for k in (0, 30)]
+    monkeypatch.setattr(sys.modules["narrower.training.evaluate"], "batches", lambda *given, **options: held)
+    with Calls() as calls:
+        evaluate(model, data().val, CONFIG, make_accelerator("cpu"))
+    assert len(calls.named("conv2d")) == 2 and not calls.named("lift_fresh")
 
 
 def test_a_device_without_float64_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
