@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm as Fused
 from torch.overrides import TorchFunctionMode
 
 from .agreement import several
@@ -17,7 +18,7 @@ class SyncedBatchNorm(TorchFunctionMode):
     """Within, every BatchNorm in train mode takes the mean and variance over the batches of all processes.
 
     It acts on `F.batch_norm`, which the modules of torch and of timm call: no module is exchanged, and it works on the CPU,
-    where `torch.nn.SyncBatchNorm` does not. All processes must run the same layers.
+    where `torch.nn.SyncBatchNorm` does not. On CUDA the kernels of that module do it. All processes must run the same layers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,6 +32,8 @@ class SyncedBatchNorm(TorchFunctionMode):
 def batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
                bias: Tensor | None = None, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
     """`F.batch_norm` in train mode over the batches `(N, C, ...)` of all processes. They may differ in N."""
+    if x.is_cuda:
+        return Fused.apply(x, weight, bias, running_mean, running_var, eps, momentum, dist.group.WORLD, dist.get_world_size())
     dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
     wide = x if x.dtype == torch.float64 else x.float()
     sums = Sum.apply(torch.cat([wide.sum(dims), wide.new_full((1,), x.numel() / x.shape[1])]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ import torch
 import torch.distributed as dist
 from support.processes import in_two
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules._functions import SyncBatchNorm as Fused
 
+from narrower.training import synced_batchnorm
 from narrower.training.synced_batchnorm import SyncedBatchNorm
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -43,6 +48,26 @@ def part(rank: int) -> dict[str, Any]:
     state = {name: t.tolist() for name, t in model.state_dict().items()}
     return {"out": out.tolist(), "x": x.grad.tolist(), "weight": model.get_parameter("1.weight").grad.tolist(), "state": state,  # type: ignore[union-attr]
             "half": half == torch.bfloat16}
+
+
+def test_on_cuda_the_kernels_of_torch_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fused: this module's own arithmetic keeps several copies of each activation, in float32."""
+    names, given = [*inspect.signature(Fused.forward).parameters][1:], list[Any]()
+
+    def apply(*args: Any) -> Any:
+        given.extend(args)
+        return args[0]
+
+    monkeypatch.setattr(synced_batchnorm, "several", lambda: True)
+    monkeypatch.setattr(synced_batchnorm, "Fused", SimpleNamespace(apply=apply))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with FakeTensorMode(), torch.device("cuda"), SyncedBatchNorm():
+        layer, x = nn.BatchNorm2d(3, eps=1e-3, momentum=0.2), torch.zeros(2, 3, 4, 4)
+        assert layer(x) is x
+    found = dict(zip(names, given, strict=True))
+    assert (found["input"], found["weight"], found["bias"]) == (x, layer.weight, layer.bias)
+    assert (found["running_mean"], found["running_var"]) == (layer.running_mean, layer.running_var)
+    assert (found["eps"], found["momentum"], found["world_size"]) == (1e-3, 0.2, 2)
 
 
 def test_two_processes_normalise_as_one() -> None:
