@@ -85,11 +85,25 @@ def first(find: Callable[[], Found]) -> Found:
 
 def anywhere(here: bool) -> bool:
     """Whether it is so in any process."""
+    return ask(lambda: here)()
+
+
+def ask(here: Callable[[], bool]) -> Callable[[], bool]:
+    """Ask all processes whether it is so in any. The function that is returned gives the answer, the same in all of them.
+
+    The answer is of the moment of the question. Mostly it has come by the time it is wanted, so that nobody waits. Where there
+    is one process it is of the moment when it is wanted.
+    """
     if not several():
         return here
-    flag = torch.tensor(here, dtype=torch.uint8)
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=meeting())
-    return bool(flag)
+    flag = torch.tensor(here(), dtype=torch.uint8)
+    asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=meeting(), async_op=True)
+
+    def answer() -> bool:
+        asked.wait()
+        return bool(flag)
+
+    return answer
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from ..errors import ConfigError, StorageError
 from ..inputs import precise
 from ..storage import write_whole
 from .accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
-from .agreement import anywhere, first, share
+from .agreement import anywhere, ask, first, share
 from .checking import task_in_training
 from .config import TrainConfig
 from .evaluate import evaluate, evaluate_classes, headline
@@ -175,12 +175,16 @@ class TrainLoop:
         self.wrapped.train()
         with collect_interrupts() as interrupted:
             watched = self.context.watch(loader, self.title(start.epoch), count // self.shard[1])
+            stopped = ask(lambda: bool(interrupted))
             for step, (x, y) in enumerate(watched, start.step):
                 loss_sum += self.run_step(start.epoch, step, x, y) * len(x)
                 seen += len(x)
-                if anywhere(bool(interrupted)) and step + 1 < self.steps and self.moves(step):
+                if step + 1 == self.steps or not self.moves(step):
+                    continue
+                if stopped():
                     self.save(Position(start.epoch, step + 1, float(self.accelerator.reduce(loss_sum))))
                     raise KeyboardInterrupt
+                stopped = ask(lambda: bool(interrupted))  # answered during the next step
             total = float(self.accelerator.reduce(loss_sum))
             loss = total / max(1, count)
             if not loss < DIVERGED:

@@ -16,6 +16,7 @@ from torch import nn
 from narrower.errors import BudgetError, ConfigError
 from narrower.training.agreement import (
     anywhere,
+    ask,
     check_same,
     first,
     is_of_another,
@@ -58,6 +59,19 @@ def test_other_facts_and_a_lost_process_are_noticed() -> None:
     assert kind is ConfigError and text.startswith("the processes disagree on classes: 5 in process 0, 6 in process 1")
 
 
+def asked(rank: int) -> tuple[bool, bool]:
+    """The first process goes on before the second is asked: else they would wait for each other here."""
+    state = [rank == 1]
+    if rank == 1:
+        dist.barrier()
+    one = ask(lambda: state[0])
+    if rank == 0:
+        dist.barrier()
+    state[0] = False
+    two = ask(lambda: state[0])
+    return one(), two()
+
+
 def agree(rank: int) -> dict[str, Any]:
     dist.init_process_group("gloo")
     model = nn.BatchNorm1d(2)
@@ -65,7 +79,7 @@ def agree(rank: int) -> dict[str, Any]:
     model.weight.data.add_(3 * rank)
     share(model)
     found = {
-        "first": first(lambda: 7 + rank), "anywhere": (anywhere(rank == 1), anywhere(False)),
+        "first": first(lambda: 7 + rank), "anywhere": (anywhere(rank == 1), anywhere(False)), "asked": asked(rank),
         "error": raised(lambda: first(impossible)), "tells": (tells(), tells()), "rank": local_rank(),
         "shared": [t.tolist() for t in (model.running_mean, model.weight) if t is not None],
     }
@@ -77,6 +91,7 @@ def test_what_the_first_process_has_all_have() -> None:
     found = in_two(agree)
     for rank, here in enumerate(found):
         assert here["rank"] == rank and here["first"] == 7 and here["anywhere"] == (True, False)
+        assert here["asked"] == (True, False)
         assert here["error"] == (BudgetError, "too little")
         assert here["shared"] == [[0, 0], [1, 1]]
     assert all(sorted(pair) == [False, True] for pair in zip(*(here["tells"] for here in found), strict=True))

@@ -54,10 +54,12 @@ def test_evaluate_is_top1_and_mean_loss_in_eval_mode() -> None:
 
 def test_an_evaluation_waits_for_no_copies_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number that becomes a tensor lies on the CPU first: the GPU would have to end each batch before the next begins."""
-    model, held = network(), [data().val.__getitems__(range(k, k + 30)) for k in (0, 30)]
+    model, images = network(), data().val
+    assert isinstance(images, TensorImages)
+    held = [images.__getitems__(range(k, k + 30)) for k in (0, 30)]
     monkeypatch.setattr(sys.modules["narrower.training.evaluate"], "batches", lambda *given, **options: held)
     with Calls() as calls:
-        evaluate(model, data().val, CONFIG, make_accelerator("cpu"))
+        evaluate(model, images, CONFIG, make_accelerator("cpu"))
     assert len(calls.named("conv2d")) == 2 and not calls.named("lift_fresh")
 
 
@@ -82,6 +84,19 @@ def interrupting(at: int, number: signal.Signals = signal.SIGINT) -> Any:
             yield batch
 
     return watch
+
+
+def test_processes_wait_for_each_others_interrupts_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they are asked at a step they answer during the next."""
+    asked: list[bool] = []
+
+    def anywhere(here: bool) -> bool:
+        asked.append(here)
+        return here
+
+    monkeypatch.setattr(sys.modules["narrower.training.train"], "anywhere", anywhere)
+    run(network())
+    assert len(asked) == 1 + CONFIG.epochs
 
 
 @pytest.mark.parametrize("at", [0, 7, 11, 17])  # first step, middle of an epoch, last step of an epoch, very last step
