@@ -35,6 +35,7 @@ def narrow_by_layers(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple
     A run that goes on begins with the network after the last layer that was done, and with the checkpoint of the next.
     """
     given = job.settings.prune
+    # no name for the images, or they would lie on the GPU through all trainings
     plan = planned(job, model, graph, calibration(job))
     parts = cut_order(plan)
     done, small = restored_layers(job) or (0, copy.deepcopy(model))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ import torch
 from support.command_line import NETWORK, SMALL, at_batch, rows, weights
 
 import narrower
-from narrower.app import run_folder
+from narrower.app import layerwise, oneshot, run_folder
 from narrower.app.cli import main
+from narrower.app.job import Job
 from narrower.app.layerwise import cut_order
 from narrower.models import make_model
 
@@ -58,6 +62,26 @@ def test_each_layer_is_cut_and_trained_and_a_resumed_run_equals_an_uninterrupted
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert one["conv1.weight"].shape[0] == 4 and one["conv2.weight"].shape[:2] == (12, 4)
     assert not any(Path(run, run_folder.LAYERS).exists() for run in ("whole", "cut"))
+
+
+def test_the_images_of_the_scores_are_gone_in_the_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, cut = oneshot.sample, layerwise.cut
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def sample(job: Job, count: int) -> Iterator[Any]:
+        for x, y in plain(job, count):
+            held.append(weakref.ref(x))
+            yield x, y
+
+    def noted(*given: Any) -> Any:
+        alive.append(sum(image() is not None for image in held))
+        return cut(*given)
+
+    monkeypatch.setattr(oneshot, "sample", sample)
+    monkeypatch.setattr(layerwise, "cut", noted)
+    assert main([*LAYERS, "--epochs-per-layer", "0", "--dense-epochs", "0", "--output", "run"]) == 0
+    assert held and alive == [0, 0]
 
 
 def test_the_scores_are_those_of_the_dense_network() -> None:
