@@ -17,7 +17,8 @@ NarrowerError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class NarrowerError(Exception):
@@ -72,3 +73,11 @@ def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "")
     """A part of a message for a name that is not known: "; did you mean " and the nearest that are, or nothing."""
     near = difflib.get_close_matches(name, sorted(known), n=most)
     return f"; did you mean {', '.join(prefix + found for found in near)}?" if near else ""
+
+
+def check_state(mine: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise StorageError where a saved state has other settings than `mine`, or is of another model."""
+    for key, value in mine.items():
+        if state.get(key) != value:
+            what = "the model" if key == "groups" else key
+            raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PlanError, StorageError
+from ..errors import ConfigError, PlanError, check_state
 from ..graph.types import ChannelGroup, Graph, Slice
 from ..inputs import precise
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps
-from ..planning.plan import Plan, costed_plan
+from ..planning.plan import Plan, check_groups, costed_plan
 from ..planning.plan import plan as plan_widths
 from ..planning.requests import excluded
 from ..surgery.copying import independent_copy, same_tensors
@@ -157,10 +157,7 @@ class CentripetalSGD:
 
         Raises StorageError for another format, setting or model.
         """
-        for key, value in self.state_dict().items():
-            if key not in ("step", "clusters") and state.get(key) != value:
-                what = "the model" if key == "groups" else key
-                raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")
+        check_state({key: value for key, value in self.state_dict().items() if key not in ("step", "clusters")}, state)
         self.step = state["step"]
         self.clusters = {name: np.array(c, dtype=np.int64) for name, c in state["clusters"].items()}
         self.places = []
@@ -246,8 +243,7 @@ def positions(s: Slice) -> np.ndarray:
 
 def widths_of(plan: Plan, graph: Graph, reasons: Mapping[str, str]) -> dict[str, int]:
     """How many clusters each group gets that loses channels. Raises PlanError if the plan does not fit."""
-    if {g.name: g.size for g in plan.graph.free} != {g.name: g.size for g in graph.free}:
-        raise PlanError("the plan is of another network: its groups differ")
+    check_groups({g.name: g.size for g in plan.graph.free}, graph)
     losing = {g.name: len(plan.keep[g.name]) for g in graph.free if len(plan.keep[g.name]) < g.size}
     for name in losing:
         if name in reasons:

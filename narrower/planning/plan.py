@@ -107,11 +107,17 @@ class Plan:
         if version != FORMAT:
             raise PlanError(f"the plan has format {version}, this version of narrower reads {FORMAT}")
         here = {g.name: g.size for g in graph.free}
-        if groups != here:
-            odd = [n for n in {**here, **groups} if groups.get(n) != here.get(n)][:3]
-            raise PlanError(f"the plan is of another network: its groups differ, for example {odd}")
+        check_groups(groups, graph)
         found = costed_plan(graph, {n: parse_kept(n, kept, here) for n, kept in keep.items()}, request)
         return replace(found, latency_ms=latency_ms)
+
+
+def check_groups(groups: Mapping[str, int], graph: Graph) -> None:
+    """Raise PlanError unless the free groups of a plan, with their sizes, are those of the graph."""
+    here = {g.name: g.size for g in graph.free}
+    if groups != here:
+        odd = [n for n in {**here, **groups} if groups.get(n) != here.get(n)][:3]
+        raise PlanError(f"the plan is of another network: its groups differ, for example {odd}")
 
 
 def parse_kept(name: str, kept: Any, sizes: Mapping[str, int]) -> np.ndarray:

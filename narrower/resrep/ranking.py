@@ -15,7 +15,7 @@ from ..graph.equal_counts import Component, components
 from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..planning.greedy import ComponentDescent, descend, fits
-from ..planning.plan import Plan, widths
+from ..planning.plan import Plan, check_groups, widths
 from ..planning.requests import checked_scores, lowest_channels
 from .placement import Placement, without_groups
 from .schedule import Ranking
@@ -168,8 +168,7 @@ def wanted_by(plan: Plan, graph: Graph, placement: Placement) -> Masks:
 
     Raises PlanError if the plan is of another graph, removes nothing, or removes channels without a compactor.
     """
-    if {g.name: g.size for g in plan.graph.free} != {g.name: g.size for g in graph.free}:
-        raise PlanError("the plan was made for another graph than the one that ResRep was given")
+    check_groups({g.name: g.size for g in plan.graph.free}, graph)
     kept = Kept(graph, plan.keep)
     losing = [g.name for g in graph.free if not kept.mask(g.name).all()]
     if not losing:

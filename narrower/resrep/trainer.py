@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PlanError, StorageError
+from ..errors import ConfigError, PlanError, StorageError, check_state
 from ..graph.cost import CostKind, CostModel
 from ..graph.equal_counts import Component
 from ..graph.selection import Kept
@@ -266,10 +266,7 @@ class ResRep:
 
         Raises StorageError for another format, budget, schedule or model.
         """
-        for key, value in self.run_settings().items():
-            if state.get(key) != value:
-                what = "the model" if key == "groups" else key
-                raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")
+        check_state(self.run_settings(), state)
         if self.step or self.kept.cuts:
             raise StorageError("load_state_dict needs a fresh ResRep around the dense model")
         saved, kept = state["compactors"], Kept(self.graph, {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()})

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PlanError, StorageError
+from ..errors import ConfigError, PlanError, check_state
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph
 from ..inputs import precise
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps
-from ..planning.plan import Plan, costed_plan
+from ..planning.plan import Plan, check_groups, costed_plan
 from ..planning.plan import plan as plan_budget
 from ..planning.requests import checked_scores, excluded, lowest_channels
 from ..surgery.copying import same_tensors
@@ -189,10 +189,7 @@ class SoftPruning:
 
         Raises StorageError for another format, budget, setting or model.
         """
-        for key, value in self.run_settings().items():
-            if state.get(key) != value:
-                what = "the model" if key == "groups" else key
-                raise StorageError(f"this state is of another run: {what} was {state.get(key)}, is {value}")
+        check_state(self.run_settings(), state)
         self.calls = state["calls"]
         for key in ("masked", "hard"):
             masks: Masks = getattr(self, key)
@@ -258,8 +255,7 @@ def unmaskable(graph: Graph) -> dict[str, str]:
 
 def check_plan(plan: Plan, graph: Graph, reasons: Mapping[str, str]) -> None:
     """Raise PlanError if a plan is of another network, or removes channels that cannot be masked."""
-    if {g.name: g.size for g in plan.graph.free} != {g.name: g.size for g in graph.free}:
-        raise PlanError("the plan is of another network: its groups differ")
+    check_groups({g.name: g.size for g in plan.graph.free}, graph)
     for name, why in reasons.items():
         if len(plan.keep[name]) < graph[name].size:
             raise PlanError(f"the plan removes channels of {name}, which cannot be masked: {why}; plan with exclude=[{name!r}]")

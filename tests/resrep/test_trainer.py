@@ -499,7 +499,7 @@ def test_plans_that_do_not_fit_are_refused() -> None:
     with pytest.raises(PlanError, match="removes nothing"):
         narrower.ResRep(copy.deepcopy(model), graph, plan=nothing, steps=9, scope="all")
     other = narrower.trace(PATTERNS["grouped"].make(), PATTERNS["grouped"].inputs)
-    with pytest.raises(PlanError, match="another graph"):
+    with pytest.raises(PlanError, match="another network: its groups differ, for example"):
         narrower.ResRep(copy.deepcopy(model), graph, steps=9, scope="all",
                         plan=narrower.plan(other, narrower.random(other), remove=0.5))
     with pytest.raises(StorageError, match="of another run: plan was"):
