@@ -51,8 +51,8 @@ def test_each_extra_that_is_named_anywhere_exists() -> None:
 
 
 def test_the_extra_that_a_message_names_brings_the_package() -> None:
-    wrong = {module: extra for module, extra in EXTRAS.items() if normal(DISTRIBUTIONS.get(module, module)) not in packages(extra)}
-    assert not wrong
+    names = {module: normal(DISTRIBUTIONS.get(module, module)) for module in EXTRAS}
+    assert not {module: extra for module, extra in EXTRAS.items() if names[module] not in packages(extra)}
 
 
 def test_each_optional_package_comes_with_an_extra() -> None:
