@@ -96,8 +96,18 @@ class Walk:
         if layer is None:
             return self.after_product(step)
         x = self.activation(step.inputs[int(step.name == "addmm")])
+        if not self.reads_channels(layer, x):
+            return self.after_obstacle(f"{layer.weight} (over positions)", [x], [x])
         self.consumers.append(Consumer(x, self.layers.reader(step, layer, self.takes_bias)))
         return self.after_producer(step, layer)
+
+    def reads_channels(self, layer: Layer, x: Activation) -> bool:
+        """Whether a layer sums over the channels of its input. A linear layer over positions, or a convolution that has the
+        channels among its images, makes something else of the zeros of a channel: its bias."""
+        dim = 0 if layer.depthwise else int(not layer.transposed)
+        read = {s.group for s in self.graph.by_axis.get((layer.weight, dim), ())}
+        given = {s.group for p in x.producers for s in self.graph.by_axis.get(p.axis, ())}
+        return not given or bool(read & given)
 
     def after_producer(self, step: Step, layer: Layer | None) -> Activation:
         """Behind a layer or (None) a BatchNorm, the channels are what the seed says."""
@@ -118,11 +128,14 @@ class Walk:
     def after_product(self, step: Step) -> Activation:
         """Behind a convolution with a computed weight or a product of activations, no channel is constant."""
         if step.name == "convolution":
-            what, read = "a convolution whose weight is computed", [self.activation(step.inputs[0])]
-        else:
-            what, read = "a product of activations", [self.activation(i) for i in step.inputs if self.layers.has_channels(i)]
+            return self.after_obstacle("a convolution whose weight is computed", [self.activation(step.inputs[0])], [])
+        read = [self.activation(i) for i in step.inputs if self.layers.has_channels(i)]
+        return self.after_obstacle("a product of activations", read, read)
+
+    def after_obstacle(self, what: str, read: Sequence[Activation], kept: Sequence[Activation]) -> Activation:
+        """Behind something that takes no constants, none is left. `kept`: the activations whose channels go on."""
         self.consumers += [Consumer(x, Obstacle(f"{what} reads them")) for x in read]
-        return Activation(frozenset() if step.name == "convolution" else joined(read).producers, obstacle=what)
+        return Activation(joined(kept).producers, obstacle=what)
 
     def after_operator(self, step: Step) -> Activation:
         """Behind an operator without weights, constants are what it makes of them."""

@@ -117,13 +117,14 @@ def absorb_constants(tensors: Mapping[str, Tensor], graph: Graph, reader: Reader
     `values` `(size,)`: the constant of each channel of the group, zero for those that are not folded. `left`: where dimensions
     of the tensors have been narrowed already, the dense positions `(blocks, n)` that they still have.
     """
-    weight, into = tensors[reader.weight], tensors[reader.into]
-    inputs = np.zeros((reader.blocks, graph.shapes[reader.weight][1]))
+    weight, into, dim = tensors[reader.weight].detach(), tensors[reader.into], int(not reader.transposed)
+    inputs = np.zeros((reader.blocks, graph.shapes[reader.weight][dim]))
     for s in graph[group].slices:
         if s.tensor == reader.weight and s.role == "in":
             inputs.reshape(-1)[s.positions] = values[s.channels]
-    if (reader.weight, 1) in left:
-        inputs = np.take_along_axis(inputs, left[reader.weight, 1], axis=1)
-    kernels = precise(weight.detach()).reshape(reader.blocks, -1, inputs.shape[1], weight[0, 0].numel()).sum(3)
+    if (reader.weight, dim) in left:
+        inputs = np.take_along_axis(inputs, left[reader.weight, dim], axis=1)
+    rows = weight.transpose(0, 1) if reader.transposed else weight
+    kernels = precise(rows).reshape(reader.blocks, -1, inputs.shape[1], rows[0, 0].numel()).sum(3)
     added = (kernels * kernels.new_tensor(inputs)[:, None]).sum(2).reshape(-1)
     into.copy_(precise(into) - added if reader.kind == "running mean" else precise(into) + added)

@@ -9,6 +9,7 @@ from ..graph.types import Graph, Step
 from ..tracing.operators.table import row_of
 
 MOVES = ("kept", "zero", "zero if padded")  # of operators whose output holds what their first input holds
+TRANSPOSES = ("t", "transpose", "permute")  # of a matrix
 
 Reference = int | str | None  # an input of a step: an activation by number, a parameter or buffer by name, None for no tensor
 
@@ -16,7 +17,9 @@ Reference = int | str | None  # an input of a step: an activation by number, a p
 class Layer(NamedTuple):
     """A convolution or linear layer: its tensors and the module that returns its output ("" if none does).
 
-    `blocks`: the groups of the convolution. `padded`: it reads zeros beside its input (padding, or a transposed convolution).
+    `blocks`: the groups of the convolution. `transposed`: its weight is `(I, O, ...)`: of a transposed convolution, or of a
+    linear layer that computes x @ W and not x @ W.T. `padded`: it reads zeros beside its input (padding, or a transposed
+    convolution).
     """
 
     weight: str
@@ -48,12 +51,13 @@ class Producer(NamedTuple):
 
 class Reader(NamedTuple):
     """A convolution or linear layer that can take constant channels `into` a tensor: its bias, a bias that it must be given
-    first ("new bias"), or the running mean of the BatchNorm behind it. `blocks`: the groups of the convolution."""
+    first ("new bias"), or the running mean of the BatchNorm behind it. `blocks`, `transposed`: as of the `Layer`."""
 
     weight: str
     into: str
     blocks: int = 1
     kind: Literal["bias", "new bias", "running mean"] = "bias"
+    transposed: bool = False
 
 
 class Depthwise(NamedTuple):
@@ -112,12 +116,22 @@ class Layers:
             depthwise = blocks > 1 and (shape[0] == blocks if transposed else shape[1] == 1)
             return Layer(weight, self.bias(weight, step.inputs[2]), step.module, blocks, transposed,
                          transposed or any(padding), depthwise)
-        if step.name in ("mm", "addmm"):
+        if step.name in ("mm", "addmm") and not step.options:
             *given, x, matrix = step.inputs
-            name = self.parameter(matrix)
-            if isinstance(x, int) and name is not None:
-                return Layer(name, self.bias(name, *given), step.module)
+            name = matrix if isinstance(matrix, str) else self.transposed(matrix)
+            if name is not None and isinstance(x, int) and x not in self.moved and self.is_bias(*given):
+                return Layer(name, self.bias(name, *given), step.module, transposed=name == matrix)
         return None
+
+    def is_bias(self, given: Reference = None) -> bool:
+        """Whether a summand that is a parameter has one number for each output."""
+        return not isinstance(given, str) or len(self.graph.shapes[given]) == 1
+
+    def transposed(self, matrix: Reference) -> str | None:
+        """The parameter of which a matrix is the transpose. None for other factors: a part of a parameter is no weight."""
+        maker = self.makers.get(matrix)
+        weight = maker.inputs[0] if maker is not None and maker.name in TRANSPOSES else None
+        return weight if isinstance(weight, str) and len(self.graph.shapes[weight]) == 2 else None
 
     def bias(self, weight: str, given: Reference = None) -> str | None:
         """The bias of a layer: the one that the trace saw, or one that the layer was given since."""
@@ -164,13 +178,13 @@ class Layers:
         if not self.used_once(weight, step):
             return Obstacle(f"{weight} is used more than once")
         if bias is not None:
-            return Reader(weight, bias, blocks)
+            return Reader(weight, bias, blocks, transposed=layer.transposed)
         behind = self.readers.get(step.outputs[0], ())
         mean = behind[0].inputs[3] if len(behind) == 1 and "batch_norm" in behind[0].name else None
         if isinstance(mean, str) and self.used_once(mean, step):
-            return Reader(weight, mean, blocks, "running mean")
+            return Reader(weight, mean, blocks, "running mean", layer.transposed)
         if takes_bias(weight):
-            return Reader(weight, bias_name(weight), blocks, "new bias")
+            return Reader(weight, bias_name(weight), blocks, "new bias", layer.transposed)
         return Obstacle(f"the layer of {weight} has neither a bias nor a BatchNorm behind it")
 
 

@@ -175,6 +175,17 @@ def test_products_without_a_weight_of_the_model_take_no_constants() -> None:
     assert consumers(propagated(similarity, {"a": nn.Linear(3, 4)}))[1:] == [read, read]
 
 
+def test_a_layer_over_positions_takes_no_constants_and_leaves_none() -> None:
+    """As the token mixing of an MLP-Mixer: where a channel is zero, it makes its bias."""
+    def mixer(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.over(m.a(x).flatten(2)).mean(2))
+
+    found = propagated(mixer, {"a": conv(3, 4), "over": nn.Linear(64, 6), "b": nn.Linear(4, 2)})
+    over = Obstacle("over.weight (over positions) reads them")
+    assert consumers(found)[1:] == [(["a"], {"a": 0.0}, over), (["a"], {}, Reader("b.weight", "b.bias"))]
+    assert found.consumers[-1].activation.obstacle == "over.weight (over positions)"
+
+
 def test_a_seed_gives_each_channel_its_own_constant_or_none() -> None:
     seeds = {"a": torch.tensor([1.0, 0.0, float("nan"), -2.0]), "c": torch.tensor([3.0, 4.0, 5.0])}
     found = propagated(lambda m, x: m.b(F.relu(torch.cat([m.c(x), m.a(x)], 1))),

@@ -69,6 +69,20 @@ class Flat(nn.Module):
         return self.linear(x.flatten(1)).view(-1, 10, 1, 1)
 
 
+class InOut(nn.Module):
+    """x @ W: the weight lies as (in, out), as in graph convolutions and in GPT-2. As wide as it reads: no shape tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 12) / 4), nn.Parameter(torch.randn(12))
+        self.last = nn.Conv2d(12, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = torch.addmm(self.bias, x.permute(0, 2, 3, 1).reshape(-1, c), self.weight)
+        return self.last(y.view(n, h, w, -1).permute(0, 3, 1, 2).relu())
+
+
 def swish_of_pooled(x: Tensor) -> Tensor:
     return F.avg_pool2d(F.max_pool2d(x + 1.5, 2), 2).clamp(max=3.0) * torch.sigmoid(F.avg_pool2d(F.max_pool2d(x, 2), 2))
 
@@ -79,6 +93,7 @@ SECOND: dict[str, Callable[[], nn.Module]] = {
     "norm": normed,
     "norm_unpadded": lambda: normed(3, stride=2),
     "linear": Flat,
+    "in_out": InOut,
     "bare": lambda: nn.Conv2d(12, 10, 1, bias=False),
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import Trick
 from torch import nn
 
@@ -52,6 +53,17 @@ def test_a_linear_layer_is_a_layer_and_a_norm_is_none() -> None:
     linear = next(s for s in layers.graph.steps if "m3.bias" in s.inputs)
     assert layers.layer(linear) == Layer("m3.weight", "m3.bias", "m3")
     assert layers.layer(steps["m1.weight"]) is None
+
+
+def test_a_matrix_product_reads_its_weight_as_it_lies_and_whole() -> None:
+    """x @ W has a weight (in, out), a part of a weight is none, and a matrix that is added is no bias."""
+    def forward(m: Any, x: Any) -> Any:
+        y = x.mean((2, 3)) @ m.m0.weight
+        return m.m2(torch.addmm(m.m3.weight, F.linear(y, m.m1.weight[:4]), m.m4.weight.t()))
+
+    layers, _ = found(nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(4, 4), function=forward)
+    products = [layers.layer(s) for s in layers.graph.steps if s.name in ("mm", "addmm") and not s.training]
+    assert products == [Layer("m0.weight", None, "", transposed=True), None, None, Layer("m2.weight", "m2.bias", "m2")]
 
 
 def test_a_batch_norm_behind_a_layer_is_its_producer_if_it_alone_reads_the_layer() -> None:
