@@ -27,7 +27,8 @@ Seed = Callable[[Producer], Tensor]
 class Activation(NamedTuple):
     """What is known of an activation: its channels are the constants `values` if its `producers` make what the seed says.
 
-    `obstacle`: why its channels are not constant even then. `changed_by`: the operator that made another constant of zero.
+    `obstacle`: why its channels are not constant even then; what makes them may then be no producer ("" as its module).
+    `changed_by`: the operator that made another constant of zero.
     """
 
     producers: frozenset[Producer] = frozenset()
@@ -113,7 +114,7 @@ class Walk:
         """Behind a layer or (None) a BatchNorm, the channels are what the seed says."""
         producer = self.layers.producer(step, layer)
         if isinstance(producer, Obstacle):
-            before = self.activation(step.inputs[0]).producers if layer is None else frozenset()
+            before = self.activation(step.inputs[0]).producers if layer is None else frozenset({Producer("", layer)})
             return Activation(before, obstacle=producer.text)
         self.producers[producer] = None
         slices, values = self.graph.by_axis.get(producer.axis, ()), {}

@@ -100,13 +100,27 @@ class Layers:
         """Whether an input is an activation with channels, and no parameter."""
         return ref in self.makers and self.makers[ref].labelled and ref not in self.moved
 
+    def uses(self, tensor: Reference) -> list[Step]:
+        """The steps that use a tensor, as it is or a view of it."""
+        found = []
+        for step in self.readers.get(tensor, ()):
+            views = [i for i in step.outputs if i in self.moved and step.inputs[0] == tensor]
+            found += [use for view in views for use in self.uses(view)] if views else [step]
+        return found
+
     def used_once(self, tensor: str, step: Step) -> bool:
-        """Whether one step only reads a tensor in the forward (eval or train) of `step`."""
-        return sum(s.training == step.training for s in self.readers[tensor]) == 1
+        """Whether one step only uses a tensor in the forward (eval or train) of `step`; none uses a bias given since."""
+        return sum(s.training == step.training for s in self.uses(tensor)) <= 1
 
     def shared(self, weight: str) -> bool:
-        """Whether several modules read a weight."""
-        return len({s.module for s in self.readers[weight] if s.name == "convolution"}) > 1
+        """Whether anything but one layer uses a weight. One that runs several times is one layer."""
+        return len({self.returning(s) if (layer := self.layer(s)) and layer.weight == weight else None
+                    for s in self.uses(weight)}) > 1
+
+    def returning(self, step: Step) -> str:
+        """The module that returns the output of a step, as it is or in another shape ("" if none does)."""
+        views = (s.module for s in self.readers.get(step.outputs[0], ()) if s.name in ("view", "_unsafe_view"))
+        return step.module or next(filter(None, views), "")
 
     def layer(self, step: Step) -> Layer | None:
         """The convolution or linear layer that a step is. None if it is neither, or its weight is computed."""
@@ -144,22 +158,22 @@ class Layers:
         if layer is None:
             norm, layer = self.norm(step), self.layer_before(step)
             if norm is None:
-                return Obstacle("a norm without scale and shift")
+                return Obstacle("a norm without scale and shift of its own")
         elif self.shared(layer.weight):
             return Obstacle(f"{layer.weight} is shared by several layers")
         elif step.name != "convolution" and not (layer.weight.endswith("weight") and (layer.bias or step.name == "mm")):
             return Obstacle(f"{layer.weight} is not the weight of a plain linear layer")
-        views = (s.module for s in self.readers.get(step.outputs[0], ()) if s.name in ("view", "_unsafe_view"))
-        module = step.module or next(filter(None, views), "")
+        module = self.returning(step)
         if not module:
             return Obstacle(f"no module returns the output of {norm if layer is None else layer.weight}")
         return Producer(module, layer, norm)
 
     def norm(self, step: Step) -> str | None:
-        """The module of a BatchNorm's scale and shift. InstanceNorm repeats them for each image."""
+        """The module of a BatchNorm's scale, shift and statistics. InstanceNorm repeats the first two for each image."""
         repeats = [self.makers.get(i, step) for i in step.inputs[1:3]]
         scale, shift = (m.inputs[0] if m.name == "repeat" else i for i, m in zip(step.inputs[1:3], repeats, strict=True))
-        return scale.rpartition(".")[0] if isinstance(scale, str) and isinstance(shift, str) else None
+        owners = {t.rpartition(".")[0] for t in (scale, shift, *step.inputs[3:5]) if isinstance(t, str)}
+        return owners.pop() if isinstance(scale, str) and isinstance(shift, str) and len(owners) == 1 else None
 
     def layer_before(self, step: Step) -> Layer | None:
         """The layer that a BatchNorm reads, if only this BatchNorm reads it and its weight is used once."""
@@ -177,6 +191,8 @@ class Layers:
             return Obstacle(f"{weight} reads them between zeros")
         if not self.used_once(weight, step):
             return Obstacle(f"{weight} is used more than once")
+        if bias is not None and not self.used_once(bias, step):
+            return Obstacle(f"{bias} is used more than once")
         if bias is not None:
             return Reader(weight, bias, blocks, transposed=layer.transposed)
         behind = self.readers.get(step.outputs[0], ())

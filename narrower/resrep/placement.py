@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,20 @@ class Site:
         return str(self.weight), int(self.transposed)
 
 
+def merge_targets(site: Site) -> dict[str, tuple[str, int]]:
+    """The tensors that a compactor is merged into, and the dimension of its channels in each."""
+    norm = {part: (f"{site.norm}.{leaf}", 0) for part, leaf in (
+        ("gamma", "weight"), ("beta", "bias"), ("mean", "running_mean"), ("var", "running_var"))}
+    if site.norm is not None and site.kind == "diagonal":
+        return {part: norm[part] for part in ("gamma", "beta")}
+    targets = {} if site.norm is None else norm
+    if site.weight is not None:
+        targets["weight"] = site.weight, int(site.transposed)
+    if site.bias is not None:
+        targets["bias"] = site.bias, 0
+    return targets
+
+
 class Constant(NamedTuple):
     """The `value` of a group's channels where `reader` reads them, if the rows of their compactors are zero."""
 
@@ -77,7 +92,8 @@ def place(graph: Graph, scope: Scope, takes_bias: Callable[[str], bool] = lambda
     """
     found = propagate(graph, takes_bias, lambda producer: ZERO)
     sites = find_sites(graph, found)
-    needed, constants, obstacles = rows_needed(graph, found), constants_met(found), obstacles_met(graph, found)
+    needed, constants = rows_needed(graph, found), constants_met(found)
+    obstacles = merged_twice(needed, sites) | obstacles_met(graph, found)
     # A gate only scales the channels, and a depthwise convolution only filters them. They do not count as layers here.
     passive = {s.weight for p in found.gates for s in sites.get(p.module, ())}
     passive |= {c.layer.weight for c in found.consumers if isinstance(c.layer, Depthwise)}
@@ -167,6 +183,15 @@ def obstacles_met(graph: Graph, found: Propagation) -> dict[str, str]:
             elif number != 0 and isinstance(layer, Obstacle):
                 reasons.setdefault(group, f"{activation.changed_by} makes {number:.3g} of zero, and {layer.text}")
     return reasons
+
+
+def merged_twice(needed: Mapping[str, Mapping[str, ChannelMap]], sites: Mapping[str, Collection[Site]]) -> dict[str, str]:
+    """By group a tensor that the compactors of several modules would be merged into: tied weights, scales or biases."""
+    modules = {m for maps in needed.values() for m in maps}
+    targets = {m: {tensor for site in sites.get(m, ()) for tensor, _ in merge_targets(site).values()} for m in modules}
+    times = Counter(tensor for tensors in targets.values() for tensor in tensors)
+    return {group: f"{tensor} is shared by several layers" for group, maps in needed.items() for m in maps
+            for tensor in targets[m] if times[tensor] > 1}
 
 
 def constants_met(found: Propagation) -> list[Constant]:

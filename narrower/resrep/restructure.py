@@ -20,7 +20,7 @@ from ..surgery.resize import fit, format_of, slice_tensor
 from ..surgery.walk import named_tensors
 from .compactor import NAME, Compactor, diagonal, remove_compactor, row_norms
 from .merging import merge_tensors
-from .placement import Placement, Site
+from .placement import Placement, Site, merge_targets
 
 Mode = Literal["cut", "fold", "freeze", "merge"]
 """What `restructure` does with compactors.
@@ -84,20 +84,6 @@ def reduce_compactor(model: nn.Module, site: Site, rows: np.ndarray, mode: Mode)
     merged = merged_tensors(model, site, compactor, diagonal_left)
     left = torch.as_tensor(np.searchsorted(compactor.rows, rows), device=norms.device)
     return compactor.restrict(rows, rows, diagonal(diagonal_left[left], site)), merged
-
-
-def merge_targets(site: Site) -> dict[str, tuple[str, int]]:
-    """The tensors that a compactor is merged into, and the dimension of its channels in each."""
-    norm = {part: (f"{site.norm}.{leaf}", 0) for part, leaf in (
-        ("gamma", "weight"), ("beta", "bias"), ("mean", "running_mean"), ("var", "running_var"))}
-    if site.norm is not None and site.kind == "diagonal":
-        return {part: norm[part] for part in ("gamma", "beta")}
-    targets = {} if site.norm is None else norm
-    if site.weight is not None:
-        targets["weight"] = site.weight, int(site.transposed)
-    if site.bias is not None:
-        targets["bias"] = site.bias, 0
-    return targets
 
 
 def merged_tensors(model: nn.Module, site: Site, compactor: Compactor, diagonal_left: Tensor) -> dict[str, Merged]:

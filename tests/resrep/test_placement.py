@@ -146,9 +146,38 @@ def test_groups_without_compactors_have_a_reason() -> None:
     softmax = placed(nn.Sequential(conv(3, 4), nn.Softmax(-1), conv(4, 2)))
     assert softmax.reasons == {"0": "_softmax of zero may not be zero"} and not softmax.rows
     functional = placed(net(lambda m, x: m.last(F.relu(F.conv2d(x, m.own.weight))), own=conv(4, 6), last=conv(6, 4))).reasons
-    assert functional == {"own": "no layer was found whose zeros reach every layer that reads these channels"}
+    assert functional == {"own": "no module returns the output of own.weight"}
     normed = placed(nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4), conv(4, 2)))
     assert normed.reasons == {"0": "a layer mixes these channels: without a channel of zeros its output would change"}
+
+
+def tied(part: str, a: nn.Module, b: nn.Module) -> dict[str, nn.Module]:
+    setattr(b, part, getattr(a, part))
+    return {"a": a, "b": b}
+
+
+TIED: dict[str, tuple[Function, dict[str, nn.Module], str, str]] = {
+    "linear": (lambda m, x: F.relu(m.a(x.mean((2, 3)))) + F.relu(m.b(x.amax((2, 3)))),
+               tied("weight", nn.Linear(4, 6), nn.Linear(4, 6)), "a", "a.weight"),
+    "in a chain": (lambda m, x: F.relu(m.b(F.relu(m.a(x)))), tied("weight", conv(4, 4), conv(4, 4)), "stem", "a.weight"),
+    "beside a function": (lambda m, x: F.relu(m.a(x)) + F.conv2d(x, m.a.weight), {"a": conv(4, 6)}, "a", "a.weight"),
+    "bias": (lambda m, x: F.relu(m.a(x)) + F.relu(m.b(x)), tied("bias", nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1)), "a", "a.bias"),
+    "scale": (lambda m, x: m.a(m.c(x)) + m.b(m.d(x)),
+              {**tied("weight", nn.BatchNorm2d(6), nn.BatchNorm2d(6)), "c": conv(4, 6), "d": conv(4, 6)}, "c", "of its own"),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tensor_that_several_layers_share_is_not_merged_twice(name: str) -> None:
+    function, layers, group, tensor = TIED[name]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = function(m, F.relu(m.bn(m.stem(x))))
+        return m.head(y.mean((2, 3)) if y.dim() > 2 else y)
+
+    width = 4 if name == "in a chain" else 6
+    found = placed(Trick(forward, {"stem": conv(3, 4, 3), "bn": nn.BatchNorm2d(4), **layers, "head": nn.Linear(width, 2)}))
+    assert group not in found.rows and tensor in found.reasons[group], found.reasons
 
 
 def test_a_module_that_makes_two_outputs_can_have_no_compactor() -> None:
