@@ -95,26 +95,25 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
     if not losses:
         return []
     named = named_tensors(model)
-    removed: dict[str, list[np.ndarray]] = {}
-    dims: dict[str, int] = {}
+    removed: dict[tuple[str, int], list[np.ndarray]] = {}
     gone = [list(lowest_channels([part], [lost], scores)) for lost in losses]
     for k, channels in enumerate(gone):
         for group, lowest in channels:
             for s in graph[group].slices:
-                if s.role == "in" and s.tensor in named:
+                if s.reads and s.tensor in named:
                     blocks = moments[s.tensor].geometry.groups if s.tensor in moments else s.blocks
                     size = named[s.tensor].shape[s.dim] * (blocks if s.dim else 1)
-                    masks = removed.setdefault(s.tensor, [np.zeros(size, dtype=bool) for _ in losses])
+                    masks = removed.setdefault((s.tensor, s.dim), [np.zeros(size, dtype=bool) for _ in losses])
                     masks[k][s.positions[np.isin(s.channels, lowest)]] = True
-                    dims[s.tensor] = s.dim
     weights: dict[str, list[Tensor]] = {}
     intercepts: dict[str, list[Tensor]] = {}
-    for name, masks in removed.items():
+    for (name, dim), masks in removed.items():
         if name in moments:
             found = repaired(named[name], moments[name], [m.reshape(moments[name].geometry.groups, -1) for m in masks])
             weights[name], intercepts[name] = [r.weight for r in found], [r.intercept for r in found]
         else:
-            weights[name] = [without_inputs(named[name], dims[name], mask) for mask in masks]
+            before = weights.get(name, [named[name]] * len(masks))  # a tied weight may be read along two dimensions
+            weights[name] = [without_inputs(w, dim, mask) for w, mask in zip(before, masks, strict=True)]
     total, mixed = int(part.sizes.sum()), bool(graph.mixers or graph.products or graph.computed)
     return [Cut(number, int(lost.sum()) / total, {n: w[k] for n, w in weights.items()},
                 {n: i[k] for n, i in intercepts.items()},

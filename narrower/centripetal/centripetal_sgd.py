@@ -200,15 +200,15 @@ class CentripetalSGD:
 
 def unmergeable(graph: Graph, scope: Scope = "all") -> dict[str, str]:
     """The free groups whose channels cannot be merged, or not in this scope, with the reasons."""
-    computed = set(graph.computed.values())
+    computed = {tensor for tensor, _ in graph.computed.values()}
     products = {m.group for p in graph.products for m in p.members}
     tied = {name for tie in graph.ties for block in tie.blocks for name in block}
     reasons = {}
     for g in graph.free:
-        readers = [s for s in g.slices if s.role == "in"]
+        readers = [s for s in g.slices if s.reads]
         if not g.exact:
             reasons[g.name] = "a layer computes across its channels, and would see one where it saw several"
-        elif scope == "inner" and sum(s.role == "out" and not depthwise(s, graph) for s in g.slices) > 1:
+        elif scope == "inner" and sum(s.makes and not depthwise(s, graph) for s in g.slices) > 1:
             reasons[g.name] = "several layers make it"
         elif g.name in tied or any(s.blocks > 1 for s in g.slices):
             reasons[g.name] = "its channels are in groups of a convolution or in pieces, which read different things"
@@ -216,6 +216,8 @@ def unmergeable(graph: Graph, scope: Scope = "all") -> dict[str, str]:
             reasons[g.name] = "it is read by something else than weights"
         elif any(s.tensor in computed for s in g.slices):
             reasons[g.name] = "weights that make or read it are computed from parameters"
+        elif any(s.role == "both" for s in g.slices):
+            reasons[g.name] = "one weight makes it and reads it"
         elif not all(alike(s, g.size) for s in g.slices):
             reasons[g.name] = "its channels lie in tensors in different orders"
     return reasons
@@ -261,7 +263,7 @@ def first_of(clusters: np.ndarray) -> np.ndarray:
 
 def maker(group: ChannelGroup) -> Slice:
     """The slice of the weight that makes the channels."""
-    return next(s for s in group.slices if s.role == "out")
+    return next(s for s in group.slices if s.makes)
 
 
 # ------------------------------------------------------------------------------------------------ tensors
@@ -315,7 +317,7 @@ def add_readers(tensors: Mapping[str, Tensor], graph: Graph, clusters: Mapping[s
     for name, c in clusters.items():
         for s in graph[name].slices:
             t = tensors[s.tensor]
-            if s.role == "in" and (id(t), s.dim, name) not in done:
+            if s.reads and (id(t), s.dim, name) not in done:
                 done.add((id(t), s.dim, name))
                 index, first, at = (torch.as_tensor(a, device=t.device)
                                     for a in (c, np.unique(c, return_index=True)[1], positions(s)))

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-Role = Literal["out", "in", "along"]
+Role = Literal["out", "in", "both", "along"]
 
 
 PinCode = Literal[
@@ -57,15 +57,25 @@ class ChannelMap:
 class Slice(ChannelMap):
     """Where the channels of a group are along dimension `dim` of a parameter or buffer.
 
-    `role`: "out" produces the channels, "in" reads them, "along" has one entry per channel (BatchNorm, bias, depthwise
-    filters). `blocks`: the number of groups of a grouped convolution whose groups read different channels. A position is then
-    group * size + position within the group.
+    `role`: "out" produces the channels, "in" reads them, "both" does so in two uses (a tied autoencoder), "along" has one entry
+    per channel (BatchNorm, bias, depthwise filters). `blocks`: the number of groups of a grouped convolution whose groups read
+    different channels. A position is then group * size + position within the group.
     """
 
     tensor: str
     dim: int
     role: Role
     blocks: int = 1
+
+    @property
+    def makes(self) -> bool:
+        """Whether a layer makes the channels with it."""
+        return self.role in ("out", "both")
+
+    @property
+    def reads(self) -> bool:
+        """Whether a layer reads the channels with it."""
+        return self.role in ("in", "both")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -184,8 +194,9 @@ class Graph:
 
     `shapes`: of every parameter and buffer. `uses`: how often each element of a convolution or linear weight is used for one
     sample, so that macs = sum(uses * elements). `computed`: {number of a convolution in the forward: parameter from which its
-    weight is computed}. `steps`: the calls of the eval forward, then of the train forward if it was traced. `edits`: numbers
-    that modules store and that depend on the widths. `created`: biases that were added after tracing, to absorb constants.
+    weight is computed, and the dimension of it that reads}. `steps`: the calls of the eval forward, then of the train forward
+    if it was traced. `edits`: numbers that modules store and that depend on the widths. `created`: biases that were added
+    after tracing, to absorb constants.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -197,7 +208,7 @@ class Graph:
     mixers: tuple[Mixer, ...] = ()
     products: tuple[Product, ...] = ()
     notes: tuple[str, ...] = field(default=())
-    computed: Mapping[int, str] = field(default_factory=dict)
+    computed: Mapping[int, tuple[str, int]] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     edits: tuple[Edit, ...] = ()
     created: tuple[str, ...] = ()

@@ -120,7 +120,7 @@ def absorb_constants(tensors: Mapping[str, Tensor], graph: Graph, reader: Reader
     weight, into, dim = tensors[reader.weight].detach(), tensors[reader.into], int(not reader.transposed)
     inputs = np.zeros((reader.blocks, graph.shapes[reader.weight][dim]))
     for s in graph[group].slices:
-        if s.tensor == reader.weight and s.role == "in":
+        if s.tensor == reader.weight and s.reads:
             inputs.reshape(-1)[s.positions] = values[s.channels]
     if (reader.weight, dim) in left:
         inputs = np.take_along_axis(inputs, left[reader.weight, dim], axis=1)

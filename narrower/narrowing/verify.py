@@ -126,7 +126,7 @@ def mask_consumers(model: nn.Module, kept: Kept) -> nn.Module:
     tensors = named_tensors(copy)
     for (tensor, dim), slices in kept.graph.by_axis.items():
         stays = kept.axis_mask(tensor, dim)
-        if slices[0].role == "in" and not stays.all():
+        if slices[0].reads and not stays.all():
             for part, mask in zip(tensors[tensor].data.chunk(len(stays), dim=0), stays, strict=True):
                 part.index_fill_(dim, torch.as_tensor(np.nonzero(~mask)[0], device=part.device), 0)
     return copy
@@ -140,7 +140,7 @@ class Survivors(TorchDispatchMode):
         self.kept, graph = kept, kept.graph
         self.mixers: dict[tuple[str, int], Mixer] = {(m.operator, m.number): m for m in graph.mixers}
         self.products: dict[int, Product] = {p.number: p for p in graph.products}
-        self.unread = {number: unread(kept, tensor) for number, tensor in graph.computed.items()}
+        self.unread = {number: np.nonzero(~kept.axis_mask(*axis).reshape(-1))[0] for number, axis in graph.computed.items()}
         self.counter = CallCounter(held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -186,13 +186,6 @@ class Survivors(TorchDispatchMode):
         """The indices of the surviving channels along the mixed dimension of `x`."""
         stays = np.tile(self.kept.mask_along(mixer.members, mixer.size), x.shape[mixer.dim] // mixer.size)
         return torch.as_tensor(np.nonzero(stays)[0], device=x.device)
-
-
-def unread(kept: Kept, weight: str) -> np.ndarray:
-    """The removed input channels of the convolution with this weight."""
-    gone = [~kept.axis_mask(tensor, dim) for (tensor, dim), slices in kept.graph.by_axis.items()
-            if tensor == weight and slices[0].role == "in"]
-    return np.nonzero(np.concatenate(gone, axis=None))[0] if gone else np.zeros(0, dtype=np.int64)
 
 
 def scatter(out: Tensor, x: Tensor, dim: int, stays: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def unreachable(graph: Graph, running: RunningCost, targets: Mapping[CostKind, f
     costs = running.model.by_tensor(kind, running.widths)
     largest = sorted(costs, key=lambda t: -costs[t])[:3]
     in_way = [f"{g.name} ({g.pinned})" for g in graph if g.pinned and any(
-        s.role == "out" and s.tensor in largest for s in g.slices)]
+        s.makes and s.tensor in largest for s in g.slices)]
     layers = ", ".join(f"{t} {shown(kind, costs[t])}" for t in largest)
     pinned = f"; pinned: {'; '.join(in_way)}" if in_way else ""
     percent = kind != "latency_ms" and 1 < targets[kind] <= 100

@@ -134,7 +134,7 @@ def macs_by_group(graph: Graph, keep: Mapping[str, np.ndarray]) -> dict[str, np.
     costs = [model.by_tensor("macs", w) for w in (model.dense, widths(model, keep))]
     made = {g.name: np.zeros(2) for g in graph.groups}
     outs: dict[str, list[Slice]] = {}
-    for s in (s for g in graph.groups for s in g.slices if s.role == "out"):
+    for s in (s for g in graph.groups for s in g.slices if s.makes):
         outs.setdefault(s.tensor, []).append(s)
     for tensor in costs[0]:
         both = np.array([c[tensor] for c in costs])

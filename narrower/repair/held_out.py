@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import ceil, prod
@@ -175,8 +176,14 @@ def kl_divergence(dense: Tensor, other: Tensor) -> float:
 
 
 def input_counts(graph: Graph) -> dict[str, int]:
-    """The weights of the layers that read free groups, and how many inputs each reads at a position."""
-    names = {s.tensor for g in graph.free for s in g.slices if s.role == "in" and s.tensor in graph.uses}
+    """The weights of the layers that read free groups, and how many inputs each reads at a position.
+
+    A weight of two layers that read it along different dimensions, as in a tied autoencoder, is not among them: what is best
+    for one is not for the other.
+    """
+    axes = {(s.tensor, s.dim) for g in graph for s in g.slices if s.reads}
+    times = Counter(tensor for tensor, _ in axes)
+    names = {s.tensor for g in graph.free for s in g.slices if s.reads and s.tensor in graph.uses and times[s.tensor] == 1}
     return {name: prod(graph.shapes[name][1:]) for name in sorted(names)}
 
 

@@ -20,12 +20,15 @@ def losing_inputs(kept: Kept) -> tuple[dict[str, Tensor], dict[str, str]]:
     cannot be repaired."""
     graph = kept.graph
     losing = [g.name for g in graph.free if not kept.mask(g.name).all()]
-    weights = sorted({s.tensor for name in losing for s in graph[name].slices if s.role == "in" and s.tensor in kept.cuts})
-    steps = layer_steps(kept, weights)
+    weights = sorted({s.tensor for name in losing for s in graph[name].slices if s.reads and s.tensor in kept.cuts})
+    steps, layers = layer_steps(kept, weights), Layers(graph)
     outputs, left = {}, {}
     for weight in weights:
         if weight not in steps:
             left[weight] = "its layer computes its weight first, or is no plain convolution or linear layer"
+            continue
+        if not layers.used_once(weight, steps[weight][0]):
+            left[weight] = "it is used more than once in a forward"
             continue
         dim = int(steps[weight][1].transposed)
         stay = kept.positions(weight, dim)

@@ -99,7 +99,7 @@ def place(graph: Graph, scope: Scope, takes_bias: Callable[[str], bool] = lambda
     passive |= {c.layer.weight for c in found.consumers if isinstance(c.layer, Depthwise)}
     reasons = {}
     for g in graph.free:
-        makers = {s.tensor for s in g.slices if s.role == "out"} - passive
+        makers = {s.tensor for s in g.slices if s.makes} - passive
         why = reason_against(g, needed.get(g.name, {}), sites, obstacles.get(g.name), len(makers) if scope == "inner" else 1)
         if why is not None:
             reasons[g.name] = why

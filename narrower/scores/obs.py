@@ -92,11 +92,11 @@ class Read(NamedTuple):
 def reads_of(group: ChannelGroup, layers: Mapping[str, Layer]) -> list[Read]:
     """Everything that reads the channels of a group."""
     found = []
-    for name in dict.fromkeys(s.tensor for s in group.slices if s.role == "in" and s.tensor in layers):
+    for name in dict.fromkeys(s.tensor for s in group.slices if s.reads and s.tensor in layers):
         inverse, weight, taps = layers[name]
         owner = np.full(len(weight) * weight.shape[2] // taps, -1)
         for s in group.slices:
-            if s.tensor == name and s.role == "in":
+            if s.tensor == name and s.reads:
                 owner[s.positions] = s.channels
         for k, channels in enumerate(np.repeat(owner, taps).reshape(len(weight), -1)):
             own = torch.as_tensor(np.nonzero(channels >= 0)[0], device=weight.device)

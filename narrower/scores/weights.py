@@ -18,7 +18,7 @@ def filters(group: ChannelGroup, tensors: dict[str, Tensor]) -> list[tuple[Slice
     """The layers that produce a group's channels: each slice with its weights as rows, shape (positions, rest)."""
     out = []
     for s in group.slices:
-        if s.role == "out":
+        if s.makes:
             w = tensors[s.tensor].detach().float()
             if s.blocks > 1:  # transposed grouped convolution: (in, out / groups, ...), blocks split dimension 0
                 w = w.unflatten(0, (s.blocks, -1)).transpose(1, s.dim + 1).flatten(0, 1)
@@ -91,7 +91,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     DataError if there are no batches, or one is no pair.
     """
     tensors = named_tensors(model)
-    params = {s.tensor: tensors[s.tensor] for g in graph.free for s in g.slices if s.role == "out"}
+    params = {s.tensor: tensors[s.tensor] for g in graph.free for s in g.slices if s.makes}
     before = {n: t.requires_grad for n, t in params.items()}
     total, device = {g.name: torch.zeros(g.size) for g in graph.free}, device_of(model)
     seen = 0

@@ -239,11 +239,11 @@ def share_at(time: float, grow: float) -> float:
 
 def unmaskable(graph: Graph) -> dict[str, str]:
     """The free groups that cannot be masked by weights that read them, with the reasons."""
-    computed = set(graph.computed.values())
+    computed = {tensor for tensor, _ in graph.computed.values()}
     products = {m.group for p in graph.products for m in p.members}
     reasons = {}
     for g in graph.free:
-        readers = [s for s in g.slices if s.role == "in"]
+        readers = [s for s in g.slices if s.reads]
         if not g.exact:
             reasons[g.name] = "a layer computes across its channels, and would see zeros where the narrow one sees nothing"
         elif g.name in products or not readers:
@@ -275,7 +275,7 @@ def readers(tensors: Mapping[str, Tensor], kept: Kept) -> list[tuple[str, int, n
     come once."""
     found: dict[tuple[int, int], tuple[str, list[np.ndarray]]] = {}
     for (name, dim), slices in kept.graph.by_axis.items():
-        if slices[0].role == "in":
+        if slices[0].reads:
             found.setdefault((id(tensors[name]), dim), (name, []))[1].append(kept.axis_mask(name, dim))
     stays = [(name, dim, reduce(and_, masks)) for (_, dim), (name, masks) in found.items()]
     return [(name, dim, mask) for name, dim, mask in stays if not mask.all()]
@@ -321,7 +321,7 @@ def relative_norms(graph: Graph, tensors: Mapping[str, Tensor], role: Literal["o
     found = {}
     for g in graph.free:
         layers = []
-        for s in (s for s in g.slices if s.role == role):
+        for s in (s for s in g.slices if s.role in (role, "both")):
             t = tensors[s.tensor].detach()
             rest = [d for d in range(t.dim()) if d != s.dim]
             squares = torch.cat([precise(part).square().sum(rest) for part in t.chunk(s.blocks, dim=0)]).cpu().numpy()

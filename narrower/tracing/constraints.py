@@ -34,10 +34,10 @@ class ConstraintCollector(LabelInterpreter):
         self.pins: list[tuple[Ids, PinReason]] = []
         self.mixers: list[tuple[str, int, int, Ids]] = []
         self.products: list[tuple[int, tuple[int, ...], Ids]] = []
-        self.roles: dict[Axis, Role] = {}
+        self.roles: set[tuple[Axis, Role]] = set()  # a tied weight may make channels here and read them there
         self.macs: Counter[str] = Counter()  # by weight
         self.depthwise_calls: set[int] = set()
-        self.computed: dict[int, str] = {}  # convolutions by number whose weight is computed, and from which parameter
+        self.computed: dict[int, Axis] = {}  # convolutions by number whose weight is computed, and which axis of it they read
         self.maps: dict[int, tuple[str | int | None, int, Ids]] = {}
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
@@ -128,9 +128,9 @@ class ConstraintCollector(LabelInterpreter):
 
     def use_axis(self, call: Call, label: Label | None, role: Role) -> None:
         if label is not None and label.axis is not None:
-            self.roles[label.axis] = role
+            self.roles.add((label.axis, role))
             if role == "in" and call.name == "convolution" and hasattr(call.args[1], CARRIED):
-                self.computed[call.number] = label.axis.tensor
+                self.computed[call.number] = label.axis
 
     def use_weight(self, label: Label | None, macs: float) -> None:
         if label is not None and label.axis is not None:

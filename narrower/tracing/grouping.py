@@ -79,8 +79,11 @@ def solve(dense: DenseRun, pins: Mapping[str, PinReason], stored_sizes: Mapping[
 
     `pins`: further reasons, by the name of a group. `stored_sizes`: for numbers that modules store, the ids that they count.
     """
-    roles: dict[Axis, Role] = {axis: role for c in dense.collectors.values() for axis, role in c.roles.items()}
-    makers = {axis: dense.units_of(axis) for axis in dense.axes.start if isinstance(axis, Axis) and roles.get(axis) == "out"}
+    roles: dict[Axis, Role] = {}
+    for axis, role in (found for c in dense.collectors.values() for found in c.roles):
+        roles[axis] = role if roles.get(axis, role) == role else "both"
+    makers = {axis: dense.units_of(axis) for axis in dense.axes.start
+              if isinstance(axis, Axis) and roles.get(axis) in ("out", "both")}
     drafts = partition(dense, makers, *pin_reasons(dense))
     name_groups(drafts, makers, pins)
     index = index_of(drafts, dense.unit_of)

@@ -155,6 +155,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
             before = self.of(x).pool
             pool = before if before >= 0 and x.shape[2:].numel() == 1 else call.pool  # single pixels have no rank to tell
             carried = [c._replace(pool=pool) for c in carried]
+        if self.given and all(isinstance(c, str) or c.weight for c in self.given):
+            carried = [c._replace(weight=True) for c in carried]
         return carried
 
     # -------------------------------------------------------------------------------- what a tensor carries
@@ -180,7 +182,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
                 labels.append(Label(ids, 1, Axis(name, 1)))
             else:
                 labels.append(Label(along(ids, t.ndim, dim), dim, Axis(name, dim)))
-        return Carried(tuple(labels))
+        return Carried(tuple(labels), weight=True)
 
     def carried_in(self) -> list[Carried]:
         """What the inputs of the current call carry, except unchanged parameters."""

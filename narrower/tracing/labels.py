@@ -48,6 +48,7 @@ class Carried(NamedTuple):
 
     `uniform`: its values are the same everywhere, or random. `view`: it shares memory with another tensor. `pool`: the number
     of the pooling that it comes from, or -1. `even`: dimensions along which its values are equal because it was expanded.
+    `weight`: it is a parameter or buffer, or computed from these alone.
     """
 
     labels: tuple[Label, ...] = ()
@@ -55,6 +56,7 @@ class Carried(NamedTuple):
     view: bool = False
     pool: int = -1
     even: tuple[int, ...] = ()
+    weight: bool = False
 
 
 NOTHING = Carried()

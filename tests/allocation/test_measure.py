@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import narrower
 from narrower.allocation import measure as allocation
 from narrower.allocation.measure import MEASURED, Cut, measured_damages, without_inputs
+from narrower.planning.plan import costed_plan
 from narrower.surgery.walk import named_tensors
 
 
@@ -175,16 +176,47 @@ class Attends(nn.Module):
         return out.mean(2)
 
 
+class LowRank(nn.Module):
+    """A linear layer whose weight is computed: zeros in a part of it are none in the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.linear, self.head = nn.Conv2d(3, 12, 3), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.left, self.right = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x)).mean((2, 3))
+        out: Tensor = self.head(torch.relu(nn.functional.linear(y, self.linear.weight + self.left @ self.right)))
+        return out
+
+
+class Tied(nn.Module):
+    """A convolution and a transposed one read one weight along its two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.code, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3), Head(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = torch.relu(self.code(torch.relu(self.stem(x))))
+        out: Tensor = self.head(nn.functional.conv_transpose2d(code, self.code.weight))
+        return out
+
+
 MIXING: dict[str, nn.Module] = {
     "group norm": nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(3, 12), nn.ReLU(True), nn.Conv2d(12, 8, 3), Head(8)),
     "standardised weight": nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), Standardised(12, 8, 3), nn.ReLU(), Head(8)),
     "matrix product": Attends(),
+    "computed linear weight": LowRank(),
+    "tied autoencoder": Tied(),
 }
 
 
 def damage_of_narrow(model: nn.Module, graph: narrower.Graph, scores: narrower.Scores, remove: dict[str, float]) -> float:
     """The divergence of the network that `narrow` returns, on the images that `sensitivity` measures on."""
-    small = narrower.narrow(model, narrower.plan(graph, scores, remove=remove))
+    plan = narrower.plan(graph, scores, remove=remove)  # also groups that a layer of that name makes
+    keep = {n: kept if n in remove else np.arange(graph[n].size) for n, kept in plan.keep.items()}
+    small = narrower.narrow(model, costed_plan(graph, keep, plan.request))
     dtype = next(model.parameters()).dtype
     x = torch.cat(batches())[MEASURED - 1:: MEASURED].to(dtype)
     with torch.no_grad():

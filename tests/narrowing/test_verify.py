@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import networks, reference
 from support.networks import IMAGES, Plain
+from support.resrep_training import randomised
 from torch import Tensor, nn
 
 import narrower
@@ -103,6 +106,64 @@ def test_verify_sees_no_removed_channels_in_products_of_activations(many: int) -
     small.query.weight.data[0, 1] += 1e-2
     with pytest.raises(narrower.VerifyError, match="differs"):
         narrower.verify(model, small, plan, x)
+
+
+class LowRank(nn.Module):
+    """A linear layer whose weight is computed in the forward, as with LoRA."""
+
+    def __init__(self, weight: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.linear, self.head = networks.unit(3, 9), nn.Linear(9, 10), nn.Linear(10, 3)
+        self.left, self.right = nn.Parameter(torch.randn(10, 2)), nn.Parameter(torch.randn(2, 9))
+        self.weight = weight
+
+    def forward(self, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+        y = (self.stem(x) * mask).mean((2, 3))
+        return self.head(F.linear(y, self.weight(self), self.linear.bias).relu())
+
+
+class TiedAutoencoder(nn.Module):
+    """What the encoder makes with its weight, the decoder reads with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.code, self.out = networks.unit(3, 9), nn.Conv2d(9, 10, 3, padding=1), nn.Conv2d(9, 3, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+        code = self.code(self.stem(x) * mask).relu()
+        return self.out(F.conv_transpose2d(code, self.code.weight, padding=1) * mask)
+
+
+WEIGHTS_BY_FORWARD: dict[str, Callable[[], nn.Module]] = {
+    "added": lambda: LowRank(lambda m: m.linear.weight + m.left @ m.right),
+    "added first": lambda: LowRank(lambda m: 0.5 * (m.left @ m.right) + m.linear.weight),
+    "product": lambda: LowRank(lambda m: m.left @ m.right),
+    "sigmoid": lambda: LowRank(lambda m: m.linear.weight.sigmoid()),
+    "standardised": lambda: LowRank(lambda m: m.linear.weight - m.linear.weight.mean(0, keepdim=True)),
+    "tied": TiedAutoencoder,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS_BY_FORWARD)
+def test_weights_that_are_computed_or_read_both_ways_read_no_removed_channel(name: str) -> None:
+    model = randomised(WEIGHTS_BY_FORWARD[name]()).double().eval()
+    x = IMAGES.double()
+    graph = narrower.trace(model, x)
+    assert len(graph.free) == 2 and graph["stem.0"].free
+    whole = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    small = narrower.narrow(model, whole)
+    assert narrower.verify(model, small, whole, x).error < 1e-12
+    only = narrower.plan(graph, narrower.random(graph), remove={"stem.0": 0.5})
+    mask = torch.zeros(1, 9, 1, 1, dtype=torch.float64)
+    mask[:, torch.as_tensor(only.keep["stem.0"])] = 1
+    with torch.no_grad():
+        torch.testing.assert_close(narrower.narrow(model, only)(x), model(x, mask))
+
+
+def test_only_what_makes_the_channels_of_a_computed_weight_is_their_layer() -> None:
+    graph = narrower.trace(WEIGHTS_BY_FORWARD["product"]().eval(), IMAGES)
+    roles = {(s.tensor, s.dim): s.role for g in graph for s in g.slices}
+    assert roles["left", 0] == "out" and roles["right", 1] == "in" and graph["stem.0"].layers == ("stem.0",)
 
 
 def test_verify_takes_rounding_of_large_outputs_for_what_it_is() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.graph.selection import Kept
+from narrower.repair.held_out import input_counts
 from narrower.repair.readers import give_intercepts, losing_inputs
 
 
@@ -22,6 +23,24 @@ def test_only_weights_that_lost_inputs_count_with_their_kept_outputs() -> None:
     outputs, left = losing_inputs(kept)
     assert {n: t.tolist() for n, t in outputs.items()} == {"1.0.weight": [1, 3], "2.fc.weight": [0, 1, 2, 3, 4]}
     assert not left
+
+
+def test_a_weight_that_is_used_twice_is_left_in_whatever_way() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Linear(6, 5), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            code = torch.relu(self.b(self.a(x).mean((2, 3))))
+            out: Tensor = self.c(code @ self.b.weight)
+            return out
+
+    model = Tied()
+    kept = kept_of(model, {"a": [0, 1, 4]}, torch.randn(2, 3, 4, 4))
+    outputs, left = losing_inputs(kept)
+    assert left == {"b.weight": "it is used more than once in a forward"} and list(outputs) == ["c.weight"]
+    assert list(input_counts(kept.graph)) == ["c.weight"]
 
 
 def test_a_transposed_layer_that_keeps_all_outputs_lists_those_of_each_group() -> None:

@@ -31,7 +31,7 @@ class Constraints:
     def axis(self, tensor: str, dim: int, size: int, role: Role | None = None, blocks: int = 1) -> np.ndarray:
         ids = self.axes.ids(Axis(tensor, dim), size, blocks)
         if role:
-            self.collector.roles[Axis(tensor, dim)] = role
+            self.collector.roles.add((Axis(tensor, dim), role))
         return ids
 
     def convolution(self, name: str, made: int, read: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +67,17 @@ def test_united_channels_of_two_convolutions_are_one_group() -> None:
     assert not any(s.tensor == "a.weight" and s.dim == 1 for g in graph for s in g.slices), "no layer makes what a reads"
     assert channels.group_of[channels.unit_of[made]].tolist() == [0] * 4
     assert channels.channel_of[channels.unit_of[out]].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_weight_that_makes_channels_and_reads_them_has_both_roles() -> None:
+    """As in a tied autoencoder: a transposed convolution reads what its weight makes in a convolution."""
+    c, _, _ = two_convolutions()
+    for mode in ("eval", "train"):
+        c.axis("a.weight", 0, 4, "in" if mode == "train" else "out")
+    graph, _ = c.solved()
+    first, second = graph["a"].slices
+    assert (first.role, first.makes, first.reads) == ("both", True, True)
+    assert (second.role, second.makes, second.reads) == ("in", False, True) and graph["a"].layers == ("a",)
 
 
 def test_units_are_numbered_in_the_order_of_execution() -> None:
@@ -204,7 +215,7 @@ def test_positions_count_through_the_blocks_of_a_grouped_convolution() -> None:
     c.collector.unite(a[[2, 3, 0, 1]], read)
     run = c.run
     index = index_of([GroupDraft(run.unit_of[a], None, name="a")], run.unit_of)
-    first, second = slices_of(run, c.collector.roles, index)["a"]
+    first, second = slices_of(run, dict(c.collector.roles), index)["a"]
     assert (first.tensor, first.blocks, second.tensor, second.blocks) == ("a.weight", 1, "grouped.weight", 2)
     assert second.channels.tolist() == [2, 3, 0, 1] and second.positions.tolist() == [0, 1, 2, 3]
 

@@ -33,9 +33,11 @@ def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
     # the contracted dimension is the last but one of `right`: bring both to (batch..., k)
     contract(r, [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in left],
              [Label(x.ids.reshape(*(x.ids.shape[d] for d in batch), -1), 0) for x in right], call.name)
-    for x in (*left, *right):
+    # A product of parameters is a weight: what it makes and reads shows where it is used. But x @ W.T is a layer, also of them.
+    computed = ca.weight and cb.weight and not any(x.axis and x.axis.dim == 0 for x in free_at(cb, b.ndim - 1))
+    for x in (*left, *right) if not computed else ():
         r.use_axis(call, x, "in")
-    if left and not any(x.axis for x in (*left, *right)):
+    if left:
         r.sum_over(call, left[0])
     if left and ca.pool >= 0:
         r.read_maps(call, left[0], ca.pool)
@@ -44,10 +46,11 @@ def matmul(r: RuleContext, call: Call) -> Sequence[Carried]:
         kept = []
         for x in except_free_at(c, [k]):
             x = collapsed(x, [k], r.unite)
-            r.use_axis(call, x, "out")
-            kept.append(Label(x.ids, x.free))
+            if not computed:
+                r.use_axis(call, x, "out")
+            kept.append(Label(x.ids, x.free, x.axis if computed else None))
         sides.append(kept)
-    labels = [Label(x.ids if out.ndim == a.ndim else x.ids.squeeze(ka), x.free) for x in sides[0] if x.free not in batch]
+    labels = [x._replace(ids=x.ids if out.ndim == a.ndim else x.ids.squeeze(ka)) for x in sides[0] if x.free not in batch]
     labels += [x for x in sides[1] if x.free not in batch]
     shared = [(Carried(tuple(x for x in s if x.free in batch)), t.shape) for s, t in zip(sides, (a, b), strict=True)]
     if any(c.labels for c, _ in shared):

@@ -16,13 +16,31 @@ def test_a_linear_layer_reads_and_makes_channels() -> None:
     collector = ConstraintCollector(model, Axes(), {})
     with torch.no_grad(), collector:
         out = model(torch.empty(3, 7, device="meta"))
-    assert collector.roles[Axis("2.weight", 1)] == "in" and collector.roles[Axis("2.weight", 0)] == "out"
+    assert {(Axis("2.weight", 1), "in"), (Axis("2.weight", 0), "out")} <= collector.roles
     assert collector.macs == {"0.weight": 3 * 7 * 6, "2.weight": 3 * 6 * 5}
     start = collector.axes.start[Axis("2.weight", 0)]
     assert collector.of(out).labels[0].ids.reshape(-1).tolist() == list(range(start, start + 5))
     find = units(collector)
     assert [find(collector.axes.start[Axis("0.weight", 0)] + k) for k in range(6)] \
         == [find(collector.axes.start[Axis("2.weight", 1)] + k) for k in range(6)]
+
+
+def test_a_product_of_parameters_is_a_weight_and_a_linear_layer_of_one_is_a_layer() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Parameter(torch.zeros(6, 2)), nn.Parameter(torch.zeros(2, 7))
+            self.latent, self.query = nn.Parameter(torch.zeros(4, 7)), nn.Linear(7, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.left @ self.right) @ self.query(self.latent).t()
+
+    collector = ConstraintCollector(model := Both().to("meta"), Axes(), {})
+    with torch.no_grad(), collector:
+        model(torch.empty(3, 7, device="meta"))
+    assert {(Axis("left", 0), "out"), (Axis("right", 1), "in"), (Axis("query.weight", 0), "out"),
+            (Axis("query.weight", 1), "in")} <= collector.roles
+    assert not any(axis in (Axis("left", 1), Axis("right", 0)) for axis, _ in collector.roles)
 
 
 def test_a_matrix_that_cannot_shrink_pins() -> None:
