@@ -133,8 +133,9 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     if outputs:
         count = sum(n for _, n in fit)
         per_image = {n: -(-max(LEAST_SAMPLES, SAMPLES_PER_INPUT * k) // count) for n, k in reads.items()}
-        with in_eval_mode(model):
-            targets, unseen, once = dense_targets(model, outputs, per_image, fit)
+        dense = independent_copy(model)  # layers are told apart by their memory, which parameters may share
+        with in_eval_mode(dense):
+            targets, unseen, once = dense_targets(dense, outputs, per_image, fit)
         left |= unseen
     if not outputs or not targets:
         return Reconstruction(moved(cut, home), (), left, CUT, {}, "", 0)

@@ -103,9 +103,10 @@ def in_place(call: Call) -> Any:
 class LayerWatch(TorchDispatchMode):
     """A forward of `model` in which `layer` is called for each layer that reads one of `weights` as it is.
 
-    The output of `layer` goes on. `finished` sees the output of every call, by its number. Layers whose weight is used more
-    than once in a forward are counted in `uses`. `once`: calls whose output only one other call reads, as another forward has
-    shown (`read_once`): that call may overwrite it. Fresh memory for all images takes longer than most arithmetic.
+    Layers are told apart by the memory of their weights: no two of them may share it. The output of `layer` goes on. `finished`
+    sees the output of every call, by its number. Layers whose weight is used more than once in a forward are counted in `uses`.
+    `once`: calls whose output only one other call reads, as another forward has shown (`read_once`): that call may overwrite
+    it. Fresh memory for all images takes longer than most arithmetic.
     """
 
     once: frozenset[int] = frozenset()
@@ -181,10 +182,12 @@ class LayerWatch(TorchDispatchMode):
         def run() -> Tensor:
             return run_in_chunks(func, call)
 
+        stored = self.tensors[weight]
+        whole = stored if call.name == "convolution" else stored.T if stored.ndim == 2 else None
+        if whole is None or (matrix.shape, matrix.stride()) != (whole.shape, whole.stride()):
+            return None  # a part of the weight, or another view
         if call.name != "convolution":
-            stored = self.tensors[weight]
-            as_linear = stored.ndim == 2 and matrix.shape == stored.T.shape and matrix.stride() == stored.T.stride()
-            return LayerCall(weight, x, bias, Geometry(), run) if as_linear else None
+            return LayerCall(weight, x, bias, Geometry(), run)
         _, _, _, stride, padding, dilation, transposed, _, groups = args
         n = x.ndim - 2
         wide = [tuple(v) * (n if len(v) == 1 else 1) for v in (stride, padding, dilation)]

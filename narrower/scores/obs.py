@@ -14,7 +14,7 @@ from ..graph.types import ChannelGroup, Graph, Scores
 from ..repair import held_out
 from ..repair.patches import as_matrix
 from ..repair.second_moments import SecondMoments, ridge_factor, second_moments
-from ..surgery.copying import same_tensors, where_float64_is
+from ..surgery.copying import independent_copy, same_tensors, where_float64_is
 from ..surgery.walk import in_eval_mode, named_tensors
 from .weights import magnitude
 
@@ -47,8 +47,9 @@ def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int |
     model = where_float64_is(model)
     counts = held_out.input_counts(graph)
     inputs = held_out.checked_inputs("obs", batches, model, images, 1, held_out.images_wanted(graph, counts))
-    with in_eval_mode(model):
-        moments = second_moments(model, counts, inputs, SAMPLES_PER_INPUT)
+    copy = independent_copy(model)  # layers are told apart by memory
+    with in_eval_mode(copy):
+        moments = second_moments(copy, counts, inputs, SAMPLES_PER_INPUT)
     named = named_tensors(model)
     layers = {name: layer_of(named[name].detach(), moments.pop(name)) for name in list(moments)}
     found = {g.name: removal_errors(reads, g.size) for g in graph.free if (reads := reads_of(g, layers))}

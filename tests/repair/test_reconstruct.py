@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.devices import APPLE, Apple
-from support.networks import PATTERNS, Head, unit
+from support.networks import PATTERNS, Head, in_one_memory, unit
 from support.resrep_training import randomised
 from torch import Tensor, nn
 
@@ -87,6 +87,14 @@ def test_a_duplicated_channel_goes_at_no_error() -> None:
     repaired = narrower.reconstruct(model, small, plan, batches()).model
     x = torch.randn(8, 3, 8, 8)
     assert difference(model, repaired, x) < 1e-4 * difference(model, small, x)
+
+
+def test_parameters_in_one_memory_are_told_apart() -> None:
+    model = network()
+    plan, small = cut(model)
+    want, found = (narrower.reconstruct(m, small, plan, batches()) for m in (model, in_one_memory(model)))
+    assert found.layers == want.layers and found.divergences == want.divergences and not found.left
+    assert found.kept != "cut"
 
 
 def test_nothing_removed_changes_nothing() -> None:

@@ -94,6 +94,21 @@ def test_other_weights_are_not_seen() -> None:
     assert [c.weight for c in watch.layers] == ["fc.weight"] and not watch.streams
 
 
+def test_a_part_of_a_weight_is_no_layer_of_it() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(4, 6, 1), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.conv2d(x, self.conv.weight[:4]).mean((2, 3))
+            return self.fc(y) + y @ self.fc.weight
+
+    watch = Seen(Part().eval(), ["conv.weight", "fc.weight"])
+    watch.run(torch.randn(2, 4, 5, 5), 2)
+    assert [c.weight for c in watch.layers] == ["fc.weight"]
+
+
 def test_large_convolutions_run_in_chunks_that_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Block().eval(), torch.randn(5, 4, 5, 5)
     seen: list[int] = []

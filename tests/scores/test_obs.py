@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from support.networks import PATTERNS, Head, chain, unit
+from support.networks import PATTERNS, Head, chain, in_one_memory, unit
 from support.resrep_training import randomised
 from torch import Tensor, nn
 
@@ -132,6 +132,14 @@ def test_the_order_does_not_depend_on_how_images_are_batched() -> None:
     for a, b in itertools.pairwise(found):
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_in_one_memory_are_told_apart() -> None:
+    model = randomised(chain(unit(3, 8), unit(8, 8), unit(8, 6), Head(6))).eval()
+    x = torch.randn(20, 3, 8, 8)
+    graph = narrower.trace(model, x[:1])
+    want, found = narrower.obs(model, graph, [x]), narrower.obs(in_one_memory(model), graph, [x])
+    assert all(torch.equal(found[n], t) for n, t in want.items())
 
 
 def test_a_group_that_no_layer_reads_gets_its_magnitude() -> None:

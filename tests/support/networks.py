@@ -28,6 +28,14 @@ def unit(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, act: nn.M
     return nn.Sequential(conv, nn.BatchNorm2d(o), act or nn.ReLU())
 
 
+def in_one_memory(model: nn.Module) -> nn.Module:
+    """The model with all parameters as parts of one vector, as flat optimizers and averaging keep them."""
+    parameters = list(model.parameters())
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters).detach(), parameters)
+    assert len({p.untyped_storage()._cdata for p in parameters}) == 1
+    return model
+
+
 class Head(nn.Module):
     def __init__(self, c: int, classes: int = 5) -> None:
         super().__init__()
