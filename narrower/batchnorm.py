@@ -17,14 +17,14 @@ from .surgery.walk import in_eval_mode
 def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None = None) -> int:
     """Reset the running statistics of every BatchNorm to the average over `batches` (or their first `images` samples).
 
-    A batch is the model's input, or a pair (input, target). Returns the number of samples used. Raises DataError if there are
-    no batches.
+    A batch is the model's input, or a pair (input, target). A BatchNorm that no batch reaches keeps its statistics; all do if
+    an error ends the pass. Returns the number of samples used. Raises DataError if there are no batches.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    momenta = [m.momentum for m in norms]
-    seen = 0
+    before = [(m.momentum, {n: t.clone() for n, t in m.named_buffers()}) for m in norms]
+    seen, done = 0, False
     with in_eval_mode(model):
         try:
             for inputs, count in samples(batches, model, images):
@@ -35,9 +35,19 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
                         m.train()
                 call_model(model, inputs)
                 seen += count
+            done = True
         finally:
-            for m, momentum in zip(norms, momenta, strict=True):
+            for m, (momentum, statistics) in zip(norms, before, strict=True):
                 m.momentum = momentum
+                if not done or untouched(m):
+                    for name, t in statistics.items():
+                        m.get_buffer(name).copy_(t)
     if not seen:
         raise DataError("recalibrate got no batches")
     return seen
+
+
+def untouched(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the running statistics are as reset."""
+    mean, var = norm.running_mean, norm.running_var
+    return mean is not None and var is not None and not bool(mean.any()) and bool((var == 1).all())

@@ -72,5 +72,35 @@ def test_recalibrate_without_batches_is_an_error_and_changes_nothing() -> None:
     assert bool((model.bn1.running_mean == 3).all()), "the statistics are lost"  # type: ignore[union-attr]
 
 
+class Domains(nn.Module):
+    """A BatchNorm for each domain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+        for buffers in (dict(norm.named_buffers()) for norm in self.norms):
+            buffers["running_mean"].fill_(3.0)
+            buffers["num_batches_tracked"].fill_(5)
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.norms[domain](x)
+
+
+def test_a_norm_that_no_batch_reaches_keeps_its_statistics() -> None:
+    model = Domains()
+    narrower.recalibrate(model, batches())
+    reached, other = (dict(n.named_buffers()) for n in model.norms)
+    assert not bool((reached["running_mean"] == 3).any()) and reached["num_batches_tracked"] == 3
+    assert bool((other["running_mean"] == 3).all()) and other["num_batches_tracked"] == 5
+
+
+def test_an_error_in_the_middle_leaves_all_statistics() -> None:
+    model = Domains()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        narrower.recalibrate(model, [*batches(1), torch.randn(2, 4, 8, 8)])
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_recalibrate_without_batch_norm_does_nothing() -> None:
     assert narrower.recalibrate(nn.Conv2d(3, 4, 3), batches()) == 0
