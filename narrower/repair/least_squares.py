@@ -1,7 +1,7 @@
 """Ridge regression on the difference to given weights: pure functions over moments.
 
 With inputs `x` and the residual `r` of weights that are there already, the correction `D` minimises
-`|r - D x - b|^2 + ridge |D|^2`. The intercept `b` is free. A ridge towards infinity leaves the weights as they are.
+`|r - D x - b|^2 + ridge |D|^2`. The intercept `b` is free, or zero. A ridge towards infinity leaves the weights as they are.
 Letters: `G` groups, `P` samples, `I` inputs, `O` outputs.
 """
 
@@ -37,6 +37,11 @@ def moments(x: Tensor, r: Tensor) -> Moments:
 def together(a: Moments, b: Moments) -> Moments:
     """The moments of both sets of samples."""
     return Moments(a.size + b.size, a.x + b.x, a.r + b.r, a.xx + b.xx, a.rx + b.rx, a.rr + b.rr)
+
+
+def uncentred(m: Moments) -> Moments:
+    """The moments as if all means were zero: what is solved from them has no intercept."""
+    return m._replace(x=torch.zeros_like(m.x), r=torch.zeros_like(m.r))
 
 
 class Correction(NamedTuple):
@@ -78,13 +83,16 @@ class Choice(NamedTuple):
     after: float
 
 
-def choose(x: Tensor, r: Tensor, held_out: Tensor, scale: Tensor) -> Choice:
+def choose(x: Tensor, r: Tensor, held_out: Tensor, scale: Tensor, intercept: bool = True) -> Choice:
     """Of no correction, an intercept alone, and the ridges of `STRENGTHS`: what is best on the samples `held_out`, bool `(P,)`.
 
     The chosen one is then fitted to all samples. The ridges are walked from the middle, in the direction in which the error
-    falls, as far as it does.
+    falls, as far as it does. `intercept`: whether the layer has a place for one; else it is zero throughout.
     """
-    fit, judge = moments(x[:, ~held_out], r[:, ~held_out]), (x[:, held_out], r[:, held_out])
+    def sums(x: Tensor, r: Tensor) -> Moments:
+        return moments(x, r) if intercept else uncentred(moments(x, r))
+
+    fit, judge = sums(x[:, ~held_out], r[:, ~held_out]), (x[:, held_out], r[:, held_out])
     no_weight = torch.zeros_like(fit.rx)
     before = squared_error(*judge, Correction(no_weight, torch.zeros_like(fit.r)), scale)
     errors = {float("inf"): squared_error(*judge, Correction(no_weight, fit.r / fit.size), scale)}
@@ -101,7 +109,7 @@ def choose(x: Tensor, r: Tensor, held_out: Tensor, scale: Tensor) -> Choice:
     strength = min(errors, key=lambda s: errors[s])
     if not errors[strength] < before:
         return Choice(None, None, before, before)
-    both = together(fit, moments(*judge))
+    both = together(fit, sums(*judge))
     while strength < float("inf"):
         try:
             return Choice(solve(both, strength), strength, before, error(strength))

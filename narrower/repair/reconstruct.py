@@ -104,8 +104,8 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
 
     Layers are solved in the order of the forward, each from the inputs that the repaired layers before it give (He et al.,
     "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.2). Ridge regression on the difference to
-    the cut weights, with an intercept. Its strength, and whether a layer changes at all, is decided on every fourth of the
-    fitted images; then the layer is fitted to all of them.
+    the cut weights, with an intercept where the layer has a place for one. Its strength, and whether a layer changes at all, is
+    decided on every fourth of the fitted images; then the layer is fitted to all of them.
 
     `stream_targets`: where a layer's output is added to another activation, directly or through a BatchNorm, its target makes
     up for what the other summand has lost as well. None tries both, in twice the time.
@@ -220,14 +220,15 @@ class RepairWatch(LayerWatch):
         if not bool(residual.isfinite().all() and inputs.isfinite().all()):
             raise DataError(f"what {name} reads or makes is not finite on these images")
         held_out = target.at.image % HELD_OUT == HELD_OUT - 1
-        choice = choose(inputs, residual, held_out, scale.unflatten(0, (groups, -1)))
+        into = self.intercepts.get(name)
+        choice = choose(inputs, residual, held_out, scale.unflatten(0, (groups, -1)), into is not None)
         error = choice.after / choice.before if choice.before > 0 else 1.0
         self.repairs.append(LayerRepair(name, error, choice.strength, len(held_out),
                                         inputs.shape[2]))
         if choice.correction is None:
             return call.run()
         weight.data.add_(as_weight(choice.correction.weight.to(weight.dtype), weight, call.geometry))
-        if (into := self.intercepts.get(name)) is not None:
+        if into is not None:
             sign = -1 if into.kind == "running mean" else 1
             t = self.tensors[into.into]
             t.data.add_(sign * choice.correction.intercept.flatten().to(t.dtype))

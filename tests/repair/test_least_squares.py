@@ -61,6 +61,20 @@ def test_what_can_be_explained_is() -> None:
     assert choice.strength == 1e-4 and choice.after < 1e-5 * choice.before
 
 
+def test_without_a_place_for_an_intercept_none_is_fitted() -> None:
+    x, _ = data(200)
+    x = x + 2.0
+    r = x @ torch.randn(2, 6, 4, dtype=torch.float64) + 3.0
+    held_out, ones = torch.arange(200) >= 150, torch.ones(2, 4, dtype=torch.float64)
+    choice = choose(x, r, held_out, ones, intercept=False)
+    assert choice.correction is not None and choice.strength is not None and not choice.correction.intercept.any()
+    best = torch.linalg.lstsq(x, r).solution.transpose(1, 2)
+    left, least = (squared_error(x, r, Correction(w, torch.zeros_like(ones)), ones) for w in (choice.correction.weight, best))
+    dropped = choose(x, r, held_out, ones).correction
+    assert dropped is not None
+    assert left < 1.01 * least < 0.1 * squared_error(x, r, dropped._replace(intercept=torch.zeros_like(ones)), ones)
+
+
 def test_fewer_samples_than_inputs_do_not_ruin_the_layer() -> None:
     """Noise fits itself: on held-out samples no correction is better, or a strong ridge that hardly changes anything."""
     x, r = torch.randn(1, 40, 60, dtype=torch.float64), torch.randn(1, 40, 5, dtype=torch.float64)

@@ -344,6 +344,30 @@ def test_a_forward_that_writes_into_its_input_is_repaired_like_any_other() -> No
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+class OwnForward(nn.Conv2d):
+    """Has no place for an intercept: a bias that it is given would not be read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight)
+
+
+def test_the_error_that_is_left_is_that_of_the_weights_as_they_are() -> None:
+    """Also where a layer has no place for an intercept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Sigmoid(), OwnForward(12, 6, 1, bias=False), nn.ReLU(), Head(6)).eval()
+    graph = narrower.trace(model, batches()[0][:1])
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), remove={"0": 0.5})
+    small = narrower.narrow(model, plan)
+    found = narrower.reconstruct(model, small, plan, batches())
+    (layer,) = found.layers
+    assert layer.weight == "2.weight" and found.kept == "layer targets"
+    x = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        dense, cut_out, repaired_out = (m[:3](x) for m in (model, small, found.model))  # type: ignore[index]
+    left = float((repaired_out - dense).square().mean() / (cut_out - dense).square().mean())
+    assert left == pytest.approx(layer.error, rel=0.05)
+
+
 class Shifted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - 0.5) / 3
