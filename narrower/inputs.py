@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,63 @@ from torch import Tensor, nn
 def model_inputs(batch: Any, model: nn.Module) -> Any:
     """The model's inputs from a batch, on the model's device.
 
-    Of a pair (inputs, targets) it is the first part. A pair of tensors is taken whole if `forward` needs two arguments. Any
-    other batch is taken whole.
+    Of a pair (inputs, targets) it is the first part, as `paired_inputs` gives it. A pair of tensors is taken whole if `forward`
+    needs two arguments. Any other batch is taken whole.
     """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        needed = [p for p in inspect.signature(model.forward).parameters.values()
-                  if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(needed) < 2 or not isinstance(batch[0], Tensor):
-            batch = batch[0]
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    if pair and (arguments_needed(model) < 2 or not isinstance(batch[0], Tensor)):
+        return paired_inputs(batch, model)
+    return on_device(tuple(batch) if isinstance(batch, list) else batch, model)
+
+
+def paired_inputs(pair: Sequence[Any], model: nn.Module) -> Any:
+    """The model's inputs from a pair (inputs, targets), on the model's device. Detectors take a list of images as one argument:
+    so are images understood that stand in a list or tuple, beside a list of targets."""
+    inputs, targets = pair
+    if are_images(inputs) and isinstance(targets, (tuple, list)) and arguments_needed(model) < 2:
+        inputs = (list(inputs),)
+    return on_device(tuple(inputs) if isinstance(inputs, list) else inputs, model)
+
+
+def arguments_needed(model: nn.Module) -> int:
+    """How many positional arguments `forward` needs."""
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+               for p in inspect.signature(model.forward).parameters.values())
+
+
+def on_device(inputs: Any, model: nn.Module) -> Any:
     device = device_of(model)
-    return map_tensors(tuple(batch) if isinstance(batch, list) else batch, lambda t: move_to(t, device))
+    return map_tensors(inputs, lambda t: move_to(t, device))
+
+
+def are_images(argument: Any) -> bool:
+    """Whether an argument is a list (or tuple) of images, each a tensor `(C, H, W)` of its own size."""
+    return isinstance(argument, (tuple, list)) and len(argument) > 0 and all(
+        isinstance(t, Tensor) and t.ndim == 3 for t in argument)
+
+
+def arguments_of(inputs: Any) -> tuple[Any, ...]:
+    """The arguments of a call of the model: see `call_model`."""
+    return tuple(inputs.values()) if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def sample_count(inputs: Any) -> int:
+    """How many samples the model's inputs hold: the images of the first argument if it is a list of them, else the first
+    dimension of the first tensor. 0 without tensors."""
+    first: Any = next((x for x in arguments_of(inputs) if flatten_tensors(x)), None)
+    if are_images(first):
+        return len(first)
+    return next((t.shape[0] if t.ndim else 1 for t in flatten_tensors(first)), 0)
+
+
+def first_samples(inputs: Any, count: int) -> Any:
+    """The model's inputs with the first `count` samples alone."""
+    def first(argument: Any) -> Any:
+        return argument[:count] if are_images(argument) else map_tensors(argument, operator.itemgetter(slice(count)))
+
+    if isinstance(inputs, dict):
+        return {k: first(v) for k, v in inputs.items()}
+    return tuple(map(first, inputs)) if isinstance(inputs, tuple) else first(inputs)
 
 
 def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
@@ -31,10 +78,10 @@ def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None)
     seen = 0
     for batch in batches:
         inputs = model_inputs(batch, model)
-        count = flatten_tensors(inputs)[0].shape[0]
+        count = sample_count(inputs)
         if images is not None and seen + count > images:
             count = images - seen
-            inputs = map_tensors(inputs, operator.itemgetter(slice(count)))
+            inputs = first_samples(inputs, count)
         if count:
             yield inputs, count
         seen += count

@@ -18,11 +18,13 @@ from narrower.deployment import layer_times
 from narrower.inputs import (
     call_model,
     device_of,
+    first_samples,
     flatten_tensors,
     map_tensors,
     model_inputs,
     move_to,
     precise,
+    sample_count,
     samples,
     shapes_of,
     synchronize,
@@ -114,6 +116,36 @@ def test_other_batches_are_taken_whole() -> None:
     assert model_inputs(A, One()) is A
     assert model_inputs({"x": A, "y": B}, Keywords()) == {"x": A, "y": B}
     assert model_inputs([A, B, A], One()) == (A, B, A)
+
+
+IMAGE, TALL = torch.zeros(3, 8, 8), torch.ones(3, 9, 8)
+
+
+@pytest.mark.parametrize(("inputs", "count"), [
+    (torch.zeros(5, 3), 5), ((torch.zeros(5, 3), torch.zeros(2)), 5), ({"x": torch.zeros(4, 3)}, 4),
+    ([IMAGE, TALL], 2), (([IMAGE, TALL],), 2), (((IMAGE,),), 1), ({"images": [IMAGE] * 5}, 5), (([IMAGE] * 4, [A]), 4),
+    ((torch.zeros(4, 3, 8),), 4), (([torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 4, 4)],), 2), ((None, IMAGE[0]), 8),
+    (torch.zeros(()), 1), ("text", 0)])
+def test_samples_are_the_first_dimension_or_the_images_of_a_list(inputs: Any, count: int) -> None:
+    assert sample_count(inputs) == count
+
+
+def test_the_first_samples_of_a_list_are_whole_images() -> None:
+    images, rest = first_samples(([IMAGE, TALL, IMAGE], torch.zeros(3, 2)), 2)
+    assert [t.shape for t in images] == [IMAGE.shape, TALL.shape] and rest.shape == (2, 2)
+    assert first_samples({"x": A}, 2)["x"].tolist() == [0, 1] and len(first_samples([IMAGE, TALL], 1)) == 1
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_images_and_their_targets_are_a_pair_whose_first_part_is_one_argument(kind: Any) -> None:
+    """As the usual collate of detection gives them: tuple(zip(*samples))."""
+    batch = kind((kind((IMAGE, TALL)), kind(({"boxes": A}, {"boxes": B}))))
+    (images,) = model_inputs(batch, One())
+    assert type(images) is list and images[0] is IMAGE and images[1] is TALL
+    assert [n for _, n in samples([batch, batch], One(), 3)] == [2, 1]
+    signals = (torch.zeros(4, 2, 8), torch.ones(4, 2, 8))
+    assert model_inputs((signals, A), One()) is not signals and len(model_inputs((signals, A), One())) == 2, "two arguments"
+    assert len(model_inputs((signals, [A, B]), Two())) == 2, "forward needs two"
 
 
 def test_inputs_go_to_the_device_of_the_model() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
-from ..inputs import call_model, device_of, map_tensors, model_inputs, shapes_of
+from ..inputs import call_model, device_of, map_tensors, paired_inputs, shapes_of
 from ..surgery.walk import in_eval_mode, named_tensors
 
 
@@ -103,9 +103,8 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
                 if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                     raise DataError("taylor needs labels: each batch must be a pair (inputs, targets), and this one is "
                                     f"{type(batch).__name__} ({shapes_of(batch)}); obs, hrank and magnitude need none")
-                inputs, targets = batch
-                output = call_model(model, model_inputs(inputs, model))
-                value = loss(output, map_tensors(targets, lambda t: t.to(device)))
+                output = call_model(model, paired_inputs(batch, model))
+                value = loss(output, map_tensors(batch[1], lambda t: t.to(device)))
                 grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
                 seen += 1
                 products = {n: torch.zeros_like(t) if grads[n] is None else grads[n] * t for n, t in params.items()}

@@ -122,6 +122,23 @@ def test_taylor_is_the_squared_first_order_change() -> None:
         assert torch.allclose(found[name], want, rtol=1e-3, atol=1e-10)
 
 
+def test_taylor_gives_the_model_all_its_inputs() -> None:
+    """A pair of inputs inside of a pair with targets is no pair with targets."""
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            x = x if y is None else x - y
+            return self.head(self.conv(x).relu().mean((2, 3)))
+
+    model, x, y = Two().eval(), networks.images(), networks.images(seed=1)
+    graph, labels = narrower.trace(model, (x, y)), torch.zeros(len(x), dtype=torch.long)
+    both, difference = (narrower.taylor(model, graph, [(inputs, labels)], F.cross_entropy) for inputs in ((x, y), x - y))
+    assert torch.equal(both["conv"], difference["conv"])
+
+
 def test_taylor_leaves_the_model_as_it_was() -> None:
     model = Plain().train()
     model.conv1.requires_grad_(False)
