@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import call_model, flatten_tensors, synchronize
+from .inputs import call_model, flatten_tensors, sample_count, synchronize
 from .surgery.copying import stage
 from .surgery.walk import in_eval_mode
 from .tracing.constraints import ConstraintCollector
@@ -30,8 +30,7 @@ def macs_of(model: nn.Module, example_inputs: Any) -> float:
         except Exception:
             if kind == "real":
                 raise
-    first = flatten_tensors(example_inputs)[0]
-    return sum(mode.macs.values()) / max(1, first.shape[0])
+    return sum(mode.macs.values()) / max(1, sample_count(example_inputs))
 
 
 def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> dict[str, float]:

@@ -30,6 +30,38 @@ def test_measure_takes_a_network_that_asks_for_values() -> None:
     assert found["macs"] == reference.macs(networks.Branching(), IMAGES)
 
 
+class ListOfImages(nn.Module):
+    """Takes images as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, images: list[Tensor], targets: list[Tensor] | None = None) -> Tensor:
+        return self.head(self.norm(self.conv(torch.stack(images))).relu())
+
+
+@pytest.mark.parametrize("many", [1, 2, 5])
+def test_multiply_adds_are_for_one_image_of_a_list(many: int) -> None:
+    model, inputs = ListOfImages().eval(), ([torch.randn(3, 8, 8)] * many,)
+    graph = narrower.trace(model, inputs)
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    macs = 64 * (3 * 6 * 9 + 6 * 4)
+    assert plan.macs[0] == macs == narrower.measure(model, inputs, seconds=0.0)["macs"]
+
+
+def test_what_needs_no_stacked_tensors_takes_batches_of_images_and_targets() -> None:
+    model = ListOfImages().eval()
+    batches = [([torch.randn(3, 8, 8) for _ in range(4)], [torch.zeros(1)] * 4) for _ in range(3)]
+    graph = narrower.trace(model, (batches[0][0],))
+    assert narrower.hrank(model, graph, batches)["conv"].shape == (6,)
+    assert narrower.taylor(model, graph, batches, lambda out, targets: out.mean() + len(targets))["conv"].any()
+    assert narrower.recalibrate(model, batches, images=6) == 6
+    for scores in (narrower.obs, lambda *a: narrower.sensitivity(a[0], a[1], narrower.random(a[1]), a[2])):
+        with pytest.raises(narrower.DataError, match="a list of images"):
+            scores(model, graph, batches)
+
+
 def test_measure_leaves_modes_and_statistics() -> None:
     model = Plain().train()
     model.bn3.eval()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigError, NoiseError
-from ..inputs import call_model, flatten_tensors
+from ..inputs import call_model, flatten_tensors, sample_count
 from ..measuring import macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
 from .exporting import batch_size, resized
@@ -170,7 +170,7 @@ def compared(modules: Mapping[str, nn.Module], inputs: Any, runtime: Runtime, th
             calls.append(runtime.prepare(module, inputs, threads))
         times = in_turn(calls, seconds, time.perf_counter, SETTLE if threads > 1 else 0.0)
     first = flatten_tensors(inputs)[0]
-    samples = batch_size(inputs) or 1
+    samples = max(1, sample_count(inputs))
     rows = []
     for (name, module), own in zip(modules.items(), times, strict=True):
         middle, spread = middle_and_spread(own)

@@ -17,12 +17,11 @@ from torch import nn
 
 from ..errors import ConfigError, StorageError
 from ..graph.types import Graph, Scores
-from ..inputs import flatten_tensors
+from ..inputs import flatten_tensors, sample_count
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
 from ..surgery.walk import in_eval_mode
-from .exporting import batch_size
 from .layer_times import PREPARE, clock_for, machine, measure_layers, measure_networks
 from .runtimes import Runtime, device_in, dtype_of, runtime_named, torch_threads
 from .survey import sizes_in, survey
@@ -119,7 +118,7 @@ def place_of(model: nn.Module, example_inputs: Any, runtime: str, threads: int) 
     device = device_in(runtime, model)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else machine()
     return {"runtime": runtime, "device": device, "threads": threads, "dtype": dtype_of(model, example_inputs),
-            "shape": list(flatten_tensors(example_inputs)[0].shape), "batch": batch_size(example_inputs) or 1,
+            "shape": list(flatten_tensors(example_inputs)[0].shape), "batch": max(1, sample_count(example_inputs)),
             "clock": clock_for(device, threads), "machine": name}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
 from ..graph.types import Graph
-from ..inputs import as_float64, call_model, flatten_tensors, map_tensors, samples, shapes_of
+from ..inputs import are_images, arguments_of, as_float64, call_model, flatten_tensors, map_tensors, samples, shapes_of
 from ..surgery.walk import in_eval_mode
 
 Measure = Literal["kl", "relative"]
@@ -36,6 +36,9 @@ def checked_inputs(what: str, batches: Iterable[Any], model: nn.Module, images: 
     """
     found: list[tuple[Any, int]] = []
     for inputs, count in samples(with_tensors(what, batches), model, images):
+        if any(map(are_images, arguments_of(inputs))):
+            raise DataError(f"{what}: batch {len(found)} is a list of images, as detectors take it: give tensors (N, C, H, W), "
+                            "and a model that takes them, such as a module around the detector")
         tensors, first = flatten_tensors(inputs), flatten_tensors(found[0][0] if found else inputs)
         if [t.shape[1:] for t in tensors] != [t.shape[1:] for t in first] or any(len(t) != count for t in tensors):
             raise DataError(f"{what}: batch {len(found)} has shape {shapes_of(inputs)}, the first one {shapes_of(first)}: all "

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from ..errors import TraceError
-from ..inputs import flatten_tensors
+from ..inputs import flatten_tensors, sample_count
 from ..surgery.copying import Stage, restore_after
 from .constraints import ConstraintCollector
 from .interpreter import LabelInterpreter, run_forward
@@ -88,8 +88,7 @@ def collect(stage: Stage, collector: ConstraintCollector) -> list[tuple[int, ...
 
 def run_dense(stage: Stage, view_dims: Mapping[str, int], answers: Sequence[Answer] | None = None) -> DenseRun:
     """Collect the constraints of the dense forward. Raises DenseForwardError if it fails in eval mode."""
-    tensors = flatten_tensors(stage.inputs)
-    batch = max(1, tensors[0].shape[0]) if tensors and tensors[0].ndim else 1
+    batch = max(1, sample_count(stage.inputs))
     first_names = {id(t): n for n, t in reversed([*stage.tensors.items()]) if isinstance(t, nn.Parameter)}
     parameters = frozenset(first_names.values())
     axes = Axes()
