@@ -17,11 +17,11 @@ from torch import nn
 
 from ..errors import ConfigError, StorageError
 from ..graph.types import Graph, Scores
-from ..inputs import flatten_tensors, sample_count
+from ..inputs import flatten_tensors, sample_count, shapes_of
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
-from ..surgery.walk import in_eval_mode
+from ..surgery.walk import in_eval_mode, named_tensors
 from .layer_times import PREPARE, clock_for, machine, measure_layers, measure_networks
 from .runtimes import Runtime, device_in, dtype_of, runtime_named, torch_threads
 from .survey import sizes_in, survey
@@ -89,18 +89,23 @@ def measure_latency(
         if progress:
             progress(f"{1 + len(RATES) + UNEVEN} whole networks")
         modules = [model, *narrow_networks(model, graph)]
-        networks = whole_times(modules, example_inputs, place, where, times, 20 * seconds)
+        key = networks_key(modules, graph, example_inputs)
+        if key not in times.networks:
+            times.networks[key] = time_networks(modules, example_inputs, place, where, 20 * seconds)
+            times.write()
+        networks = times.networks[key]
     return found.table(where, times.layers, [Whole(sizes_in(m, found), *t) for m, t in zip(modules, networks, strict=True)])
 
 
-def whole_times(modules: Sequence[nn.Module], example_inputs: Any, runtime: Runtime, where: Mapping[str, Any], times: Times,
-                seconds: float) -> list[tuple[float, float]]:
-    """Milliseconds and spread of the dense network and of narrow ones, if they are not known yet."""
-    key = hashlib.sha256("\n".join([*map(repr, modules), str(where["shape"])]).encode()).hexdigest()[:16]
-    if key not in times.networks:
-        times.networks[key] = time_networks(modules, example_inputs, runtime, where, seconds)
-        times.write()
-    return times.networks[key]
+def networks_key(modules: Sequence[nn.Module], graph: Graph, example_inputs: Any) -> str:
+    """By what the times of a dense network (with its graph) and of narrow ones are found again.
+
+    What modules print does not show what a forward does with them, nor how often: so shapes and the dense calls are part of it.
+    """
+    tensors = [[(n, tuple(t.shape)) for n, t in named_tensors(m).items()] for m in modules]
+    calls = [(s.name, s.inputs, s.rest, s.options) for s in graph.steps if not s.training]
+    said = [*map(repr, modules), *map(repr, tensors), *map(repr, calls), shapes_of(example_inputs)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
 
 
 def time_networks(modules: Sequence[nn.Module], example_inputs: Any, runtime: Runtime, where: Mapping[str, Any],

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import PATTERNS, images
 from support.plans import graph_of
+from torch import Tensor, nn
 
 import narrower
 from narrower.deployment import layer_times, tabulating
@@ -58,6 +60,31 @@ def test_a_second_call_measures_nothing_and_an_interrupted_one_goes_on(tmp_path:
     assert told[0].startswith("layer 4 ") and told[-1] == "5 whole networks"
     monkeypatch.setattr(tabulating, "time_networks", None)
     assert measured(cache=cache) == first
+
+
+class Repeats(nn.Module):
+    """Prints the same whatever it does."""
+
+    def __init__(self, times: int, width: int = 8, scale: float = 1.0) -> None:
+        super().__init__()
+        self.times, self.scale = times, scale
+        self.conv, self.table = nn.Conv2d(3, 3, 3, padding=1), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = F.leaky_relu(self.conv(x), self.scale)
+        return x + self.table.sum()
+
+
+def test_whole_networks_are_known_by_their_forward_and_tensors_and_not_by_what_they_print() -> None:
+    x = images(batch=1)
+    kinds: list[tuple[tuple[Any, ...], Tensor]] = [((1,), x), ((4,), x), ((1, 9), x), ((1, 8, 0.5), x), ((1,), images(batch=2))]
+    models = [Repeats(*options).eval() for options, _ in kinds]
+    assert len(set(map(repr, models))) == 1
+    keys = [tabulating.networks_key([m], narrower.trace(m, x), x) for m, (_, x) in zip(models, kinds, strict=True)]
+    assert len(set(keys)) == len(kinds)
+    again = Repeats(4).eval()
+    assert tabulating.networks_key([again], narrower.trace(again, x), x) == keys[1]
 
 
 def test_times_of_another_machine_or_damaged_ones_are_refused(tmp_path: Path) -> None:
