@@ -92,7 +92,7 @@ class DataConfig:
     aa: Annotated[
         str | None, "augmentation of training images, by timm's names: rand-m9-mstd0.5-inc1 (RandAugment), augmix-m5, v0, ..."
     ] = None
-    scale: Annotated[list[float], "share of a large training image that a crop has, least and most"] = field(
+    scale: Annotated[list[float], "area of a random crop of a large training image, least and most, as shares"] = field(
         default_factory=lambda: [0.08, 1.0]
     )
     color_jitter: Annotated[float, "of large training images; not with --aa"] = 0.0
@@ -125,8 +125,8 @@ class PruneConfig:
     ] = None
     threads: Annotated[int | None, "for the same, threads of the runtime (default 1)"] = None
     latency_table: Annotated[
-        str | None, "for the same, times measured before: latency.json of a run, or the folder that `write_latency_jobs` made "
-        "for another machine and its times were added to"
+        str | None, "for the same, times measured before: latency.json of a run, or a folder of `write_latency_jobs` with the "
+        "times.json of the other machine"
     ] = None
     remove: Annotated[
         float | dict[str, float] | None,
@@ -164,7 +164,7 @@ class PruneConfig:
     tune_lr: Annotated[float, "its learning rate"] = 2e-5
     distill: Annotated[bool, "fine-tune towards the outputs of the dense network, beside the labels"] = True
     distill_temperature: Annotated[float, "divides the logits of both networks"] = 4.0
-    distill_weight: Annotated[float, "of the dense network's outputs; the labels have the rest; 1: no labels"] = 0.9
+    distill_weight: Annotated[float, "of the dense network's outputs in the loss; labels have the rest (1: no labels)"] = 0.9
     distill_features: Annotated[float, "weight of the features at the end of each stage"] = 0.0
     scope: Annotated[
         Literal["inner", "all"],
@@ -332,7 +332,7 @@ class PushConfig:
     license: Annotated[
         str | None, "as the hub writes it: apache-2.0, mit, other, ...; default: that of timm's published weights"
     ] = None
-    private: Annotated[bool, "only you, and whom you let, may see the repository"] = False
+    private: Annotated[bool, "make the repository private"] = False
     revision: Annotated[str | None, "branch, made where it is missing; default: the main one"] = None
     message: Annotated[str | None, "of the commit"] = None
     exports: Annotated[list[str], "files to put beside the network: onnx pt2"] = field(default_factory=list)

@@ -48,21 +48,25 @@ class ResRep:
     At first the model computes what it did before. Train it as usual, with an optimizer over `param_groups` that was passed to
     `attach`. Between steps `shrink` removes channels that are zero already. `merge` returns the narrow network.
 
-    `macs`, `params`: the budget, as for `plan`: norms decide during the training which channels go. Instead `plan`: which go is
-    decided already, for example by measured damage; after all steps `merge` returns its widths. `steps`: optimizer steps of the
-    whole training; they determine the schedule. `scope`: "inner" for channels that one layer produces, as in the paper; "all"
-    for residual streams too. `exclude`: patterns of groups to leave alone. `scores`: row norms are multiplied by a channel's
-    score, divided by the mean of its group.
-    `settings`: see `Forgetting`.
+    Args:
+        model: the traced network.
+        macs, params: the budget, as for `plan`. Norms of rows then decide during the training which channels go.
+        plan: instead of a budget, the channels that go. After all steps `merge` returns its widths.
+        steps: optimizer steps of the whole training. The schedule follows from them.
+        scope: "inner" for channels that one layer produces, as in the paper. "all" for residual streams too.
+        exclude: patterns of groups to leave alone.
+        scores: row norms are multiplied by a channel's score, divided by the mean of its group.
+        settings: see `Forgetting`.
 
-    Raises PlanError if the model is not the traced one, has nothing to compact, or does not fit the plan, BudgetError for a
-    budget that cannot be reached, ConfigError for settings out of range.
+    Raises:
+        PlanError: the model is not the traced one, nothing can be compacted, or the plan does not fit.
+        BudgetError: the budget cannot be reached.
+        ConfigError: a setting is out of range, or the model has compactors already.
     """
 
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
                  plan: Plan | None = None, steps: int, scope: Scope = "inner", exclude: Sequence[str] = (),
-                 scores: Mapping[str, Tensor] | None = None,
-                 settings: Forgetting | None = None) -> None:
+                 scores: Mapping[str, Tensor] | None = None, settings: Forgetting | None = None) -> None:
         if (plan is None) == (macs is None and params is None):
             raise PlanError("give a budget, macs= or params=, or instead a plan=")
         if type(steps) is not int or steps < 1:

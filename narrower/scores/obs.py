@@ -25,9 +25,10 @@ LEAST_VARIANCE = 1e-20  # a layer whose output varies less has nothing to lose
 
 @torch.no_grad()
 def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int | None = None) -> Scores:
-    """The error that is left after the best repair when a channel and all cheaper ones are gone (Hassibi et al., "Optimal Brain
-    Surgeon and General Network Pruning", ICNN 1993, for all inputs that belong to a channel, as Frantar and Alistarh, "Optimal
-    Brain Compression", NeurIPS 2022, do it for blocks of weights).
+    """The error that is left when a channel and all cheaper ones go and the other weights are repaired optimally.
+
+    Hassibi et al., "Optimal Brain Surgeon and General Network Pruning" (ICNN 1993), for all inputs that belong to a channel, as
+    Frantar and Alistarh, "Optimal Brain Compression" (NeurIPS 2022), do it for blocks of weights.
 
     Each group alone loses its channels, the cheapest first: those that the layers which read them can best make up for, by new
     weights for their other inputs and an intercept. The score of a channel is the error when it goes: the squared error of a

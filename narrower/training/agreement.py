@@ -147,7 +147,7 @@ def is_of_another(error: BaseException) -> bool:
 
 
 def tells() -> bool:
-    """Whether this process is the first to fail, in this command, and so the one that tells. Each asks once per command."""
+    """Whether this process reports the error: the first that fails does. Call it once per command in each process."""
     if not several():
         return local_rank() == 0
     try:

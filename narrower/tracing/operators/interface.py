@@ -183,7 +183,7 @@ NUMBERS = {int, float, bool, type(None)}  # isinstance of a Tensor is slow: it a
 
 
 def address(t: Tensor) -> int:
-    """That of a tensor's memory, which its views have in common."""
+    """The address of a tensor's storage. Views of a tensor share it."""
     return t.untyped_storage()._cdata
 
 
