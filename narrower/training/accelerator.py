@@ -51,6 +51,9 @@ def make_accelerator(device: str = "auto", log_with: Sequence[str] = (), folder:
         raise ConfigError(f"--log-with {' '.join(log_with)}: {error}") from error
     if missing := [name for name in log_with if name not in map(str, found.log_with)]:
         raise ConfigError(f"--log-with {missing[0]}: its package is not installed (pip install {missing[0]})")
+    if launched() > found.num_processes and found.device.type != "cuda":
+        raise ConfigError(f"{launched()} processes were started, and on {found.device} they would not know of each other and "
+                          "write the same files: give --device cpu, or start one")
     if found.num_processes > 1:
         meeting()  # here, where all processes pass
     if found.device.type == "cuda":

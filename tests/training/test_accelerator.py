@@ -63,6 +63,15 @@ def test_a_computation_that_must_be_deterministic_stays_so(gpus: list[str], monk
     assert not torch.backends.cudnn.benchmark
 
 
+def test_processes_that_would_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate joins processes without GPUs only where it is told that they compute on the CPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1, log_with=[])
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: alone)
+    with pytest.raises(ConfigError, match="2 processes were started, and on cpu they would not know of each other"):
+        make_accelerator("auto")
+
+
 def test_each_process_has_a_gpu_of_its_own(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
