@@ -25,6 +25,15 @@ def test_measure_counts_what_the_plan_predicts(name: str) -> None:
         assert found["latency_ms"] > 0
 
 
+def test_measure_and_trace_see_into_a_compiled_network_and_leave_it_compiled() -> None:
+    model = Plain()
+    model.compile(backend="eager")
+    model.conv2.compile(backend="eager")
+    assert narrower.measure(model, IMAGES, seconds=0.0)["macs"] == reference.macs(Plain(), IMAGES)
+    assert [g.name for g in narrower.trace(model, IMAGES).free] == ["conv1", "conv2", "conv3"]
+    assert model._compiled_call_impl is not None and model.conv2._compiled_call_impl is not None
+
+
 def test_measure_takes_a_network_that_asks_for_values() -> None:
     found = narrower.measure(networks.Branching(), IMAGES, seconds=0.0)
     assert found["macs"] == reference.macs(networks.Branching(), IMAGES)

@@ -22,7 +22,7 @@ from ..surgery.copying import duplicate, same_tensors, where_float64_is
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
-from ..tracing.operators.interface import Call, tensors_in
+from ..tracing.operators.interface import Call, address, tensors_in
 
 
 class Verification(NamedTuple):
@@ -66,7 +66,10 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
         ("dense", reference, Survivors(kept, named_tensors(reference).values())), ("narrow", candidate, nullcontext())]
     for what, net, mode in modes:
         try:
-            outs.append(flatten_tensors(run_forward(net, inputs, mode)))
+            with Apart(model, small):
+                outs.append(flatten_tensors(run_forward(net, inputs, mode)))
+        except VerifyError:
+            raise
         except Exception as e:
             own = "" if dtype is None else f" (it ran in {kind}: dtype=None takes the model's own)"
             raise VerifyError(f"the {what} network fails on these inputs: {type(e).__name__}: {e}{own}") from e
@@ -130,6 +133,21 @@ def mask_consumers(model: nn.Module, kept: Kept) -> nn.Module:
             for part, mask in zip(tensors[tensor].data.chunk(len(stays), dim=0), stays, strict=True):
                 part.index_fill_(dim, torch.as_tensor(np.nonzero(~mask)[0], device=part.device), 0)
     return copy
+
+
+class Apart(TorchDispatchMode):
+    """Raises if a forward reads a parameter or buffer of `originals`: that of a copy has its own."""
+
+    def __init__(self, *originals: nn.Module) -> None:
+        super().__init__()
+        self.owners = {address(t): name for model in originals for name, t in named_tensors(model).items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in tensors_in((*args, *(kwargs or {}).values())):
+            if name := self.owners.get(address(t)):
+                raise VerifyError(f"a copy of the network reads {name} of the original: some object that is not copied with it "
+                                  "holds the original module or its forward. Keep what is called as modules of the model")
+        return func(*args, **(kwargs or {}))
 
 
 class Survivors(TorchDispatchMode):

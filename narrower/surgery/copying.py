@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dis
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
-from types import FunctionType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import PlanError, TraceError
 from ..graph.types import Graph
 from ..inputs import device_of, has_float64, map_tensors
-from .walk import keep_modes, named_tensors, tensor_shapes
+from .walk import keep_modes, modules_of, named_tensors, tensor_shapes
 
 
 def parameter_like(t: Tensor, new: Tensor) -> Tensor:
@@ -55,6 +56,8 @@ def stage(model: nn.Module, inputs: Any, kind: str) -> Stage:
         memo[id(t)] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
     try:
         skeleton = duplicate(model, memo).eval()
+    except TraceError:
+        raise
     except Exception as e:
         raise TraceError(f"the model cannot be copied ({type(e).__name__}: {e}); trace needs copy.deepcopy(model)") from e
     given = map_tensors(inputs, lambda t: t.detach().to("meta")) if kind == "meta" else inputs
@@ -91,9 +94,48 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 CUSTOM = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
 
-PLAIN = (int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size, FunctionType)
+PLAIN = (int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size)
 
 SIMPLE = {*PLAIN}  # the same, for the exact type
+
+COMPILED = "_compiled_call_impl"  # what nn.Module.compile() stores: it runs the module that it was called on, not a copy
+
+
+class Copies(dict[int, Any]):
+    """The memo of copy.deepcopy: {id: copy}. `parts`: the ids of all modules and tensors of the model that is copied.
+
+    Raises TraceError if the forward of a module is a function that reads a part of the model as a global variable.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[int, Tensor]) -> None:
+        super().__init__(tensors)
+        modules = modules_of(model)
+        self.parts = {*tensors, *(id(m) for _, m in modules), *map(id, named_tensors(model).values())}
+        for name, m in modules:
+            forward = m.__dict__.get("forward")
+            function = forward.__func__ if isinstance(forward, MethodType) else forward
+            for variable in globals_of(function.__code__) if isinstance(function, FunctionType) else ():
+                if self.holds_part(function.__globals__.get(variable)):
+                    raise TraceError(f"the forward of {name or 'the model'} was replaced by a function that reads the global "
+                                     f"variable {variable!r}, a part of the model: a copy would run the original. Make the "
+                                     "variable a local one, of a function that replaces the forward")
+
+    def holds_part(self, value: Any, seen: frozenset[int] = frozenset()) -> bool:
+        """Whether a value is a part of the model, or a function or container that holds one."""
+        if id(value) in self.parts:
+            return True
+        if id(value) in seen:
+            return False
+        inner: Any = ()
+        if isinstance(value, FunctionType):
+            inner = [*contents(value.__closure__), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        elif isinstance(value, MethodType):
+            inner = [value.__self__]
+        elif isinstance(value, partial):
+            inner = [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, (dict, list, tuple, set)):
+            inner = value.values() if isinstance(value, dict) else value
+        return any(self.holds_part(v, seen | {id(value)}) for v in inner)
 
 
 def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -104,7 +146,7 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     override `train` are switched to train mode and back, so that they drop values cached from the old parameters.
     """
     try:
-        new = copy_module(model, dict(tensors))
+        new = copy_module(model, Copies(model, tensors))
         if any(type(m).train is not nn.Module.train for m in new.modules()):
             with keep_modes(new):
                 new.train()
@@ -143,7 +185,7 @@ def copies_itself(kind: type) -> bool:
     return any(n in vars(c) for c in own for n in CUSTOM)
 
 
-def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copy_module(module: nn.Module, memo: Copies) -> nn.Module:
     kind: Any = type(module)
     if id(module) in memo:
         return memo[id(module)]
@@ -153,11 +195,12 @@ def copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = new
     table = new.__dict__
     for name, value in module.__dict__.items():
-        table[name] = value if type(value) in SIMPLE else copy_value(value, memo)
+        if name != COMPILED:
+            table[name] = value if type(value) in SIMPLE else copy_value(value, memo)
     return new
 
 
-def copy_value(value: Any, memo: dict[int, Any]) -> Any:
+def copy_value(value: Any, memo: Copies) -> Any:
     kind: Any = type(value)
     if id(value) in memo:
         return memo[id(value)]
@@ -170,8 +213,48 @@ def copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return new
     if isinstance(value, nn.Module):
         return copy_module(value, memo)
+    if kind is FunctionType:
+        return copy_function(value, memo) if memo.holds_part(value) else value
+    if kind is MethodType:
+        return MethodType(copy_value(value.__func__, memo), copy_value(value.__self__, memo))
     if kind is set and not value:
         return set()
     if isinstance(value, PLAIN) or (kind is tuple and all(isinstance(v, PLAIN) for v in value)):
         return value
     return copy.deepcopy(value, memo)
+
+
+def copy_function(function: FunctionType, memo: Copies) -> FunctionType:
+    """A function that holds parts of the model in its closure or its defaults, with their copies there instead.
+
+    As in `old = block.forward; block.forward = lambda x: checkpoint(old, x)`. What else it holds stays shared.
+    """
+    def own(value: Any) -> Any:
+        return copy_value(value, memo) if memo.holds_part(value) else value
+
+    old = function.__closure__ or ()
+    cells = tuple(CellType() if any(map(memo.holds_part, contents([cell]))) else cell for cell in old)
+    new = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    memo[id(function)] = new  # before the cells are filled: a function may hold itself
+    for cell, was in zip(cells, old, strict=True):
+        if cell is not was:
+            cell.cell_contents = own(was.cell_contents)
+    new.__defaults__ = function.__defaults__ and tuple(map(own, function.__defaults__))
+    new.__kwdefaults__ = {k: own(v) for k, v in (function.__kwdefaults__ or {}).items()}
+    new.__dict__.update(function.__dict__)
+    return new
+
+
+def contents(cells: Iterable[CellType] | None) -> list[Any]:
+    """What the cells of a closure hold; some may still be empty."""
+    found = []
+    for cell in cells or ():
+        with suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
+
+
+def globals_of(code: CodeType) -> set[str]:
+    """The global variables that a function reads, and the functions that are defined in it."""
+    names = {str(i.argval) for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return names.union(*(globals_of(inner) for inner in code.co_consts if isinstance(inner, CodeType)))

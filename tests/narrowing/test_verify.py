@@ -194,3 +194,25 @@ def test_verify_says_where_rounding_alone_changes_the_output() -> None:
     small.stem[0].weight.data *= 1.01
     with pytest.raises(narrower.VerifyError, match="rounded"):
         narrower.verify(model, small, plan, IMAGES)
+
+
+class Keeper:
+    """Calls what it was given, and is not copied with the module that holds it."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def __deepcopy__(self, memo: Any) -> Keeper:
+        return self
+
+
+def test_verify_notices_a_copy_that_runs_the_original() -> None:
+    model: Any = Plain().eval()
+    plan = reference.halved(model, IMAGES)
+    narrower.verify(model, narrower.narrow(model, plan), plan, IMAGES, dtype=None)
+    model.forward = Keeper(model.forward)  # type: ignore[method-assign]
+    with pytest.raises(narrower.VerifyError, match=r"reads conv1.weight of the original"):
+        narrower.verify(model, narrower.narrow(model, plan), plan, IMAGES, dtype=None)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from support import reference
-from support.networks import IMAGES, PATTERNS
-from torch import nn
+from support.networks import IMAGES, PATTERNS, Plain
+from torch import Tensor, nn
 
+from narrower.errors import TraceError
 from narrower.surgery.copying import duplicate, loose_tensors, moved
 from narrower.surgery.walk import named_tensors
 
@@ -59,3 +64,88 @@ def test_a_moved_model_is_a_copy_with_its_loose_tensors_and_the_same_model_where
     assert there[1].weight is there[0].bias and isinstance(there[0].bias, nn.Parameter)
     assert {t.device.type for t in (*named_tensors(model).values(), *loose_tensors(model))} == {"cpu"}
     assert moved(model, torch.device("cpu")) is model
+
+
+def test_a_duplicate_of_a_compiled_module_runs_its_own_forward() -> None:
+    model = Plain().eval()
+    model.compile(backend="eager")
+    model.conv2.compile(backend="eager")
+    dense = model(IMAGES)
+    dup = duplicate(model, {})
+    with torch.no_grad():
+        dup.conv2.weight.zero_()
+    assert not torch.equal(dup(IMAGES), dense) and torch.equal(model(IMAGES), dense)
+    assert model._compiled_call_impl is not None, "the original stays compiled"
+
+
+def in_closure(model: Any) -> None:
+    old = model.conv2.forward
+    model.conv2.forward = lambda x: old(x)
+
+
+def in_closure_of_closure(model: Any) -> None:
+    def calling(f: Any) -> Any:
+        return lambda x: f(x)
+
+    model.conv2.forward = calling(calling(model.conv2.forward))
+
+
+def in_default(model: Any) -> None:
+    model.conv2.forward = lambda x, old=model.conv2.forward, *, norm=model.bn1: old(x)
+
+
+def in_partial(model: Any) -> None:
+    run = partial(torch.utils.checkpoint.checkpoint, model.conv2.forward, use_reentrant=False)
+    model.conv2.forward = lambda x: run(x)
+
+
+def in_method(model: Any) -> None:
+    old = model.conv2.forward
+    model.conv2.forward = MethodType(lambda self, x: old(x), model.conv2)
+
+
+def that_calls_itself(model: Any) -> None:
+    old = model.conv2.forward
+
+    def forward(x: Tensor, again: bool = True) -> Tensor:
+        return forward(x, False) if again else old(x)
+
+    model.conv2.forward = forward
+
+
+@pytest.mark.parametrize("replace", [in_closure, in_closure_of_closure, in_default, in_partial, in_method, that_calls_itself])
+def test_a_forward_that_was_replaced_by_a_function_runs_the_copy(replace: Callable[[Any], None]) -> None:
+    model = Plain().eval()
+    replace(model)
+    dense = model(IMAGES)
+    dup = duplicate(model, {})
+    assert torch.equal(dup(IMAGES), dense)
+    with torch.no_grad():
+        dup.conv2.weight.zero_()
+    assert not torch.equal(dup(IMAGES), dense) and torch.equal(model(IMAGES), dense)
+
+
+def test_what_a_function_holds_beside_the_model_stays_shared() -> None:
+    model, seen = Plain().eval(), list[nn.Module]()
+    model.conv1.register_forward_hook(lambda m, args, out: seen.append(m))
+    model.conv2.register_forward_hook(lambda m, args, out: seen.append(m if m is model.conv2 else nn.Identity()))
+    dup = duplicate(model, {})
+    dup(IMAGES)
+    assert seen == [dup.conv1, dup.conv2]
+
+
+global_forward: Any = None
+
+
+def test_a_forward_that_reads_a_part_of_the_model_as_a_global_variable_is_refused() -> None:
+    global global_forward
+    model = Plain().eval()
+    global_forward = model.conv2.forward
+    model.conv2.forward = lambda x: global_forward(x)  # type: ignore[method-assign]
+    with pytest.raises(TraceError, match="the forward of conv2 .* variable 'global_forward'"):
+        duplicate(model, {})
+    model.conv2.forward = MethodType(lambda self, x: global_forward(x), model.conv2)  # type: ignore[method-assign]
+    with pytest.raises(TraceError, match="the forward of conv2 .* variable 'global_forward'"):
+        duplicate(model, {})
+    global_forward = nn.Identity()
+    duplicate(model, {})
