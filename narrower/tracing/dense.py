@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,8 +17,9 @@ from ..inputs import flatten_tensors, sample_count
 from ..surgery.copying import Stage, restore_after
 from .constraints import ConstraintCollector
 from .interpreter import LabelInterpreter, run_forward
-from .labels import Axes, Axis, PaddingAxis
+from .labels import Axes, Axis, Label, PaddingAxis
 from .operators.data_dependent import Answer
+from .operators.table import row_of
 
 Mode = Literal["eval", "train"]
 
@@ -81,9 +82,32 @@ def collect(stage: Stage, collector: ConstraintCollector) -> list[tuple[int, ...
     """Run the dense forward; the channels of its outputs are pinned. Returns the shapes of the outputs."""
     outputs = outputs_of(stage, collector)
     for t in outputs:
-        if labels := collector.of(t).labels:
+        carried = collector.of(t)
+        if labels := (*carried.labels, *carried.chosen):
             collector.pin(labels, "output", "network output")
+    for extreme, label in returned_extremes(collector, [t for t in outputs if not collector.of(t).labels]):
+        collector.pin([label], "output", f"network output: the {extreme} of these channels")
     return [tuple(t.shape) for t in outputs]
+
+
+EXTREMES = ("max", "min", "amax", "amin", "logsumexp")
+
+
+def returned_extremes(collector: ConstraintCollector, outputs: Sequence[Tensor]) -> Iterator[tuple[str, Label]]:
+    """Maxima over channels, as over the scores of classes, that come out of the network with no layer behind them."""
+    reached = [n for t in outputs if isinstance(n := collector.numbered(t), int)]
+    makers = {n: k for k, step in enumerate(collector.steps) for n in step.outputs} if reached else {}
+    seen = set(reached)
+    for n in reached:  # grows
+        if n not in makers or (step := collector.steps[makers[n]]).labelled:
+            continue
+        if step.name in EXTREMES:
+            number = sum(s.name == step.name for s in collector.steps[:makers[n]])
+            yield from ((step.name, Label(ids, 0)) for name, k, _, ids in collector.mixers if (name, k) == (step.name, number))
+        elif step.name != "convolution" and not row_of(step.name).matrix_product:
+            new = {i for i in step.inputs if isinstance(i, int)} - seen
+            seen |= new
+            reached += new
 
 
 def run_dense(stage: Stage, view_dims: Mapping[str, int], answers: Sequence[Answer] | None = None) -> DenseRun:

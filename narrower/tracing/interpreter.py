@@ -122,6 +122,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
                 self.seen.add(name)
             elif carried is None and t.is_meta:
                 raise Unseen("a tensor made without a call")  # PyTorch 2.14: new_tensor on meta tensors
+            if carried is not None and carried.chosen:
+                self.pin(carried.chosen, "index", "the numbers of these channels are used: the indices of a maximum or minimum")
             given.append(carried or name or NOTHING)
         self.given = tuple(given)
 

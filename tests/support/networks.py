@@ -871,7 +871,10 @@ TRAPS: dict[str, TrapCase] = {
     "topk": TrapCase(lambda: Trap(lambda m, x: x.topk(6, 1).values, 6), NEXT, {"stem.0": "operator"}, "topk"),
     "scattered": TrapCase(
         lambda: Trap(lambda m, x: torch.zeros_like(x).scatter(1, x.argmax(1, keepdim=True), 1.0) * x),
-        NEXT, {"stem.0": "operator"}),
+        NEXT, {"stem.0": "index"}, "argmax"),
+    "smallest": TrapCase(lambda: Trap(lambda m, x: x * (x.argmin(1, keepdim=True) != 3)), NEXT, {"stem.0": "index"}, "argmin"),
+    "number_of_the_largest": TrapCase(
+        lambda: Trap(lambda m, x: x * (x.max(1, keepdim=True)[1] != 3)), NEXT, {"stem.0": "index"}, "maximum"),
     "bilinear": TrapCase(
         lambda: Trap(lambda m, x: m.both(x.mean((2, 3)), x.amax((2, 3)))[:, :, None, None], 6, both=nn.Bilinear(12, 12, 6)),
         NEXT, {"stem.0": "operator"}, "trilinear"),
@@ -889,6 +892,7 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     "softmax": lambda: Trap(lambda m, x: x.softmax(1)),
     "mean": lambda: Trap(lambda m, x: x * x.mean(1, keepdim=True)),
     "max": lambda: Trap(lambda m, x: x - x.amax(1, keepdim=True)),
+    "max_and_min": lambda: Trap(lambda m, x: x - x.max(1, keepdim=True)[0] - x.min(1, keepdim=True)[0]),
     "normalize": lambda: Trap(lambda m, x: F.normalize(x, dim=1)),
     "group_norm": lambda: chain(unit(3, 12), nn.GroupNorm(3, 12), unit(12, 9), Head(9)),
     "layer_norm": lambda: chain(unit(3, 12), Last(nn.LayerNorm(12)), unit(12, 9), Head(9)),

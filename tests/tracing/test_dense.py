@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,28 @@ def test_the_channels_of_outputs_are_pinned() -> None:
     dense = run_dense(staged(Sum()), {})
     pinned = [ids for ids, reason in dense.collectors["eval"].pins if reason.code == "output"]
     assert np.array_equal(np.unique(dense.unit_of[np.concatenate(pinned)]), dense.units_of(Axis("third.weight", 0)))
+
+
+@pytest.mark.parametrize("returned", [
+    lambda x: x.max(1)[1], lambda x: x.softmax(1).max(1), lambda x: x.max(1)[0], lambda x: torch.sigmoid(x.amax((1, 2))) * 2,
+    lambda x: -(x.logsumexp(1) - x.min(1)[0])])
+def test_channels_are_pinned_if_the_network_returns_their_maximum_or_its_number(returned: Callable[[Tensor], Any]) -> None:
+    class Returning(Sum):
+        def forward(self, x: Tensor) -> Any:
+            return returned(super().forward(x))
+
+    dense = run_dense(staged(Returning()), {})
+    pinned = [ids for ids, reason in dense.collectors["eval"].pins if reason.code == "output"]
+    assert np.array_equal(np.unique(dense.unit_of[np.concatenate(pinned)]), dense.units_of(Axis("third.weight", 0)))
+
+
+def test_channels_are_not_pinned_by_a_maximum_that_a_layer_reads() -> None:
+    class Gated(Sum):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x) + self.second(x)
+            return self.third(x * x.amax(1, keepdim=True)).mean(1)
+
+    assert "output" not in {reason.code for _, reason in run_dense(staged(Gated()), {}).collectors["eval"].pins}
 
 
 def test_the_batch_is_the_number_of_samples() -> None:

@@ -9,7 +9,10 @@ from .interface import Call, RuleContext, dims_of, meet, normal, piece, tensors_
 
 
 def reduce(r: RuleContext, call: Call) -> Sequence[Carried]:
-    """mean, sum, var, amax, norms: channels that are reduced over are mixed; the others keep their ids."""
+    """mean, sum, var, amax, norms: channels that are reduced over are mixed; the others keep their ids.
+
+    argmax pins them: its output has their numbers. So has the second output of max, which pins them once it is used.
+    """
     x = call.args[0]
     at = {"linalg_vector_norm": 2}.get(call.name, 1)
     arg = call.args[at] if len(call.args) > at else call.kwargs.get("dim")
@@ -27,7 +30,11 @@ def reduce(r: RuleContext, call: Call) -> Sequence[Carried]:
             before = sum(d < label.free for d in dims)
             label = Label(label.ids.squeeze(tuple(dims)), label.free - before)
         labels.append(label._replace(axis=None))
-    return [Carried(tuple(labels), c.uniform)] * len(outs)
+    out = Carried(tuple(labels), c.uniform)
+    reduced = tuple(label for label in c.labels if label.free in dims)
+    if call.name in ("argmax", "argmin") and reduced:
+        r.pin(reduced, "index", f"{call.name} gives their numbers, which would be others")
+    return [out, out._replace(chosen=reduced)] if call.name in ("max", "min") and len(outs) > 1 else [out] * len(outs)
 
 
 def glu(r: RuleContext, call: Call) -> Sequence[Carried]:

@@ -28,8 +28,13 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
 MIXED: dict[str, Callable[[Tensor], Any]] = {
     "softmax": lambda x: x.softmax(1), "log_softmax": lambda x: x.log_softmax(1), "mean": lambda x: x.mean(1),
     "sum": lambda x: x.sum((1, 2)), "max": lambda x: x.amax(1), "max with indices": lambda x: x.max(1),
+    "values of a minimum": lambda x: x.min(1)[0].relu(),
     "std": lambda x: x.std(1), "norm": lambda x: x.norm(dim=1), "all": lambda x: x.mean(), "cumsum": lambda x: x.cumsum(1),
-    "logsumexp": lambda x: x.logsumexp(1), "argmax": lambda x: x.argmax(1),
+    "logsumexp": lambda x: x.logsumexp(1),
+}
+NUMBERED: dict[str, Callable[[Tensor], Any]] = {
+    "argmax": lambda x: x.argmax(1), "argmin": lambda x: x.argmin(1, keepdim=True), "argmax of all": lambda x: x.argmax(),
+    "max": lambda x: x.max(1)[1] + 1, "min": lambda x: x.min(1, keepdim=True)[1].float(),
 }
 PINNED: dict[str, Callable[[Tensor], Any]] = {
     "pooled channels": lambda x: F.max_pool1d(x.mean(3).transpose(1, 2), 2),
@@ -45,6 +50,16 @@ def test_each_channel_for_itself(name: str) -> None:
 @pytest.mark.parametrize("name", MIXED)
 def test_a_reduction_over_channels_mixes_them(name: str) -> None:
     assert_mixed(MIXED[name])
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_channels_whose_numbers_are_used_are_pinned(name: str) -> None:
+    assert_pinned(NUMBERED[name], "index")
+
+
+def test_numbers_of_places_say_nothing_of_the_channels() -> None:
+    collector, out = collected(lambda x: (x.flatten(2).argmax(2), x.max(3)[1] + 1))
+    assert not collector.pins and all(collector.of(t).labels for t in out)
 
 
 @pytest.mark.parametrize("name", PINNED)
