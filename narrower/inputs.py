@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
+from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,11 +153,41 @@ def shapes_of(x: Any) -> str:
 
 
 def flatten_tensors(x: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, dicts and dataclasses, in order."""
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, dict):
-        x = list(x.values())
-    elif hasattr(x, "__dataclass_fields__"):
-        x = [getattr(x, f) for f in x.__dataclass_fields__]
-    return [t for v in x for t in flatten_tensors(v)] if isinstance(x, (list, tuple)) else []
+    """All tensors in nested containers and objects, in order."""
+    return [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
+
+
+# What holds no tensors that a network computes, and what does not show whether it does.
+HARMLESS = (nn.Module, ModuleType, type, Enum, int, float, complex, str, bytes, bytearray, range, slice, type(None), type(...),
+            torch.dtype, torch.device, torch.layout, torch.memory_format, ref)
+OPAQUE = (FunctionType, BuiltinFunctionType, MethodType, partial, Iterator, np.ndarray)
+
+
+def leaves(x: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """Everything in nested tuples, lists, dicts, their kin, and the attributes of objects that is none of these, in order."""
+    held = contents(x)
+    if held is None:
+        yield x
+    elif id(x) not in within:
+        for value in held:
+            yield from leaves(value, (*within, id(x)))
+
+
+def contents(x: Any) -> list[Any] | None:
+    """What a container or object holds. None for what is neither, or cannot be seen into."""
+    if isinstance(x, (Tensor, *HARMLESS, *OPAQUE)):
+        return None
+    if isinstance(x, Mapping):
+        return list(x.values())
+    if isinstance(x, (list, tuple, set, frozenset, deque, ValuesView, ItemsView)):
+        return list(x)
+    slots = [n for c in type(x).__mro__ if "__slots__" in vars(c)
+             for n, slot in vars(c).items() if isinstance(slot, MemberDescriptorType)]
+    names = dict.fromkeys([*getattr(x, "__dataclass_fields__", ()), *getattr(x, "__dict__", ()), *slots])
+    return [getattr(x, n) for n in names if hasattr(x, n)] if slots or hasattr(x, "__dict__") else None
+
+
+def opaque(x: Any) -> str | None:
+    """The type of the first thing in `x` that may hold tensors which `flatten_tensors` does not see. None if there is none."""
+    kind = next((type(leaf) for leaf in leaves(x) if not isinstance(leaf, (Tensor, *HARMLESS))), None)
+    return None if kind is None else f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")

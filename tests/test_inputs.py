@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import UserDict, deque, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import partial
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from narrower.inputs import (
     map_tensors,
     model_inputs,
     move_to,
+    opaque,
     precise,
     sample_count,
     samples,
@@ -72,6 +76,51 @@ def test_dataclasses_are_flattened_in_the_order_of_their_fields() -> None:
 
     first, *states = (torch.zeros(n) for n in range(1, 4))
     assert [len(t) for t in flatten_tensors([Output(first, tuple(states))])] == [1, 2, 3]
+
+
+class Slotted:
+    __slots__ = ("__hidden", "missing")
+
+    def __init__(self, t: Tensor) -> None:
+        self.__hidden = t
+
+
+class Instances:
+    """As in detectron2: it has a length, and refuses to be iterated."""
+
+    def __init__(self, t: Tensor) -> None:
+        self._fields, self.size, self.kind, self.me = {"boxes": SimpleNamespace(tensor=t)}, (4, 4), torch.float32, self
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError
+
+
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "object": Instances, "namespace": lambda t: SimpleNamespace(a=1, t=t), "slots": Slotted, "deque": lambda t: deque([t]),
+    "values": lambda t: {"a": t}.values(), "items": lambda t: {"a": t}.items(), "mapping": lambda t: UserDict(a=t),
+    "proxy": lambda t: MappingProxyType({"a": [t]}), "named tuple": namedtuple("P", "a"), "set": lambda t: {t},
+    "distribution": lambda t: torch.distributions.Normal(t, 1.0, validate_args=False),
+    "distributions": lambda t: torch.distributions.Independent(torch.distributions.Categorical(logits=t), 1),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_tensors_are_found_in_every_container(name: str) -> None:
+    t = torch.rand(2, 5)
+    found = flatten_tensors([CONTAINERS[name](t), 1])
+    assert any(f.shape == t.shape and (f is t or name.startswith("distribution")) for f in found)
+    assert opaque(CONTAINERS[name](t)) is None
+
+
+def test_what_may_hide_tensors_is_named() -> None:
+    t = torch.rand(2)
+    plain = (1, 2.0, 1j, "a", b"a", None, True, ..., torch.float32, torch.device("cpu"), t.shape, range(3), slice(2), int, nn)
+    assert opaque((t, plain, SimpleNamespace(model=nn.ReLU()))) is None and flatten_tensors((plain, nn.Linear(1, 1))) == []
+    hiding: dict[str, Any] = {"generator": (v for v in [t]), "function": lambda: t, "method": nn.ReLU().forward,
+                              "numpy.ndarray": t.numpy(), "functools.partial": partial(print, t), "object": object(),
+                              "list_iterator": iter([t])}
+    for kind, x in hiding.items():
+        assert opaque({"a": [t, SimpleNamespace(x=x)]}) == kind
 
 
 def test_shapes_are_listed_and_inputs_without_tensors_named_by_their_type() -> None:

@@ -113,7 +113,7 @@ class Copies(dict[int, Any]):
         self.parts = {*tensors, *(id(m) for _, m in modules), *map(id, named_tensors(model).values())}
         for name, m in modules:
             forward = m.__dict__.get("forward")
-            function = forward.__func__ if isinstance(forward, MethodType) else forward
+            function: Any = forward.__func__ if isinstance(forward, MethodType) else forward
             for variable in globals_of(function.__code__) if isinstance(function, FunctionType) else ():
                 if self.holds_part(function.__globals__.get(variable)):
                     raise TraceError(f"the forward of {name or 'the model'} was replaced by a function that reads the global "

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from ..errors import TraceError
-from ..inputs import flatten_tensors, sample_count
+from ..inputs import flatten_tensors, opaque, sample_count
 from ..surgery.copying import Stage, restore_after
 from .constraints import ConstraintCollector
 from .interpreter import LabelInterpreter, run_forward
@@ -73,9 +73,13 @@ class DenseRun:
 
 
 def outputs_of(stage: Stage, interpreter: LabelInterpreter) -> list[Tensor]:
-    """Run the forward once; what it stores in its modules is taken back."""
+    """Run the forward once; what it stores in its modules is taken back. Raises TraceError for an output that hides tensors."""
     with restore_after(list(stage.model.modules())):
-        return flatten_tensors(run_forward(stage.model, stage.inputs, interpreter))
+        out = run_forward(stage.model, stage.inputs, interpreter)
+        if hiding := opaque(out):
+            raise TraceError(f"the model returns a {hiding}: narrower cannot see the tensors in it, whose channels must stay. "
+                             "Let forward return tensors, in tuples, lists, dicts or objects with attributes")
+        return flatten_tensors(out)
 
 
 def collect(stage: Stage, collector: ConstraintCollector) -> list[tuple[int, ...]]:

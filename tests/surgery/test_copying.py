@@ -71,7 +71,7 @@ def test_a_duplicate_of_a_compiled_module_runs_its_own_forward() -> None:
     model.compile(backend="eager")
     model.conv2.compile(backend="eager")
     dense = model(IMAGES)
-    dup = duplicate(model, {})
+    dup: Any = duplicate(model, {})
     with torch.no_grad():
         dup.conv2.weight.zero_()
     assert not torch.equal(dup(IMAGES), dense) and torch.equal(model(IMAGES), dense)
@@ -118,7 +118,7 @@ def test_a_forward_that_was_replaced_by_a_function_runs_the_copy(replace: Callab
     model = Plain().eval()
     replace(model)
     dense = model(IMAGES)
-    dup = duplicate(model, {})
+    dup: Any = duplicate(model, {})
     assert torch.equal(dup(IMAGES), dense)
     with torch.no_grad():
         dup.conv2.weight.zero_()
@@ -139,12 +139,12 @@ global_forward: Any = None
 
 def test_a_forward_that_reads_a_part_of_the_model_as_a_global_variable_is_refused() -> None:
     global global_forward
-    model = Plain().eval()
+    model: Any = Plain().eval()
     global_forward = model.conv2.forward
-    model.conv2.forward = lambda x: global_forward(x)  # type: ignore[method-assign]
+    model.conv2.forward = lambda x: global_forward(x)
     with pytest.raises(TraceError, match="the forward of conv2 .* variable 'global_forward'"):
         duplicate(model, {})
-    model.conv2.forward = MethodType(lambda self, x: global_forward(x), model.conv2)  # type: ignore[method-assign]
+    model.conv2.forward = MethodType(lambda self, x: global_forward(x), model.conv2)
     with pytest.raises(TraceError, match="the forward of conv2 .* variable 'global_forward'"):
         duplicate(model, {})
     global_forward = nn.Identity()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,29 @@ def test_the_channels_of_outputs_are_pinned() -> None:
     dense = run_dense(staged(Sum()), {})
     pinned = [ids for ids, reason in dense.collectors["eval"].pins if reason.code == "output"]
     assert np.array_equal(np.unique(dense.unit_of[np.concatenate(pinned)]), dense.units_of(Axis("third.weight", 0)))
+
+
+@pytest.mark.parametrize("hold", [
+    lambda x: SimpleNamespace(logits=x), lambda x: {"a": x}.values(),
+    lambda x: torch.distributions.Normal(x, x, validate_args=False)])
+def test_the_channels_of_outputs_are_pinned_in_every_container(hold: Callable[[Tensor], Any]) -> None:
+    class Holding(Sum):
+        def forward(self, x: Tensor) -> Any:
+            return hold(super().forward(x))
+
+    dense = run_dense(staged(Holding()), {})
+    assert (4, 4, 8, 8) in dense.output_shapes
+    pinned = [ids for ids, reason in dense.collectors["eval"].pins if reason.code == "output"]
+    assert np.array_equal(np.unique(dense.unit_of[np.concatenate(pinned)]), dense.units_of(Axis("third.weight", 0)))
+
+
+def test_an_output_that_hides_its_tensors_is_refused() -> None:
+    class Hiding(Sum):
+        def forward(self, x: Tensor) -> Any:
+            return iter([super().forward(x)])
+
+    with pytest.raises(TraceError, match="returns a list_iterator"):
+        run_dense(staged(Hiding()), {})
 
 
 @pytest.mark.parametrize("returned", [
