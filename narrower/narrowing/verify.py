@@ -46,10 +46,10 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     The masked dense network is `model` with every weight that reads a removed channel set to zero. Layers that mix channels
     see only the surviving ones. `dtype`: of the computation; None takes the model's own. `tolerance`: relative to the variation
     of the outputs over the batch. It is relative to the largest output if there is only one sample, or if the difference is
-    float64 rounding.
+    float64 rounding. Of outputs that are whole numbers or masks, this share of the entries may differ.
 
-    Raises VerifyError if the outputs differ by more, have other shapes, or are not finite. Also if rounding alone could
-    cause the difference: these inputs then decide nothing.
+    Raises VerifyError if the outputs differ by more, have other shapes, are not finite, or are no numbers at all. Also if
+    rounding alone could cause the difference: these inputs then decide nothing.
     """
     kept = Kept(plan.graph, plan.keep)
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -98,11 +98,16 @@ ROUNDING = 2e-13  # of the largest output, in float64
 def largest_difference(want: Sequence[Tensor], have: Sequence[Tensor]) -> float:
     """The largest difference, divided by the variation of the outputs over the batch.
 
-    Divided by the largest output instead if the outputs do not vary, or if the difference is float64 rounding.
+    Divided by the largest output instead if the outputs do not vary, or if the difference is float64 rounding. Of outputs that
+    are whole numbers or masks, the share of entries that differ.
     """
-    worst = 0.0
-    for a, b in zip(want, have, strict=True):
-        if not a.is_floating_point() or not a.numel():
+    worst, pairs = 0.0, [(a.reshape(-1) if a.ndim == 0 else a, b) for a, b in zip(want, have, strict=True) if a.numel()]
+    if not pairs:
+        raise VerifyError(f"there is nothing to compare: on these inputs the networks return "
+                          f"{f'{len(want)} empty tensors' if want else 'no tensors'}: give verify inputs for which they do")
+    for a, b in pairs:
+        if not (a.is_floating_point() or a.is_complex()):
+            worst = max(worst, float((a != b).double().mean()))
             continue
         if not bool(a.isfinite().all()):
             raise VerifyError("the dense network's output is not finite on these inputs: give verify others")

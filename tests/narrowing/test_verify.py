@@ -185,7 +185,34 @@ def test_a_difference_of_rounding_is_relative_to_the_largest_output_and_any_othe
     spread = float((out - out[:1]).abs().max())
     assert largest_difference([out], [out + 1e-10]) == pytest.approx(1e-10 / float(out.max()), rel=1e-2)
     assert largest_difference([out], [out + 1e-8]) == pytest.approx(1e-8 / spread, rel=1e-4)
-    assert largest_difference([out.long()], [out.long() + 1]) == 0, "integers are not compared"
+    assert largest_difference([out[0, 0]], [out[0, 0] + 1]) == pytest.approx(1 / 640, rel=1e-2), "a single number"
+    assert largest_difference([out + 1j], [out + 1j + 1e-8]) == pytest.approx(1e-8 / spread, rel=1e-4)
+    assert largest_difference([out.long()], [out.long()]) == 0
+    other = out.long()
+    other[1, 2] += 1
+    assert largest_difference([out.long()], [other]) == pytest.approx(1 / 20), "the share that differs"
+    assert largest_difference([out > 0], [out.long() < 640]) > 0
+
+
+@pytest.mark.parametrize("outputs", [[], [torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)]])
+def test_nothing_to_compare_proves_nothing(outputs: list[Tensor]) -> None:
+    with pytest.raises(narrower.VerifyError, match="nothing to compare"):
+        largest_difference(outputs, outputs)
+    assert largest_difference([*outputs, torch.ones(2)], [*outputs, torch.ones(2)]) == 0
+
+
+def test_verify_compares_whole_numbers() -> None:
+    class Classes(Plain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x).argmax(1)
+
+    model = Classes().eval()
+    torch.nn.init.normal_(model.fc.weight)
+    small, plan = reference.pair(model)
+    narrower.verify(model, small, plan, IMAGES)
+    damage(small, "swapped")
+    with pytest.raises(narrower.VerifyError, match="differs"):
+        narrower.verify(model, small, plan, IMAGES)
 
 
 def test_verify_says_where_rounding_alone_changes_the_output() -> None:
@@ -213,6 +240,6 @@ def test_verify_notices_a_copy_that_runs_the_original() -> None:
     model: Any = Plain().eval()
     plan = reference.halved(model, IMAGES)
     narrower.verify(model, narrower.narrow(model, plan), plan, IMAGES, dtype=None)
-    model.forward = Keeper(model.forward)  # type: ignore[method-assign]
+    model.forward = Keeper(model.forward)
     with pytest.raises(narrower.VerifyError, match=r"reads conv1.weight of the original"):
         narrower.verify(model, narrower.narrow(model, plan), plan, IMAGES, dtype=None)
