@@ -46,13 +46,11 @@ class Stage(NamedTuple):
 
 
 def stage(model: nn.Module, inputs: Any, kind: str) -> Stage:
-    """A copy of `model` in eval mode. `kind` "meta": on meta tensors. "real": its weights (shared), its buffers (copied)."""
+    """A copy of `model` in eval mode, and of the inputs. `kind` "meta": on meta tensors. "real": with copies of the values,
+    as a forward may write into its weights and inputs."""
     memo: dict[int, Tensor] = {}
     for t in (*named_tensors(model).values(), *loose_tensors(model)):
-        if kind == "meta":
-            new = torch.empty(t.shape, dtype=t.dtype, device="meta")
-        else:
-            new = t.detach() if isinstance(t, nn.Parameter) else t.detach().clone()
+        new = torch.empty(t.shape, dtype=t.dtype, device="meta") if kind == "meta" else t.detach().clone()
         memo[id(t)] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
     try:
         skeleton = duplicate(model, memo).eval()
@@ -60,7 +58,7 @@ def stage(model: nn.Module, inputs: Any, kind: str) -> Stage:
         raise
     except Exception as e:
         raise TraceError(f"the model cannot be copied ({type(e).__name__}: {e}); trace needs copy.deepcopy(model)") from e
-    given = map_tensors(inputs, lambda t: t.detach().to("meta")) if kind == "meta" else inputs
+    given = map_tensors(inputs, lambda t: t.detach().to("meta") if kind == "meta" else t.detach().clone())
     return Stage(skeleton, given, named_tensors(skeleton))
 
 

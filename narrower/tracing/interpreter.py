@@ -72,6 +72,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         modules = modules_of(model)
         self.modules = {id(m): name for name, m in reversed(modules)}  # the first name of each
         self.alive = named_tensors(model)
+        for t in self.alive.values():
+            t.__dict__.pop(CARRIED, None)  # left by a forward that wrote into it
         self.tensors = {id(t): name for name, t in reversed(self.alive.items())}
         convolutions = [(n, m) for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)]
         self.conv_groups = {f"{n}.weight".removeprefix("."): m.groups for n, m in convolutions}

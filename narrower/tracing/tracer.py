@@ -8,7 +8,7 @@ ids give groups (`grouping`). A probe then narrows all groups and runs the forwa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..surgery.copying import restore_after, stage
 from ..surgery.walk import named_tensors, pause_collector
 from .dense import DenseForwardError
 from .interpreter import run_forward
-from .operators.data_dependent import AnswerListener
+from .operators.data_dependent import Answer, AnswerListener
 from .search import Progress, TraceSearch, unrepeatable
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
@@ -46,21 +46,27 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True,
         return TraceSearch(stage(model, example_inputs, "meta"), told).graph(allow_inexact)
     except DenseForwardError as e:
         first = e.__cause__
-    real = stage(model, example_inputs, "real")
     try:
-        with restore_after(list(real.model.modules())):
-            run_forward(real.model, real.inputs, listening := AnswerListener())
+        found = answers_of(model, example_inputs)
     except Exception as e:
         raise TraceError(
             f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): {type(e).__name__}: "
             f"{str(e).rstrip('.')}. Check that model(example_inputs) runs."
         ) from first
-    for answers in (listening.answers, None):  # where zeros will not do (an inverse), with all values
+    for answers in (found, None):  # where zeros will not do (an inverse), with all values
         try:
-            return TraceSearch(real, told, answers).graph(allow_inexact)
+            return TraceSearch(stage(model, example_inputs, "real"), told, answers).graph(allow_inexact)
         except DenseForwardError as e:
             last = e
     raise unrepeatable(last.__cause__) from last
+
+
+def answers_of(model: nn.Module, example_inputs: Any) -> Sequence[Answer]:
+    """What the forward reads from its data."""
+    real = stage(model, example_inputs, "real")
+    with restore_after(list(real.model.modules())):
+        run_forward(real.model, real.inputs, listening := AnswerListener())
+    return listening.answers
 
 
 def check(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from support.networks import IMAGES, PATTERNS, TRAPS, Plain, chain, images, unit
 from torch import Tensor, nn
 
 import narrower
+from narrower.measuring import macs_of
 
 
 def test_the_graph_of_a_plain_network() -> None:
@@ -70,6 +72,25 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     assert all(id(after[n]) == i and torch.equal(after[n], t) for n, (i, t) in before.items())
     assert not any(k.startswith("_narrower") for t in after.values() for k in vars(t))
     assert torch.is_grad_enabled()
+
+
+class Writing(networks.Branching):
+    """Normalises a weight and its input in the forward, as in SwAV, and asks for values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= x.mean()
+        self.stem[0].weight.data /= self.stem[0].weight.data.norm()
+        with torch.no_grad():
+            self.a[0].weight.copy_(F.normalize(self.a[0].weight, dim=0) * 3)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("call", [narrower.trace, macs_of])
+def test_a_forward_that_writes_into_its_weights_and_inputs_changes_neither(call: Callable[..., Any]) -> None:
+    model, x = Writing(), images()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    call(model, x)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items()) and torch.equal(x, images())
 
 
 def test_the_random_state_and_the_hooks_are_left() -> None:
