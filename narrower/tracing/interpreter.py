@@ -224,7 +224,8 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
                 raise Unseen("a tensor made from numbers")
             else:
                 extra = tuple(x.flatten()[:16].tolist())
-        return *extra, *plain(call.args[slice(*call.operator.fixed_args)])
+        named = (v for v in call.kwargs.values() if type(v) in (int, float, complex))
+        return *extra, *plain(call.args[slice(*call.operator.fixed_args)]), *named
 
     def where(self) -> str:
         """The innermost module that is running, and its source line."""

@@ -790,6 +790,8 @@ TRAPS: dict[str, TrapCase] = {
     "new_tensor_of_width": TrapCase(
         lambda: Trap(lambda m, x: x.tanh() / x.new_tensor(x.shape[1])), NEXT, {"stem.0": "differs"}),
     "power_of_width": TrapCase(lambda: Trap(lambda m, x: x.abs().add(1) ** (1 / x.shape[1])), NEXT, {"stem.0": "differs"}),
+    "added_by_width": TrapCase(
+        lambda: Trap(lambda m, x: torch.add(x, x.relu(), alpha=1 / x.shape[1])), NEXT, {"stem.0": "differs"}, "other numbers"),
     "clamped_by_width": TrapCase(lambda: Trap(lambda m, x: x.clamp(max=x.shape[1] / 24)), NEXT, {"stem.0": "differs"}),
     "rolled_flat": TrapCase(lambda: Trap(lambda m, x: x + x.roll(1)), NEXT, {"stem.0": "operator"}),
     "rolled_by_width": TrapCase(lambda: Trap(lambda m, x: x + x.roll(x.shape[1] // 4, 2)), NEXT, {"stem.0": "differs"}),

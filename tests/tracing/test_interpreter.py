@@ -146,6 +146,7 @@ def test_numbers_of_a_call_are_those_that_must_not_depend_on_widths() -> None:
     assert numbers(lambda x: x.view(2, -1)) == [()] and numbers(lambda x: x.permute(0, 2, 3, 1)) == [([0, 2, 3, 1],)]
     assert numbers(lambda x: torch.full((C,), 3.0, device="meta")) == [(3.0,)]
     assert numbers(lambda x: F.group_norm(x, 3)) == [(3, 1e-5)] and numbers(lambda x: F.layer_norm(x, (6,))) == [(1e-5,)]
+    assert numbers(lambda x: torch.add(x, x, alpha=0.5)) == [(0.5,)] and numbers(lambda x: x.var(1, correction=2)) == [([1], 2)]
     assert numbers(lambda x: torch.ones(C, device="meta").sum())[1] == (C,), "a sum over as many ones as channels"
 
 
