@@ -144,7 +144,7 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
         rule, name = call.operator.rule, call.name
         try:
             if rule is None:
-                raise UnknownForm(f"operator aten.{name} is not known")
+                raise UnknownForm(f"operator {name if '::' in name else f'aten.{name}'} is not known")
             carried = rule(self, call)
         except UnknownForm as unknown:
             labels = [x for t in self.touched for x in self.of(t).labels]

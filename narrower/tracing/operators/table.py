@@ -123,8 +123,13 @@ def row_of(name: str, pointwise: bool = True) -> Operator:
 
 @cache
 def operator_of(func: Any) -> Operator:
-    """The row of an overload as a dispatch mode sees it (`torch.ops.aten.add_.Tensor`)."""
-    name = func._schema.name.split("::")[-1]
+    """The row of an overload as a dispatch mode sees it (`torch.ops.aten.add_.Tensor`).
+
+    The names in the table are those of PyTorch and torchvision. Other operators go by their full name, as `mylib::silu`.
+    """
+    namespace, name = func._schema.name.split("::")
+    if namespace != "aten" and not (namespace == "torchvision" and name in TABLE):
+        name = func._schema.name
     if name not in TABLE and name.endswith("_"):
         name = name[:-1]
     return row_of(name, torch.Tag.pointwise in func.tags)

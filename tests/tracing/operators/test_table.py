@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.operators import collected
 
 from narrower.tracing.operators.elementwise import elementwise
 from narrower.tracing.operators.interface import Operator
@@ -49,6 +50,21 @@ def test_names_of_operators() -> None:
     assert operator_of(aten.add_.Tensor) is TABLE["add"] and operator_of(aten.exp_.default).rule is elementwise
     assert operator_of(aten.sort.default) == Operator("sort") and operator_of(aten.as_strided_.default) is TABLE["as_strided_"]
     assert row_of("exp").constants == "pointwise" and row_of("cat") is TABLE["cat"]
+
+
+@torch.library.custom_op("narrower_tests::silu", mutates_args=())
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.linspace(0, 1, x.shape[1])[None, :, None, None]
+
+
+silu.register_fake(torch.empty_like)
+
+
+def test_an_operator_of_another_library_is_not_taken_for_that_of_the_same_name() -> None:
+    own = torch.ops.narrower_tests.silu
+    assert operator_of(own.default) == Operator("narrower_tests::silu")
+    collector, _ = collected(own)
+    assert {str(reason).split(" (")[0] for _, reason in collector.pins} == {"operator narrower_tests::silu is not known"}
 
 
 def test_poolings_over_space() -> None:
