@@ -155,14 +155,14 @@ def test_outputs_keep_their_shapes(name: str) -> None:
     assert shapes[0] == shapes[1]
 
 
-def test_a_trace_is_two_forwards_at_any_depth() -> None:
-    """Two forwards, however deep: one to trace and one to probe."""
+def test_a_trace_is_three_forwards_at_any_depth() -> None:
+    """Three forwards, however deep: one to trace, one to see that training does the same, and one to probe."""
     for depth in (3, 30):
         calls: list[int] = []
         model = nn.Sequential(unit(3, 8), *(networks.Residual(8, 6, 8) for _ in range(depth)), Head(8))
         model[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         narrower.trace(model.eval(), networks.IMAGES)
-        assert len(calls) == 2
+        assert len(calls) == 3
 
 
 @pytest.mark.parametrize("name", ["view_2_half", "view_half_2"])

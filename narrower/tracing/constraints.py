@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..graph.types import PinCode, PinReason, Role, Step
+from ..graph.types import PinCode, PinReason, Role
 from ..surgery.copying import loose_tensors
-from .interpreter import CARRIED, Event, LabelInterpreter, mark_as_given
+from .interpreter import Event, LabelInterpreter, mark_as_given
 from .labels import Axes, Axis, Carried, Ids, Label, PaddingAxis, fibres
 from .operators.data_dependent import Answer
-from .operators.interface import Call, at_channels, free_at, plain, tensors_in
-
-NUMBER = "_narrower_number"
+from .operators.interface import Call, at_channels, free_at
+from .recorder import CARRIED, NUMBER
 
 MANY = 50_000  # no layer has so many channels: these are numbers that become filters later, as in conditional convolutions
 
@@ -45,7 +44,6 @@ class ConstraintCollector(LabelInterpreter):
         self.spreads: dict[int, list[tuple[int, ...]]] = {}  # for each label of a view
         self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
         self.log: list[Event] = []
-        self.steps: list[Step] = []
         self.returned: dict[int, str] = {}  # activation -> the first module that returned it
 
     def __enter__(self) -> ConstraintCollector:
@@ -69,16 +67,6 @@ class ConstraintCollector(LabelInterpreter):
         if number is not None and id(module) in self.modules:
             self.returned.setdefault(number, self.modules[id(module)])
 
-    def numbered(self, t: Any) -> int | str | None:
-        """The name of a parameter or buffer, the number of an activation, or None for other arguments."""
-        if not isinstance(t, Tensor):
-            return None
-        if id(t) in self.tensors and not hasattr(t, NUMBER):
-            return self.tensors[id(t)]
-        if not hasattr(t, NUMBER):
-            setattr(t, NUMBER, self.axes.number())
-        return getattr(t, NUMBER)
-
     def on_call(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
         if call.name == "convolution" and self.is_depthwise(call):
             self.depthwise_calls.add(call.place)
@@ -87,15 +75,7 @@ class ConstraintCollector(LabelInterpreter):
         shapes = [tuple(t.shape) for t in outs]
         running = self.running[-1] if self.running else ""
         self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
-        inputs: list[int | str | None] = []
-        for a in call.args:
-            inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]
-        for t in outs:
-            setattr(t, NUMBER, self.axes.number())
-        options = tuple((k, v) for k, v in call.kwargs.items() if not isinstance(v, Tensor))
-        labelled = any(c.labels for c in carried)
-        made = tuple(getattr(t, NUMBER) for t in outs)
-        self.steps.append(Step(call.name, tuple(inputs), plain(call.args), options, made, labelled))
+        self.record(call, outs, any(c.labels for c in carried))
 
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:

@@ -1,13 +1,16 @@
-"""The dense run: the forward before anything is removed, in eval mode and, where that uses more layers, in train mode."""
+"""The dense run: the forward before anything is removed, in eval mode and, where that does something else, in train mode."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
@@ -16,10 +19,12 @@ from ..errors import TraceError
 from ..inputs import flatten_tensors, opaque, sample_count
 from ..surgery.copying import Stage, restore_after
 from .constraints import ConstraintCollector
-from .interpreter import LabelInterpreter, run_forward
+from .interpreter import run_forward
 from .labels import Axes, Axis, Label, PaddingAxis
 from .operators.data_dependent import Answer
 from .operators.table import row_of
+from .outline import outline
+from .recorder import Recorder
 
 Mode = Literal["eval", "train"]
 
@@ -72,26 +77,42 @@ class DenseRun:
         return self.unit_of[start:start + self.axes.size[axis]]
 
 
-def outputs_of(stage: Stage, interpreter: LabelInterpreter) -> list[Tensor]:
+def outputs_of(stage: Stage, mode: Recorder) -> list[Tensor]:
     """Run the forward once; what it stores in its modules is taken back. Raises TraceError for an output that hides tensors."""
-    with restore_after(list(stage.model.modules())):
-        out = run_forward(stage.model, stage.inputs, interpreter)
+    with restore_after(list(stage.model.modules())), same_choices(stage) if stage.model.training else nullcontext():
+        out = run_forward(stage.model, stage.inputs, mode)
         if hiding := opaque(out):
             raise TraceError(f"the model returns a {hiding}: narrower cannot see the tensors in it, whose channels must stay. "
                              "Let forward return tensors, in tuples, lists, dicts or objects with attributes")
         return flatten_tensors(out)
 
 
-def collect(stage: Stage, collector: ConstraintCollector) -> list[tuple[int, ...]]:
-    """Run the dense forward; the channels of its outputs are pinned. Returns the shapes of the outputs."""
+@contextmanager
+def same_choices(stage: Stage) -> Iterator[None]:
+    """The same random numbers in each forward, as blocks may be skipped by chance. The generators are left as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(sorted({t.device.index for t in stage.tensors.values() if t.is_cuda})):
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def collect(stage: Stage, collector: ConstraintCollector) -> list[Tensor]:
+    """Run the dense forward; the channels of its outputs are pinned. Returns the outputs."""
     outputs = outputs_of(stage, collector)
+    what = "network output in training" if stage.model.training else "network output"
     for t in outputs:
         carried = collector.of(t)
         if labels := (*carried.labels, *carried.chosen):
-            collector.pin(labels, "output", "network output")
+            collector.pin(labels, "output", what)
     for extreme, label in returned_extremes(collector, [t for t in outputs if not collector.of(t).labels]):
-        collector.pin([label], "output", f"network output: the {extreme} of these channels")
-    return [tuple(t.shape) for t in outputs]
+        collector.pin([label], "output", f"{what}: the {extreme} of these channels")
+    return outputs
 
 
 EXTREMES = ("max", "min", "amax", "amin", "logsumexp")
@@ -120,30 +141,46 @@ def run_dense(stage: Stage, view_dims: Mapping[str, int], answers: Sequence[Answ
     first_names = {id(t): n for n, t in reversed([*stage.tensors.items()]) if isinstance(t, nn.Parameter)}
     parameters = frozenset(first_names.values())
     axes = Axes()
-    collectors: dict[Mode, ConstraintCollector] = {"eval": ConstraintCollector(stage.model, axes, view_dims, answers)}
+    collector = ConstraintCollector(stage.model, axes, view_dims, answers)
+    collectors: dict[Mode, ConstraintCollector] = {"eval": collector}
     try:
-        shapes = collect(stage, collectors["eval"])
+        outputs = collect(stage, collector)
     except TraceError:
         raise
     except Exception as e:
         raise DenseForwardError from e
     notes = []
-    unused = parameters - collectors["eval"].seen
-    if unused:
-        training = ConstraintCollector(stage.model, axes, view_dims, answers)
-        stage.model.train()
-        try:
+    unused = parameters - collector.seen
+    training = ConstraintCollector(stage.model, axes, view_dims, answers)
+    stage.model.train()
+    try:
+        if unused or differs_in_training(stage, collector, outputs):
             collect(stage, training)
             collectors["train"] = training
-        except TraceError:
-            raise
-        except Exception as e:
-            notes.append(f"layers that only training uses could not be traced ({type(e).__name__}: {e})")
-        finally:
-            stage.model.eval()
-        still = sorted(unused - training.seen)
-        if still:
-            notes.append(f"never used in the forward, left as they are: {', '.join(still[:4])}"
-                         + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
+    except TraceError:
+        raise
+    except Exception as e:
+        notes.append(f"what only training does could not be traced ({type(e).__name__}: {e})")
+    finally:
+        stage.model.eval()
+    still = sorted(unused - training.seen)
+    if still:
+        notes.append(f"never used in the forward, left as they are: {', '.join(still[:4])}"
+                     + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
     return DenseRun(view_dims, collectors, axes, {n: tuple(t.shape) for n, t in stage.tensors.items()}, parameters, batch,
-                    shapes, tuple(notes))
+                    [tuple(t.shape) for t in outputs], tuple(notes))
+
+
+def differs_in_training(stage: Stage, collector: ConstraintCollector, outputs: Sequence[Tensor]) -> bool:
+    """Whether the forward in train mode does something else than `collector` has seen in eval mode, but for noise."""
+    def trained() -> tuple[list[Any], list[Any]]:
+        recorder = Recorder(stage.model, collector.axes, collector.answers)
+        return outline(recorder, outputs_of(stage, recorder))
+
+    seen = outline(collector, outputs)
+    found = trained()
+    if found == seen:
+        return False
+    if trained() != found:
+        raise RuntimeError("it is not the same twice")
+    return True

@@ -15,20 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import TraceError
 from ..inputs import call_model, flatten_tensors
-from ..surgery.walk import modules_of, named_tensors
+from ..surgery.walk import modules_of
 from .labels import NOTHING, Axes, Axis, Carried, Ids, Label, along
-from .operators.call_counter import CallCounter
-from .operators.data_dependent import Answer, copy_answer
+from .operators.data_dependent import Answer
 from .operators.interface import Call, RuleContext, UnknownForm, address, plain, tensors_in
-from .operators.shapes import infer_output
-
-
-class Unseen(Exception):
-    """Meta tensors do not show what the forward does: it needs real values."""
+from .recorder import CARRIED, Recorder, Unseen
 
 
 class RuleError(TraceError):
@@ -60,24 +54,15 @@ class Location(NamedTuple):
     source: str
 
 
-CARRIED = "_narrower_carried"
-
-
-class LabelInterpreter(TorchDispatchMode, RuleContext):
+class LabelInterpreter(Recorder, RuleContext):
     """Carries labels through a forward of `model`. Subclasses decide what to do with the reported facts."""
 
     def __init__(self, model: nn.Module, axes: Axes, answers: Sequence[Answer] | None = None) -> None:
-        super().__init__()
-        self.axes, self.answers, self.asked = axes, answers, 0
+        super().__init__(model, axes, answers)
         modules = modules_of(model)
         self.modules = {id(m): name for name, m in reversed(modules)}  # the first name of each
-        self.alive = named_tensors(model)
-        for t in self.alive.values():
-            t.__dict__.pop(CARRIED, None)  # left by a forward that wrote into it
-        self.tensors = {id(t): name for name, t in reversed(self.alive.items())}
         convolutions = [(n, m) for n, m in modules if isinstance(m, nn.modules.conv._ConvNd)]
         self.conv_groups = {f"{n}.weight".removeprefix("."): m.groups for n, m in convolutions}
-        self.counter = CallCounter(self.alive.values())
         self.place = 0  # the number of the current call, or between calls of the next one
         self.written: dict[int, Tensor] = {}  # memory that was changed through a view, by its address
         self.seen: set[str] = set()
@@ -128,16 +113,6 @@ class LabelInterpreter(TorchDispatchMode, RuleContext):
                 self.pin(carried.chosen, "index", "the numbers of these channels are used: the indices of a maximum or minimum")
             given.append(carried or name or NOTHING)
         self.given = tuple(given)
-
-    def output(self, func: Any, call: Call, in_place: bool) -> Any:
-        """The output of a call: the answer of a forward on real values, or a blank tensor, or what PyTorch computes."""
-        if self.answers is not None and call.operator.depends_on_data(call.args):
-            self.asked += 1
-            if self.asked > len(self.answers):
-                raise Unseen("a question that was not asked before")
-            return copy_answer(self.answers[self.asked - 1])
-        out = infer_output(call, in_place, hollow=self.answers is not None)
-        return func(*call.args, **call.kwargs) if out is None else out
 
     def apply_rule(self, call: Call, outputs: int) -> Sequence[Carried]:
         """What the outputs of a call carry. Without a rule for it: nothing, and the channels that it reads are pinned."""

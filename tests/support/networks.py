@@ -884,6 +884,12 @@ TRAPS: dict[str, TrapCase] = {
         lambda: Trap(lambda m, x: checkpoint.checkpoint(m.inner, x, use_reentrant=False), 7, inner=unit(12, 7)),
         {"stem.0": 12, "trick.inner.0": 7, "next.0": 9}),
     "training_only": TrapCase(TrainingOnly, {"stem.0": 12, "next.0": 9, "aux.0": 8}),
+    "scaled_in_training": TrapCase(
+        lambda: Trap(lambda m, x: x * m.scale if m.training else x, scale=torch.rand(1, 12, 1, 1)), BOTH),
+    "constant_in_training": TrapCase(
+        lambda: Trap(lambda m, x: x * torch.arange(12, device=x.device).view(-1, 1, 1) if m.training else x),
+        NEXT, {"stem.0": "operand"}),
+    "width_in_training": TrapCase(lambda: Trap(lambda m, x: x / x.shape[1] if m.training else x), NEXT, {"stem.0": "differs"}),
     "tied_fault": TrapCase(TiedFault, {"stem.0": 12, "b.0": 6, "grouped.0": 8}, {"a.0": "differs"}, "TiedFault"),
     "own_weights": TrapCase(OwnWeights, {"weight": 9, "stem.0": 12}),
     "branching": TrapCase(Branching, {"stem.0": 12, "a.0": 9}),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from narrower.tracing.constraints import ConstraintCollector
-from narrower.tracing.interpreter import CARRIED
 from narrower.tracing.labels import Axes, Axis, Carried, Label, along
+from narrower.tracing.recorder import CARRIED
 
 C = 12
 

@@ -13,8 +13,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from narrower.tracing import constraints
 from narrower.tracing.constraints import ConstraintCollector
-from narrower.tracing.interpreter import CARRIED
 from narrower.tracing.labels import Axes, Axis
+from narrower.tracing.recorder import CARRIED
 
 
 def forward(*layers: nn.Module) -> ConstraintCollector:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import IMAGES, Head, ManyEnds, Plain, TrainingOnly, chain, images, unit
 from torch import Tensor, nn
 
@@ -71,14 +74,69 @@ def test_without_constraints_each_id_is_a_unit() -> None:
     assert dense.unit_of.tolist() == [0, 1, 2, 3, 4] and dense.unit_count == 5
 
 
-def test_the_train_forward_is_not_run_where_eval_uses_all_parameters() -> None:
-    class Plainer(Plain):
+def test_the_train_forward_is_not_traced_where_it_does_the_same() -> None:
+    class Noisy(Plain):
         def forward(self, x: Tensor) -> Tensor:
-            assert not self.training
+            return super().forward(F.dropout(x, 0.1, self.training))
+
+    for model in (Plain(), Noisy()):
+        dense = run_dense(staged(model), {})
+        assert [*dense.collectors] == ["eval"] and dense.notes == ()
+
+
+def test_channels_that_are_returned_in_training_only_are_pinned() -> None:
+    class Returning(Sum):
+        def forward(self, x: Tensor) -> Any:
+            y = self.first(x) + self.second(x)
+            return (self.third(y), y) if self.training else self.third(y)
+
+    dense = run_dense(staged(Returning()), {})
+    assert [*dense.collectors] == ["eval", "train"] and len(dense.output_shapes) == 1
+    (ids, reason), *_ = (pin for pin in dense.collectors["train"].pins if pin[0].size == 7)
+    assert str(reason) == "network output in training (model)"
+    assert np.array_equal(np.unique(dense.unit_of[ids]), dense.units_of(Axis("first.weight", 0)))
+
+
+def test_a_buffer_that_only_training_reads_goes_with_the_channels() -> None:
+    class Scaled(Sum):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.rand(1, 7, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x) + self.second(x)
+            return self.third(y * self.scale if self.training else y)
+
+    dense = run_dense(staged(Scaled()), {})
+    assert np.array_equal(dense.units_of(Axis("scale", 1)), dense.units_of(Axis("first.weight", 0)))
+
+
+def test_blocks_that_training_skips_by_chance_are_the_same_in_each_forward_and_leave_the_generators() -> None:
+    class Skipping(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            for chance in (random.random, np.random.rand, lambda: float(torch.rand(()))):
+                if self.training and chance() < 0.5:
+                    x = 2 * x + 1
             return super().forward(x)
 
-    dense = run_dense(staged(Plainer()), {})
-    assert [*dense.collectors] == ["eval"] and dense.notes == ()
+    model = Skipping()
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    dense = [run_dense(staged(model), {}) for _ in range(9)]
+    assert len({len(d.collectors) for d in dense}) == 1 and not any(d.notes for d in dense)
+    now = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    assert states[:2] == now[:2] and torch.equal(states[2], now[2])
+
+
+def test_a_train_forward_that_is_not_the_same_twice_is_noted() -> None:
+    calls = itertools.count()
+
+    class Alternating(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x if self.training and next(calls) % 2 else x + 1 if self.training else x)
+
+    dense = run_dense(staged(Alternating()), {})
+    assert [*dense.collectors] == ["eval"]
+    assert dense.notes == ("what only training does could not be traced (RuntimeError: it is not the same twice)",)
 
 
 def test_an_auxiliary_head_is_traced_in_the_train_forward() -> None:
@@ -101,7 +159,7 @@ def test_a_train_forward_that_fails_is_noted() -> None:
     copied = staged(FailsInTraining())
     dense = run_dense(copied, {})
     assert [*dense.collectors] == ["eval"] and not any(m.training for m in copied.model.modules())
-    assert dense.notes == ("layers that only training uses could not be traced (RuntimeError: needs targets)",)
+    assert dense.notes == ("what only training does could not be traced (RuntimeError: needs targets)",)
 
 
 def test_parameters_that_are_never_used_are_noted() -> None:

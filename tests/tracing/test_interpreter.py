@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.tracing.constraints import ConstraintCollector
-from narrower.tracing.interpreter import RuleError, Unseen
+from narrower.tracing.interpreter import RuleError
 from narrower.tracing.labels import Axes
 from narrower.tracing.operators import call_counter
 from narrower.tracing.operators.data_dependent import AnswerListener
 from narrower.tracing.operators.elementwise import elementwise
 from narrower.tracing.operators.interface import Operator, Rule, UnknownForm
 from narrower.tracing.operators.table import operator_of
+from narrower.tracing.recorder import Unseen
 
 UNKNOWN: dict[str, Callable[[Tensor], Any]] = {
     "sort": lambda x: x.sort(1), "topk": lambda x: x.topk(3, 1), "fft": lambda x: torch.fft.fft(x, dim=1),

@@ -79,9 +79,10 @@ class Writing(networks.Branching):
 
     def forward(self, x: Tensor) -> Tensor:
         x -= x.mean()
-        self.stem[0].weight.data /= self.stem[0].weight.data.norm()
+        stem, a = (dict(self.named_parameters())[n] for n in ("stem.0.weight", "a.0.weight"))
+        stem.data /= stem.data.norm()
         with torch.no_grad():
-            self.a[0].weight.copy_(F.normalize(self.a[0].weight, dim=0) * 3)
+            a.copy_(F.normalize(a, dim=0) * 3)
         return super().forward(x)
 
 

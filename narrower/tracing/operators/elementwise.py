@@ -35,10 +35,13 @@ def same(r: RuleContext, call: Call) -> Sequence[Carried]:
 
 def copied(r: RuleContext, call: Call) -> Sequence[Carried]:
     """dst.copy_(src): the labels of both meet; a write into a part of another tensor cannot be followed."""
-    dst, src = r.of(call.args[0]), r.of(call.args[1])
-    if src.labels and (dst.view or dst.labels):
+    target, source = call.args[:2]
+    dst, src = r.of(target), r.of(source)
+    if src.labels and dst.view:
         r.pin([*src.labels, *dst.labels], "position", "written in place into a part of a tensor")
         return [dst]
+    if src.labels and dst.labels:
+        return [dst._replace(labels=meet(r, [(dst, target.shape), (src, source.shape)], target.ndim, call.name))]
     return [src._replace(view=False)]
 
 

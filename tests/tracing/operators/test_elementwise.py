@@ -38,6 +38,7 @@ def test_each_channel_for_itself(name: str) -> None:
 @pytest.mark.parametrize(("function", "pairs"), [
     (lambda x: x[:, :6] + x[:, 6:], [(k, k + 6) for k in range(6)]),
     (lambda x: x * x.flip(1), [(k, 11 - k) for k in range(6)]),
+    (lambda x: x.clone().copy_(x.flip(1)), [(k, 11 - k) for k in range(6)]),
 ])
 def test_operands_that_meet_are_united(function: Callable[[Tensor], Any], pairs: list[tuple[int, int]]) -> None:
     find = units(collected(function)[0])

@@ -1,0 +1,75 @@
+"""The part of a dispatch mode that knows nothing of channels: it runs a forward, and records what it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..graph.types import Step
+from ..surgery.walk import named_tensors
+from .labels import Axes
+from .operators.call_counter import CallCounter
+from .operators.data_dependent import Answer, copy_answer
+from .operators.interface import Call, plain, tensors_in
+from .operators.shapes import infer_output
+
+CARRIED, NUMBER = "_narrower_carried", "_narrower_number"
+
+
+class Unseen(Exception):
+    """Meta tensors do not show what the forward does: it needs real values."""
+
+
+class Recorder(TorchDispatchMode):
+    """Runs a forward of `model` and records its calls in `steps`. `answers`: what it reads from data, on real tensors."""
+
+    def __init__(self, model: nn.Module, axes: Axes, answers: Sequence[Answer] | None = None) -> None:
+        super().__init__()
+        self.axes, self.answers, self.asked = axes, answers, 0
+        self.alive = named_tensors(model)
+        for t in self.alive.values():
+            for left in (CARRIED, NUMBER):  # by a forward that wrote into it
+                t.__dict__.pop(left, None)
+        self.tensors = {id(t): name for name, t in reversed(self.alive.items())}
+        self.counter = CallCounter(self.alive.values())
+        self.steps: list[Step] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = self.counter.count(func, args, kwargs)
+        out = self.output(func, call, func._schema.name[-1] == "_")
+        self.record(call, tensors_in((out,)), False)
+        return out
+
+    def output(self, func: Any, call: Call, in_place: bool) -> Any:
+        """The output of a call: the answer of a forward on real values, or a blank tensor, or what PyTorch computes."""
+        if self.answers is not None and call.operator.depends_on_data(call.args):
+            self.asked += 1
+            if self.asked > len(self.answers):
+                raise Unseen("a question that was not asked before")
+            return copy_answer(self.answers[self.asked - 1])
+        out = infer_output(call, in_place, hollow=self.answers is not None)
+        return func(*call.args, **call.kwargs) if out is None else out
+
+    def record(self, call: Call, outs: Sequence[Tensor], labelled: bool) -> None:
+        """Add a call to `steps`. Its outputs `outs` get their numbers."""
+        inputs: list[int | str | None] = []
+        for a in call.args:
+            inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]
+        for t in outs:
+            setattr(t, NUMBER, self.axes.number())
+        options = tuple((k, v) for k, v in call.kwargs.items() if not isinstance(v, Tensor))
+        made = tuple(getattr(t, NUMBER) for t in outs)
+        self.steps.append(Step(call.name, tuple(inputs), plain(call.args), options, made, labelled))
+
+    def numbered(self, t: Any) -> int | str | None:
+        """The name of a parameter or buffer, the number of an activation, or None for other arguments."""
+        if not isinstance(t, Tensor):
+            return None
+        if id(t) in self.tensors and not hasattr(t, NUMBER):
+            return self.tensors[id(t)]
+        if not hasattr(t, NUMBER):
+            setattr(t, NUMBER, self.axes.number())
+        return getattr(t, NUMBER)
