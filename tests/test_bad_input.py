@@ -120,6 +120,18 @@ def test_scripted_models_are_refused() -> None:
         narrower.trace(scripted, IMAGES)
 
 
+def test_a_part_that_cannot_be_traced_is_named() -> None:
+    for part, error in ((torch.jit.trace(nn.Conv2d(3, 3, 1), IMAGES), "1 is compiled by torch.jit.*in its place"),
+                        (nn.DataParallel(nn.Conv2d(3, 3, 1)), r"1 is wrapped in DataParallel: put 1\.module in its place")):
+        with pytest.raises(narrower.TraceError, match=error):
+            narrower.trace(nn.Sequential(Plain(), part), IMAGES)
+
+
+def test_a_part_that_is_compiled_is_traced() -> None:
+    part: Any = torch.compile(nn.Conv2d(3, 6, 1), backend="eager")
+    assert narrower.trace(nn.Sequential(part, nn.Conv2d(6, 2, 1)), IMAGES).free
+
+
 def test_symbolically_traced_models_are_models() -> None:
     """What torchvision's feature extractors are."""
     exported = torch.fx.symbolic_trace(Plain().eval())

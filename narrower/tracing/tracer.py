@@ -18,13 +18,13 @@ from ..errors import TraceError
 from ..graph.types import Graph
 from ..inputs import shapes_of
 from ..surgery.copying import restore_after, stage
-from ..surgery.walk import named_tensors, pause_collector
+from ..surgery.walk import modules_of, named_tensors, pause_collector
 from .dense import DenseForwardError
 from .interpreter import run_forward
 from .operators.data_dependent import Answer, AnswerListener
 from .search import Progress, TraceSearch, unrepeatable
 
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 @pause_collector()
@@ -73,11 +73,16 @@ def check(model: nn.Module) -> None:
     """Raise TraceError for a model that cannot be traced as it is."""
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
-    if type(model).__name__ in WRAPPERS:
-        inner = "_orig_mod" if type(model).__name__ == "OptimizedModule" else "module"
-        raise TraceError(f"the model is wrapped in {type(model).__name__}: trace model.{inner} instead")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError("the model is compiled by torch.jit (scripted or traced): trace the Python module it was made from")
+    kind = type(model).__name__
+    if kind in WRAPPERS or kind == "OptimizedModule":  # which runs as it is as a part of a model
+        inner = "_orig_mod" if kind == "OptimizedModule" else "module"
+        raise TraceError(f"the model is wrapped in {kind}: trace model.{inner} instead")
+    for name, m in modules_of(model):
+        if type(m).__name__ in WRAPPERS:
+            raise TraceError(f"{name} is wrapped in {type(m).__name__}: put {name}.module in its place first")
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TraceError(f"{name or 'the model'} is compiled by torch.jit (scripted or traced): "
+                             f"{'put' if name else 'trace'} the Python module it was made from{' in its place' * bool(name)}")
     parameters = {n: t for n, t in named_tensors(model).items() if isinstance(t, nn.Parameter)}
     if not parameters:
         raise TraceError("the model has no parameters: there is nothing to narrow")
