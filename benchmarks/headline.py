@@ -37,9 +37,10 @@ LOGS = (
     ("EfficientNet-Lite1, 150 images of ImageNet", "90 %", "efficientnet-lite1-80-90-obs.txt", 0.9),
     ("EfficientNet-Lite1, 150 images of ImageNet", "80 %", "efficientnet-lite1-80-obs-32768-positions.txt", 0.8),
 )
-GRIDS = (("compare/resnet20-30-3-epochs", "30 %"), ("compare/resnet20-50-3-epochs", "50 %"))
+GRIDS = (("50 %", "compare/resnet20-50-3-epochs"), ("30 %", "compare/resnet20-30-3-epochs"))
 ROUTES = {"obs": "**narrower**: cut, repaired, distilled", "magnitude": "narrower, order by L2 norms",
-          "hrank": "narrower, order by HRank", "resrep": "ResRep", "soft": "soft pruning",
+          "hrank": "narrower, order by HRank", "resrep": "ResRep", "soft": "soft pruning", "centripetal:all": "centripetal SGD",
+          "dense": "the dense network, trained on",
           "tp-magnitude": "torch-pruning, L2 norms", "tp-group-norm": "torch-pruning, group norms"}  # fmt: skip
 NETWORKS = {"resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2", "efficientnet-lite1": "EfficientNet-Lite1",
             "yolo": "YOLO-style"}
@@ -81,16 +82,25 @@ def accuracy(results: Path) -> str:
     return "\n".join(out) + "\n"
 
 
-def grid(folder: Path, budget: str) -> str:
-    """Routes side by side, by the same training."""
-    found = json.loads((folder / "compare.json").read_text())
-    head = f"ResNet-20, at most {budget} of the MACs (dense {found['dense']:.2f} %)"
-    out = [f"| {head} | MACs left | no training | 3 epochs | seeds |", "|---|---|---|---|---|"]
-    for of in found["lines"]:
-        before = "" if of["method"] in ("resrep", "soft", "centripetal") else f"{of['right_after']:.2f} %"
-        spread = f" ± {of['spread']:.2f}" if of["spread"] is not None else ""
-        out.append(f"| {ROUTES[of['method']]} | {of['macs']:.1%} | {before} | {of['last']:.2f} %{spread} | {of['n']} |")
+def grid(results: Path) -> str:
+    """Routes side by side at two budgets, by the same training."""
+    found = {budget: json.loads((results / folder / "compare.json").read_text()) for budget, folder in GRIDS}
+    dense = {f"{one['dense']:.2f} %" for one in found.values()}
+    head = " | ".join(f"{budget} of the MACs, no training | 3 epochs" for budget in found)
+    out = [f"| ResNet-20 (dense {' and '.join(sorted(dense))}) | {head} |", "|---" * (1 + 2 * len(found)) + "|"]
+    for method, name in ROUTES.items():
+        lines = [next((of for of in one["lines"] if of["method"] == method), None) for one in found.values()]
+        if any(lines):
+            out.append(f"| {name} | " + " | ".join(" | | " if of is None else cells(of) for of in lines) + " |")
     return "\n".join(out) + "\n"
+
+
+def cells(of: dict[str, Any]) -> str:
+    """Before and after the training. Methods that narrow in it have no before."""
+    in_training = of["method"].partition(":")[0] in ("resrep", "soft", "centripetal", "dense")
+    before = "" if in_training else f"{of['right_after']:.2f} %"
+    spread = f" ± {of['spread']:.2f} (n = {of['n']})" if of["spread"] is not None else ""
+    return f"{before} | {of['last']:.2f} %{spread}"
 
 
 def speeds(results: Path) -> dict[str, dict[str, float]]:
@@ -133,8 +143,7 @@ def picture(results: Path, file: Path) -> None:
 
 def headline(results: Path) -> str:
     """What stands between the marks."""
-    grids = "\n".join(grid(results / folder, budget) for folder, budget in GRIDS)
-    return (f"{accuracy(results)}\n{grids}\n{latency(results)}\n"
+    return (f"{accuracy(results)}\n{grid(results)}\n{latency(results)}\n"
             "![Speed-up at half of the multiply-adds](results/headline.svg)\n")
 
 
