@@ -107,7 +107,7 @@ def parse(commands: Mapping[str, Command], arguments: Sequence[str]) -> tuple[st
     if not name and not {"-h", "--help", "--version"}.intersection(arguments):
         typed = next((text for text in arguments if not text.startswith("-")), "")
         missing = f"there is no command {typed!r}{similar(typed, commands) or '.'}" if typed else "no command is given."
-        raise ConfigError(f"{missing} Take one of {', '.join(commands)} (each has --help)")
+        raise ConfigError(f"{missing} Take one of {', '.join(commands)} (all options: narrower --help)")
     parser.hints = parsers[name].hints if name else {}
     texts = with_fractions(arguments, parser.hints)
     given = parser.parse_args(texts)[name]

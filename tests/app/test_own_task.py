@@ -86,9 +86,8 @@ def test_prune_and_eval_show_the_figures_of_the_task(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("method", ["magnitude", "resrep"])
 def test_an_interrupted_run_goes_on_to_the_same_weights(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["prune", *SHORT, "--method", method, "--allocate", "share", "--no-reconstruct"]
-    if method == "resrep":
-        arguments += ["--scope", "all"]
+    arguments = ["prune", *SHORT, "--method", method, "--allocate", "share"]
+    arguments += ["--scope", "all"] if method == "resrep" else ["--no-reconstruct"]
     assert cli.main([*arguments, "--output", "whole"]) == 0
 
     def stop() -> None:
