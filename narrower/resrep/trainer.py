@@ -50,7 +50,8 @@ class ResRep:
 
     Args:
         model: the traced network.
-        macs, params: the budget, as for `plan`. Norms of rows then decide during the training which channels go.
+        macs: the budget, as for `plan`. Norms of rows then decide during the training which channels go.
+        params: likewise, of parameters.
         plan: instead of a budget, the channels that go. After all steps `merge` returns its widths.
         steps: optimizer steps of the whole training. The schedule follows from them.
         scope: "inner" for channels that one layer produces, as in the paper. "all" for residual streams too.
@@ -96,8 +97,7 @@ class ResRep:
         self.insert_compactors()
 
     def find_places(self, graph: Graph, scope: Scope, exclude: Sequence[str]) -> tuple[CostModel, list[Component]]:
-        """Find the sites of compactors, and add the biases that they need. Returns the costs of the network, and the components
-        of the groups that can be compacted. Raises PlanError if there are none."""
+        """Find the sites of compactors, and add the biases that they need. The costs, and what can be compacted."""
         left_out = excluded(graph, exclude)
         self.graph, found = prepare(self.model, graph, scope, left_out)
         parts, self.placement = tied_parts(self.graph, without_groups(found, dict.fromkeys(left_out, "excluded")))
