@@ -49,13 +49,14 @@ def seeded() -> None:
 @pytest.fixture(autouse=True, scope="module")  # some tests run their commands in a fixture of the module
 def quick_runs(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs without what takes seconds and has tests of its own: reports, and stop-watches."""
-    if request.path.parent.name != "app":
+    commands = request.path.parent.name == "app"
+    if not commands and request.path.name != "test_pages.py":
         yield
         return
     from narrower.app import cli, networks, prune
 
     with pytest.MonkeyPatch.context() as patch:
-        if "reporting" not in request.path.name:
+        if commands and "reporting" not in request.path.name:
             patch.setattr(cli, "report_at_end", lambda *_: None)
         patch.setattr(networks, "SECONDS", 0.0)
         patch.setattr(networks, "ROUNDS", 1)

@@ -29,7 +29,7 @@ import yaml
 from PIL import Image
 
 from narrower import Benchmark
-from narrower.app import external, networks, prune
+from narrower.app import external
 from narrower.app.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,9 +172,6 @@ def test_commands_run_in_the_order_of_the_pages(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(Benchmark, "check", lambda found: None)  # nine rounds do not decide which network is faster
-    monkeypatch.setattr(networks, "SECONDS", 0.0)
-    monkeypatch.setattr(networks, "ROUNDS", 1)
-    monkeypatch.setattr(prune, "LAYER_SECONDS", 0.0)
     monkeypatch.setattr(external, "TRIALS", 4)
     shell = [(page, block, words) for page in PAGES for block in blocks(page, "bash") for words in commands(block)]
     assert len(shell) > 10, "the pages show few commands"

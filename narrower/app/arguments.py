@@ -17,7 +17,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 import narrower
 
 from ..errors import ConfigError, similar
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, flag
 from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .job import Settings
 from .run_folder import read_settings
@@ -81,7 +81,7 @@ class Parser(ArgumentParser):
         key, value = re.search(r'Parser key "([\w.]+)"', message), re.search(r"(?:[Vv]alue|boolean): (.*)$", message)
         name = key[1].rpartition(".")[2] if key else ""
         if value and name in self.hints:
-            raise ConfigError(f"--{name.replace('_', '-')} {value[1]}: give {wanted(self.hints[name])}") from None
+            raise ConfigError(f"{flag(name)} {value[1]}: give {wanted(self.hints[name])}") from None
         if message.startswith("unrecognized arguments: "):
             option = message.split()[2]
             flags = [key.replace("_", "-") for key in self.hints]
@@ -160,7 +160,7 @@ def make_parser(name: str, command: Command) -> Parser:
             options = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
         elif lists := [kind for kind in kinds(hint) if get_origin(kind) is list]:
             options |= {"type": get_args(lists[0])[0], "nargs": "+"}
-        sections[group].add_argument(*short, "--" + key.replace("_", "-"), default=default, help=text, **options)
+        sections[group].add_argument(*short, flag(key), default=default, help=text, **options)
     return parser
 
 
@@ -183,12 +183,12 @@ def set_defaults(parser: Parser, settings: Mapping[str, Any], place: str) -> Non
 
 def with_fractions(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
     """The arguments, with fractions for the percentages that are given to flags of numbers."""
-    flags = {"--" + key.replace("_", "-") for key, hint in hints.items() if float in parts(hint)}
-    found, flag = [], ""
+    flags = {flag(key) for key, hint in hints.items() if float in parts(hint)}
+    found, last = [], ""
     for text in arguments:
         if text.startswith("-") and not text[1:2].isdigit():
-            flag = text.split("=")[0]
-        found.append(fraction(text) if flag in flags else text)
+            last = text.split("=")[0]
+        found.append(fraction(text) if last in flags else text)
     return found
 
 

@@ -18,6 +18,7 @@ from ..extras import optional
 from ..soft.soft_pruning import PUBLISHED
 from ..storage import write_whole
 from ..training.agreement import first
+from ..training.config import flag
 from . import external, run_folder
 from .config import METHODS, SCOPES, CompareConfig, RunConfig, plain, unused
 from .job import Job, Reporter, Settings
@@ -179,7 +180,7 @@ def settings_of(cell: Cell, settings: Settings, root: Path) -> Settings:
     if cell.method in OTHERS:
         foreign = (*OURS, *PLANNED) if method in external.EXTERNAL else PLANNED
         if more := [name for name in foreign if getattr(wishes, name) != plain(name)]:
-            raise ConfigError(f"--{more[0].replace('_', '-')} is not for {method}: the rows would not be alike")
+            raise ConfigError(f"{flag(more[0])} is not for {method}: the rows would not be alike")
         return replace(settings, run=run, prune=wishes)
     if method not in METHODS:
         raise ConfigError(f"no method is called {cell.method!r}: take some of {', '.join((*METHODS, *OTHERS))}")

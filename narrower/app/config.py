@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from ..deployment.layer_times import PREPARE
 from ..errors import ConfigError, PlanError
 from ..planning.requests import read_latency
-from ..training.config import check, check_choices
+from ..training.config import check, check_choices, flag
 
 TRAINED = ("resrep", "soft", "centripetal")
 """Methods that narrow while they train. The others are scores."""
@@ -259,11 +259,6 @@ class PruneConfig:
 def plain(name: str) -> Any:
     """The default of a setting of pruning."""
     return getattr(PruneConfig(), name)
-
-
-def flag(name: str, value: object = None) -> str:
-    """A setting as it is typed: `--no-distill` where it is switched off."""
-    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 ACTS_WITH: dict[str, tuple[Callable[[PruneConfig], bool], str]] = {

@@ -24,12 +24,12 @@ from ..errors import ConfigError
 from ..models import expected_images
 from ..training.accelerator import emulated, shard_of
 from ..training.agreement import check_same
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, flag
 from ..training.evaluate import evaluate_classes, headline
 from ..training.methods import Methods
 from ..training.optimizing import updates_per_epoch
 from ..training.train import TrainContext, train
-from .config import DataConfig, ModelConfig, PruneConfig, RunConfig, flag
+from .config import DataConfig, ModelConfig, PruneConfig, RunConfig
 from .own_task import open_task
 from .resuming import WHERE, changes, check_start, fingerprint, named
 from .run_folder import IMAGES, INPUT_SIZE, WEIGHTS, Run
@@ -245,7 +245,7 @@ def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Rep
     )
     if run.resume and (changed := changes(run, settings.flat())):
         report.note(f"changed from here on: {named(changed, list(changed))}")
-    check_same({f"--{key.replace('_', '-')}": value for key, value in settings.flat().items() if key not in WHERE})
+    check_same({flag(key): value for key, value in settings.flat().items() if key not in WHERE})
     return Job(settings, data, run, accelerator, report)
 
 

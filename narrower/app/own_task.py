@@ -15,7 +15,7 @@ from ..data.task import OwnTask
 from ..errors import ConfigError, DataError
 from ..models import import_named
 from ..training.checking import task_in_training
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, flag
 from .config import DataConfig
 
 METHODS = ("data", "loss", "measure", "figures")
@@ -36,7 +36,7 @@ def open_task(given: DataConfig, train: TrainConfig) -> ImageData:
     for item in fields(DataConfig):
         if item.name not in TAKEN and (value := getattr(given, item.name)) != getattr(plain, item.name):
             words = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise ConfigError(f"--{item.name.replace('_', '-')} {words}: --task {name} has images of its own, leave one of "
+            raise ConfigError(f"{flag(item.name)} {words}: --task {name} has images of its own, leave one of "
                               "them out")
     task = make_task(name, given.data_dir)
     if missing := [method for method in METHODS if not callable(getattr(task, method, None))]:

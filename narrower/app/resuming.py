@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..training.config import flag
 from .config import TRAINED
 from .run_folder import START, Run, read_settings
 
@@ -61,10 +62,6 @@ def check_start(run: Run, facts: Mapping[str, Any]) -> None:
 
 def named(changed: Changes, names: list[str]) -> str:
     return ", ".join(f"{flag(name)} ({changed[name][0]}, now {changed[name][1]})" for name in names)
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def fingerprint(model: nn.Module) -> str:

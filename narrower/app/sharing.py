@@ -20,7 +20,7 @@ from ..report import CARD, Facts, check_fields, model_card
 from ..sharing import SUMS, checksums, open_hub, reach, upload
 from ..sharing.hub import is_repository
 from ..storage import META, WEIGHTS, differences, read_meta, write_whole
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, flag
 from . import run_folder
 from .arguments import default_of
 from .config import FINE_TUNING, DataConfig, ExportConfig, ModelConfig, PruneConfig, PushConfig, RunConfig, part
@@ -141,10 +141,10 @@ def command_line(facts: Facts) -> str:
             value = facts.settings.get(item.name, default)
             if value == default or value is None or item.name in ABOUT_THE_MACHINE:
                 continue
-            flag = item.name.replace("_", "-")
+            typed = flag(item.name, value)
             if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
+                words.append(typed)
             else:
-                words += [f"--{flag}", *([json.dumps(value)] if isinstance(value, dict) else
-                                         map(str, value) if isinstance(value, list) else [str(value)])]
+                words += [typed, *([json.dumps(value)] if isinstance(value, dict) else
+                                   map(str, value) if isinstance(value, list) else [str(value)])]
     return shlex.join(words)

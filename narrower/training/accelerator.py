@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.images import Batch
 from ..errors import ConfigError
+from ..extras import optional
 from ..inputs import map_tensors, move_to
 from .agreement import launched, local_rank, meeting, several
 from .config import TrainConfig
@@ -34,19 +35,16 @@ def make_accelerator(device: str = "auto", log_with: Sequence[str] = (), folder:
         folder: where trackers write.
 
     Raises:
-        ConfigError: accelerate or a tracker is missing, this machine has no such device, or several processes would share it.
+        MissingExtraError: accelerate is missing.
+        ConfigError: a tracker is missing, this machine has no such device, or several processes would share it.
     """
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise ConfigError("training needs accelerate: pip install 'narrower[cli]'") from error
-
+    accelerate = optional("accelerate")
     if device not in ("auto", "cpu"):
         check_device(device)
         if device != "cuda" or launched() == 1:  # else accelerate gives each process a GPU, as it does where none is named
             os.environ["ACCELERATE_TORCH_DEVICE"] = device
     try:
-        found = Accelerator(cpu=device == "cpu", log_with=list(log_with) or None, project_dir=folder)
+        found: Accelerator = accelerate.Accelerator(cpu=device == "cpu", log_with=list(log_with) or None, project_dir=folder)
     except ValueError as error:
         raise ConfigError(f"--log-with {' '.join(log_with)}: {error}") from error
     if missing := [name for name in log_with if name not in map(str, found.log_with)]:

@@ -9,20 +9,25 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from ..errors import ConfigError
 
 
+def flag(name: str, value: object = None) -> str:
+    """A setting as it is typed: `--no-distill` where it is switched off."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+
+
 def check(config: Any, **bounds: tuple[float, float]) -> None:
     """Raise ConfigError where a setting is out of its bounds (both included; None is not checked)."""
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             allowed = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: give a value of {allowed}")
+            raise ConfigError(f"{flag(name)} {value}: give a value of {allowed}")
 
 
 def check_choices(config: Any) -> None:
     """Raise ConfigError where a setting is none of the values of its `Literal` annotation."""
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal and (value := getattr(config, name)) not in get_args(hint):
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: take one of {', '.join(get_args(hint))}")
+            raise ConfigError(f"{flag(name)} {value}: take one of {', '.join(get_args(hint))}")
 
 
 @dataclass(frozen=True)
