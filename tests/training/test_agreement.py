@@ -30,6 +30,18 @@ from narrower.training.agreement import (
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
 
+def after(other: int, rank: int) -> None:
+    """Wait until the other process has come here. It does not wait: the message to the store leaves before it goes on.
+
+    A process that ends while the other one still connects, or reads what it sent, would fail that one before its time.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if rank == other:
+        store.set("here", "1")
+    else:
+        store.wait(["here"])
+
+
 def raised(work: Any) -> tuple[type, str]:
     with pytest.raises(Exception) as caught:
         work()
@@ -44,6 +56,7 @@ def lose(rank: int) -> dict[str, Any]:
     dist.init_process_group("gloo")
     found = {"differ": raised(lambda: check_same({"images": 10, "classes": 5 + rank}))}
     check_same({"images": 10})
+    after(0, rank)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
@@ -99,6 +112,7 @@ def test_what_the_first_process_has_all_have() -> None:
 
 def leave(rank: int, codes: tuple[int, int]) -> bool:
     dist.init_process_group("gloo")
+    after(1, rank)  # the first keeps the store: only the second may leave while the other is not ready
 
     def command() -> int:
         if codes[rank] == 1:
