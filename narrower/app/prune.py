@@ -19,10 +19,11 @@ from ..models.checkpoints import load_checkpoint
 from ..training.agreement import first, share
 from ..training.evaluate import headline
 from ..training.methods import Methods
-from . import centripetal_run, resrep_run, run_folder, soft_run
+from . import run_folder
 from .config import TRAINED
 from .job import Job, Settings
 from .layerwise import narrow_by_layers
+from .narrowing_methods import NARROWING_METHODS
 from .networks import (
     Costs,
     costs_of,
@@ -37,7 +38,6 @@ from .networks import (
 from .oneshot import distilling, narrow_oneshot, planned, sample, saved_plan
 from .timing import Timed, check_request, timed, with_given_times, with_times
 
-TRAININGS = {"resrep": resrep_run.train_resrep, "soft": soft_run.train_soft, "centripetal": centripetal_run.train_centripetal}
 LAYER_SECONDS = 1.0
 """How long the times of layers are measured."""
 STAGES = ("cut", "merge", "recalibrate", "reconstruct", "tune", "layers")
@@ -140,12 +140,8 @@ def plan_only(job: Job) -> narrower.Plan:
         raise ConfigError("--dry-run has nothing to show for --allocate norms: the training decides")
     job, model, graph = prepared(job)
     job = with_times(job, model, graph)
-    if given.prune.method == "resrep":
-        return cast(narrower.Plan, resrep_run.choose(job, model, graph).plan)
-    if given.prune.method == "soft":
-        return soft_run.choose(job, model, graph)
-    if given.prune.method == "centripetal":
-        return centripetal_run.choose(job, model, graph)
+    if method := NARROWING_METHODS.get(given.prune.method):
+        return cast(narrower.Plan, method.plan(job, model, graph))
     return planned(job, model, graph, list(sample(job, given.prune.images)))
 
 
@@ -157,7 +153,8 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
     name = before["headline"]
     if (found := restored(job, graph)) is None:
         untrained = narrow_by_layers if job.settings.prune.schedule == "layer" else narrow_oneshot
-        found = TRAININGS.get(method, untrained)(job, model, graph)
+        narrowed_by = NARROWING_METHODS[method].train if method in NARROWING_METHODS else untrained
+        found = narrowed_by(job, model, graph)
         if job.run.writes:
             with job.stage("save"):
                 narrower.save(found[0], job.run.folder)

@@ -18,9 +18,10 @@ from ..extras import optional
 from ..planning.requests import read_latency
 from ..storage import write_whole
 from ..training.agreement import first
-from . import centripetal_run, resrep_run, run_folder, soft_run
+from . import run_folder
 from .config import PruneConfig
 from .job import Job
+from .narrowing_methods import NARROWING_METHODS
 from .oneshot import check_plan
 
 RUNTIME, THREADS = "onnxruntime", 1
@@ -79,9 +80,8 @@ def check_request(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     """Make a plan, to fail before anything is trained: without milliseconds, as long as they are not known."""
     if job.settings.prune.timed and job.times is None:
         job = replace(job, settings=replace(job.settings, prune=untimed(job.settings.prune)))
-    checks = {"resrep": resrep_run.check, "soft": soft_run.check, "centripetal": centripetal_run.check}
-    if check := checks.get(job.settings.prune.method):
-        check(job, model, graph)
+    if method := NARROWING_METHODS.get(job.settings.prune.method):
+        method.check(job, model, graph)
     else:
         check_plan(job.settings.prune, model, graph, job.times)
 
