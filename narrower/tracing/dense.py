@@ -26,7 +26,9 @@ from .operators.table import row_of
 from .outline import outline
 from .recorder import Recorder
 
-Mode = Literal["eval", "train"]
+Mode = Literal["eval", "train", "train but for BatchNorm"]
+"""BatchNorm refuses one value per channel in train mode, as behind the global pooling of one image. In eval mode it ties the
+same channels."""
 
 
 class DenseForwardError(Exception):
@@ -149,26 +151,54 @@ def run_dense(stage: Stage, view_dims: Mapping[str, int], answers: Sequence[Answ
         raise
     except Exception as e:
         raise DenseForwardError from e
-    notes = []
-    unused = parameters - collector.seen
-    training = ConstraintCollector(stage.model, axes, view_dims, answers)
-    stage.model.train()
-    try:
-        if unused or differs_in_training(stage, collector, outputs):
-            collect(stage, training)
-            collectors["train"] = training
-    except TraceError:
-        raise
-    except Exception as e:
-        notes.append(f"what only training does could not be traced ({type(e).__name__}: {e})")
-    finally:
-        stage.model.eval()
-    still = sorted(unused - training.seen)
+    unused, tried = parameters - collector.seen, set[str]()
+    error: Exception | None = None
+    modes: tuple[Mode, ...] = ("train", "train but for BatchNorm")
+    for mode in modes:
+        training = ConstraintCollector(stage.model, axes, view_dims, answers)
+        try:
+            if collect_training(stage, mode, training, collector, None if unused else outputs):
+                collectors[mode] = training
+            error = None
+            break
+        except TraceError:
+            raise
+        except Exception as e:
+            error = error or e
+        finally:
+            tried |= training.seen
+    notes = [f"what only training does could not be traced ({type(error).__name__}: {error})"] if error else []
+    still = sorted(unused - tried)
     if still:
         notes.append(f"never used in the forward, left as they are: {', '.join(still[:4])}"
                      + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
     return DenseRun(view_dims, collectors, axes, {n: tuple(t.shape) for n, t in stage.tensors.items()}, parameters, batch,
                     [tuple(t.shape) for t in outputs], tuple(notes))
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Set all modules to a mode."""
+    model.train(mode != "eval")
+    if mode == "train but for BatchNorm":
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def collect_training(stage: Stage, mode: Mode, collector: ConstraintCollector, seen: ConstraintCollector,
+                     outputs: Sequence[Tensor] | None) -> bool:
+    """Collect the constraints of a train mode. False where the forward does what the eval mode has `seen`.
+
+    `outputs`: those of the eval mode. None: something was not used there, so that training does more.
+    """
+    set_mode(stage.model, mode)
+    try:
+        if outputs is not None and not differs_in_training(stage, seen, outputs):
+            return False
+        collect(stage, collector)
+        return True
+    finally:
+        set_mode(stage.model, "eval")
 
 
 def differs_in_training(stage: Stage, collector: ConstraintCollector, outputs: Sequence[Tensor]) -> bool:

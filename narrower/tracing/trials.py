@@ -15,7 +15,7 @@ from ..surgery.attributes import Place, set_attributes
 from ..surgery.copying import Stage
 from ..surgery.resize import Change, fit, slice_tensor, undo
 from .constraints import ConstraintCollector
-from .dense import DenseRun, Mode, outputs_of
+from .dense import DenseRun, Mode, outputs_of, set_mode
 from .grouping import Solution
 from .labels import Carried, Ids
 from .operators.table import row_of
@@ -58,13 +58,13 @@ def probe(stage: Stage, dense: DenseRun, solution: Solution, kept: Kept, stored_
         counts = {place: int(stays[dense.unit_of[ids]].sum()) for place, ids in stored_sizes.items()}
         changes += set_attributes(stage.model, counts)
         for mode in dense.collectors:
-            if mode == "train":
-                stage.model.train()
+            if mode != "eval":
+                set_mode(stage.model, mode)
             if failure := run_narrow(stage, mode, dense, solution, kept):
                 return failure
     finally:
-        if "train" in dense.collectors:
-            stage.model.eval()
+        if len(dense.collectors) > 1:
+            set_mode(stage.model, "eval")
         undo(changes)
     return None
 

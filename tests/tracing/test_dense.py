@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from support.networks import IMAGES, Head, ManyEnds, Plain, TrainingOnly, chain, images, unit
 from torch import Tensor, nn
 
+import narrower
 from narrower.errors import TraceError
 from narrower.surgery.copying import Stage, stage
 from narrower.tracing.constraints import ConstraintCollector
@@ -137,6 +138,28 @@ def test_a_train_forward_that_is_not_the_same_twice_is_noted() -> None:
     dense = run_dense(staged(Alternating()), {})
     assert [*dense.collectors] == ["eval"]
     assert dense.notes == ("what only training does could not be traced (RuntimeError: it is not the same twice)",)
+
+
+def test_the_train_forward_of_one_image_is_traced_with_global_pooling_before_batchnorm() -> None:
+    """BatchNorm refuses one value per channel in training, as that of DeepLab's pooled features."""
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.aux = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 3, 1)
+            self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+            self.head = nn.Conv2d(8, 3, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.features(x)
+            y = self.head(self.pooled(x))
+            return (y, self.aux(x)) if self.training else y
+
+    model, images = Pooled().eval(), torch.randn(4, 3, 8, 8)
+    graph = narrower.trace(model, images[:1])
+    assert graph.notes == ()
+    assert {g.name: g.size for g in graph.free} == {g.name: g.size for g in narrower.trace(model, images).free}
+    small = narrower.narrow(model, narrower.plan(graph, narrower.magnitude(model, graph), remove=0.5))
+    assert small.train()(images)[1].shape == (4, 3, 6, 6) and small.aux.weight.shape[1] == 8
 
 
 def test_an_auxiliary_head_is_traced_in_the_train_forward() -> None:
