@@ -63,20 +63,23 @@ class Component:
 
 def nearest_integers(equations: np.ndarray, want: np.ndarray, most: np.ndarray,
                      least: np.ndarray | None = None) -> np.ndarray:
-    """Minimise sum |x - want| over integers x with equations @ x == 0 and least <= x <= most. Zeros if there is no such x."""
+    """Minimise sum |x - want| over integers x with equations @ x == 0 and least <= x <= most. Zeros if there is no such x.
+
+    `equations` and `most` may go on behind `want`: with further integers, from 0 on, that are not part of the sum.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    n = len(want)
-    identity = np.eye(n)
+    n, others = len(want), len(most) - len(want)
+    identity, zeros = np.eye(n), np.zeros((n, others))
+    low = np.concatenate([np.zeros(n) if least is None else least, np.zeros(others + n)])
     result = milp(
-        np.concatenate([np.zeros(n), np.ones(n)]),  # variables: x, and u >= |x - want|
-        integrality=np.concatenate([np.ones(n), np.zeros(n)]),
-        bounds=Bounds(np.concatenate([np.zeros(n) if least is None else least, np.zeros(n)]),
-                      np.concatenate([most, np.full(n, np.inf)])),
+        np.concatenate([np.zeros(n + others), np.ones(n)]),  # variables: x, the further integers, and u >= |x - want|
+        integrality=np.concatenate([np.ones(n + others), np.zeros(n)]),
+        bounds=Bounds(low, np.concatenate([most, np.full(n, np.inf)])),
         constraints=[
-            LinearConstraint(np.hstack([equations, np.zeros_like(equations)]), 0, 0),
-            LinearConstraint(np.hstack([identity, -identity]), -np.inf, want),
-            LinearConstraint(np.hstack([-identity, -identity]), -np.inf, -want),
+            LinearConstraint(np.hstack([equations, np.zeros((len(equations), n))]), 0, 0),
+            LinearConstraint(np.hstack([identity, zeros, -identity]), -np.inf, want),
+            LinearConstraint(np.hstack([-identity, zeros, -identity]), -np.inf, -want),
         ],
         options={"time_limit": 5},
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.networks import IMAGES, Head, chain, unit
 from support.plans import graph_of, widths
 
 import narrower
@@ -21,6 +22,22 @@ def test_a_rate_takes_its_share_of_each_group_and_leaves_one(rate: float) -> Non
     plan = narrower.plan(graph, narrower.random(graph), remove=rate)
     for g in graph.free:
         assert len(plan.keep[g.name]) == max(1, g.size - math.floor(rate * g.size + 1e-9))
+
+
+@pytest.mark.parametrize("name", ["grouped", "regrouped", "shuffle", "chunked", "transposed"])
+@given(rate=st.floats(0.01, 0.9), round_to=st.integers(2, 8))
+def test_tied_widths_are_multiples_or_whole(name: str, rate: float, round_to: int) -> None:
+    graph = graph_of(name)
+    plan = narrower.plan(graph, narrower.random(graph), remove=rate, round_to=round_to)
+    assert not {n: w for n, w in widths(plan).items() if w % round_to and w != graph[n].size}
+
+
+def test_the_widths_of_a_grouped_convolution_are_multiples_of_both_numbers() -> None:
+    graph = narrower.trace(chain(unit(3, 48), unit(48, 48, groups=6), Head(48)), IMAGES)
+    for rate, width in ((0.35, 48), (0.5, 24), (0.6, 24)):
+        plan = narrower.plan(graph, narrower.random(graph), remove=rate, round_to=8)
+        assert widths(plan) == {"0.0": width, "1.0": width}
+    assert set(widths(narrower.plan(graph, narrower.random(graph), remove=0.35, round_to=4)).values()) == {36}
 
 
 def test_rates_by_pattern_apply_to_groups_and_layers() -> None:
