@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from enum import Enum
@@ -62,17 +61,17 @@ def arguments_of(inputs: Any) -> tuple[Any, ...]:
 
 def sample_count(inputs: Any) -> int:
     """How many samples the model's inputs hold: the images of the first argument if it is a list of them, else the first
-    dimension of the first tensor. 0 without tensors."""
-    first: Any = next((x for x in arguments_of(inputs) if flatten_tensors(x)), None)
+    dimension of the first tensor that has dimensions. 1 if none has, 0 without tensors."""
+    first: Any = next((x for x in arguments_of(inputs) if any(t.ndim for t in flatten_tensors(x))), None)
     if are_images(first):
         return len(first)
-    return next((t.shape[0] if t.ndim else 1 for t in flatten_tensors(first)), 0)
+    return next((t.shape[0] for t in flatten_tensors(first) if t.ndim), min(1, len(flatten_tensors(inputs))))
 
 
 def first_samples(inputs: Any, count: int) -> Any:
     """The model's inputs with the first `count` samples alone."""
     def first(argument: Any) -> Any:
-        return argument[:count] if are_images(argument) else map_tensors(argument, operator.itemgetter(slice(count)))
+        return argument[:count] if are_images(argument) else map_tensors(argument, lambda t: t[:count] if t.ndim else t)
 
     if isinstance(inputs, dict):
         return {k: first(v) for k, v in inputs.items()}

@@ -174,7 +174,8 @@ IMAGE, TALL = torch.zeros(3, 8, 8), torch.ones(3, 9, 8)
     (torch.zeros(5, 3), 5), ((torch.zeros(5, 3), torch.zeros(2)), 5), ({"x": torch.zeros(4, 3)}, 4),
     ([IMAGE, TALL], 2), (([IMAGE, TALL],), 2), (((IMAGE,),), 1), ({"images": [IMAGE] * 5}, 5), (([IMAGE] * 4, [A]), 4),
     ((torch.zeros(4, 3, 8),), 4), (([torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 4, 4)],), 2), ((None, IMAGE[0]), 8),
-    (torch.zeros(()), 1), ("text", 0)])
+    (torch.zeros(()), 1), ("text", 0), ({"t": torch.tensor(0.5), "x": torch.zeros(4, 3)}, 4),
+    ((torch.tensor(0.5), [IMAGE] * 2), 2), ((None, torch.tensor(0.5)), 1)])
 def test_samples_are_the_first_dimension_or_the_images_of_a_list(inputs: Any, count: int) -> None:
     assert sample_count(inputs) == count
 
@@ -183,6 +184,7 @@ def test_the_first_samples_of_a_list_are_whole_images() -> None:
     images, rest = first_samples(([IMAGE, TALL, IMAGE], torch.zeros(3, 2)), 2)
     assert [t.shape for t in images] == [IMAGE.shape, TALL.shape] and rest.shape == (2, 2)
     assert first_samples({"x": A}, 2)["x"].tolist() == [0, 1] and len(first_samples([IMAGE, TALL], 1)) == 1
+    assert [t.shape for t in first_samples((torch.tensor(0.5), torch.zeros(3, 2)), 2)] == [(), (2, 2)], "a number has none"
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
