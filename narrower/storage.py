@@ -19,7 +19,7 @@ from .errors import StorageError
 from .narrowing.narrow import RECORD, NarrowRecord
 from .surgery.attributes import Place, set_attributes
 from .surgery.copying import parameter_like
-from .surgery.resize import fit, give_bias, takes_bias
+from .surgery.resize import fit, format_of, give_bias, takes_bias
 from .surgery.walk import named_tensors, tensor_shapes
 
 FORMAT = 2  # 1 had the kept channels of each plan as well, which nothing read
@@ -77,6 +77,8 @@ def write_whole(contents: Mapping[Path, bytes]) -> None:
 def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) -> nn.Module:
     """The narrow network that `save` wrote: `make_model()` makes the dense one, which is cut to the saved shapes.
 
+    Devices and memory formats are those of the dense network. Parameters and buffers that it has on meta come to the CPU.
+
     Raises StorageError if a file is missing or damaged, of a later version, or of another network than `make_model` gives.
     """
     check_factory(make_model)
@@ -124,14 +126,18 @@ def check_factory(make_model: object) -> None:
 
 
 def saved_value(data: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dense: Tensor) -> Tensor:
-    """A saved tensor, on the device of the dense one. Raises StorageError if it is not what description and network say."""
+    """A saved tensor, on the device and in the memory format of the dense one. On the CPU if that is on meta, without values.
+
+    Raises StorageError if it is not what description and network say.
+    """
     if name not in data:
         raise StorageError(f"{WEIGHTS} lacks {name}, which {META} names")
     if tuple(data[name].shape) != shape:
         raise StorageError(f"{name}: {WEIGHTS} has shape {list(data[name].shape)}, {META} says {list(shape)}")
     if data[name].is_floating_point() != dense.is_floating_point():
         raise StorageError(f"{name}: {WEIGHTS} has {data[name].dtype}, the network {dense.dtype}")
-    return data[name].to(device=dense.device)
+    value = data[name] if dense.is_meta else data[name].to(device=dense.device)
+    return value.contiguous(memory_format=format_of(dense))
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

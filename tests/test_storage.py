@@ -83,6 +83,27 @@ def test_frozen_parameters_follow_the_factory_and_what_is_loaded_trains(tmp_path
     assert again.conv2.weight.grad.shape == again.conv2.weight.shape
 
 
+def test_a_network_made_on_meta_is_loaded_with_its_weights(tmp_path: Path) -> None:
+    def on_meta() -> nn.Module:
+        with torch.device("meta"):
+            return Plain()
+
+    small = saved(Plain(), IMAGES, tmp_path).eval()
+    again = narrower.load(tmp_path, on_meta).eval()
+    assert {t.device.type for t in tensors(again).values()} == {"cpu"}
+    assert torch.equal(again(IMAGES), small(IMAGES))
+
+
+def test_the_memory_format_is_that_of_the_dense_network(tmp_path: Path) -> None:
+    def channels_last() -> nn.Module:
+        return Plain().to(memory_format=torch.channels_last)
+
+    small = saved(channels_last(), IMAGES, tmp_path)
+    for make, fmt in ((channels_last, torch.channels_last), (Plain, torch.contiguous_format)):
+        again: Any = narrower.load(tmp_path, make)
+        assert torch.equal(again.conv2.weight, small.conv2.weight) and again.conv2.weight.is_contiguous(memory_format=fmt)
+
+
 def test_load_trace_narrow_save_again(tmp_path: Path) -> None:
     saved(UNet(), IMAGES, tmp_path / "once")
     once = narrower.load(tmp_path / "once", UNet)
