@@ -89,12 +89,14 @@ def export(
 
     Raises:
         ExportError: no such format; the exporter fails (with the operator that it does not take, if that is why); the runtime
-            cannot run the file; it computes something else; nothing can be written there. No file is left then, and
-            one of before stays.
+            cannot run the file; it computes something else; an output has no finite value; nothing can be written there. No
+            file is left then, and one of before stays.
         MissingExtraError: a package is missing.
     """
     path = Path(path)
     format = format_of(path)
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a directory, give the name of a file")
     if calibration is not None and format.name != "onnx":
         raise ExportError(f"int8 is written as .onnx only, not as {path.name}: leave out calibration, or change the suffix")
     for package in format.packages:
@@ -258,6 +260,10 @@ def expected_outputs(module: nn.Module, inputs: Any, dynamic: bool) -> list[Chec
             raise
         raise ExportError(f"the network takes the example inputs, but not {batch_size(other)} samples: {reason(error)}. "
                           f"{ADVICE}") from error
+    for i, t in enumerate(t for _, outputs in found for t in outputs):
+        if t.numel() and not torch.isfinite(t).any():
+            raise ExportError(f"output {i % len(found[0][1])} of {type(module).__name__} has no finite value for the example "
+                              "inputs, so nothing shows what a file computes: look at its weights, or give other inputs")
     return found
 
 

@@ -91,6 +91,22 @@ def test_torch_runs_its_own_files_on_the_device_of_the_network() -> None:
     assert {format.name for format in FORMATS if format.on_cpu} == {"onnx", "openvino"}
 
 
+def test_a_directory_is_no_place_for_a_file(tmp_path: Path) -> None:
+    (tmp_path / "net.pt2").mkdir()
+    with pytest.raises(narrower.ExportError, match=r"net.pt2: it is a directory"):
+        narrower.export(Plain(), images(), tmp_path / "net.pt2")
+    assert not list((tmp_path / "net.pt2").iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_without_a_finite_value_prove_nothing(value: float, tmp_path: Path) -> None:
+    model = Plain()
+    torch.nn.init.constant_(model.fc.bias, value)
+    with pytest.raises(narrower.ExportError, match="output 0 of Plain has no finite value for the example inputs"):
+        narrower.export(model, images(), tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_are_compared_on_mirror_images_and_never_on_equal_values(tmp_path: Path) -> None:
     x = images(batch=2)
     (given, _), (other, (expected,)) = exporting.expected_outputs(nn.Identity(), x, False)
