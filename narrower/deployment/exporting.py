@@ -28,6 +28,7 @@ from .int8 import quantize, relative_error
 
 Check = tuple[Any, list[Tensor]]
 EXACT, ROUGH = 1e-4, 0.3  # default tolerances, of float and of int8
+ROUNDINGS = 16  # of the outputs' precision, allowed to a file that becomes int8
 ADVICE = "A file for one batch size may do: dynamic_batch=False, --fixed-batch 1"
 
 
@@ -110,7 +111,7 @@ def export(
         traced = resized(inputs, max(2, batch_size(inputs) or 0)) if dynamic else inputs  # torch takes 1 as a fixed size
         with folder_beside(path) as folder:
             part = folder / path.name
-            exact = Agreement(checks, dynamic, EXACT if tolerance is None or calibration is not None else tolerance)
+            exact = Agreement(checks, dynamic, exactness(checks, tolerance, calibration is not None))
             difference = written(module, traced, part, format, exact)
             if calibration is not None:
                 rough = Agreement(checks, dynamic, ROUGH if tolerance is None else tolerance, relative_error)
@@ -118,6 +119,18 @@ def export(
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     batch = "any" if dynamic else str(batch_size(inputs) or "as given")
     return Exported(path, format.name, format.runtime, "float" if calibration is None else "int8", size, difference, batch)
+
+
+def exactness(checks: list[Check], tolerance: float | None, to_int8: bool) -> float:
+    """The tolerance of a file in the network's precision. One that becomes int8 may round as that precision does."""
+    if to_int8:
+        return max(EXACT, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in precisions(checks)))
+    return EXACT if tolerance is None else tolerance
+
+
+def precisions(checks: list[Check]) -> list[torch.dtype]:
+    """The types of the floating-point outputs."""
+    return list({t.dtype: None for _, outputs in checks for t in outputs if t.is_floating_point()})
 
 
 @contextmanager
@@ -156,6 +169,10 @@ def relative_difference(expected: Tensor, found: Tensor) -> float:
     return (a[finite] - b[finite]).abs().max().item() / scale
 
 
+class DifferenceError(ExportError):
+    """A file computes something else for as many samples as it was written with: the batch is not why."""
+
+
 @dataclass(frozen=True)
 class Agreement:
     """What a file must compute: inputs with PyTorch's outputs for them, and how near is near enough."""
@@ -174,15 +191,16 @@ class Agreement:
         run = format.open(path, 0)
         for inputs, expected in self.checks:
             found = run(inputs)
+            error = DifferenceError if inputs is self.checks[0][0] and batch_size(inputs) != 1 else ExportError
             if len(found) != len(expected):
-                raise ExportError(f"the file gives {len(found)} outputs, PyTorch {len(expected)}")
+                raise error(f"the file gives {len(found)} outputs, PyTorch {len(expected)}")
             for i, (a, b) in enumerate(zip(expected, found, strict=True)):
                 if a.shape != b.shape:
-                    raise ExportError(f"output {i} has shape {tuple(b.shape)} in {format.runtime}, {tuple(a.shape)} in PyTorch")
+                    raise error(f"output {i} has shape {tuple(b.shape)} in {format.runtime}, {tuple(a.shape)} in PyTorch")
                 value = self.distance(a, b)
                 if not value <= self.tolerance:
-                    raise ExportError(f"output {i} of shape {tuple(a.shape)} differs in {format.runtime} from PyTorch by "
-                                      f"{value:.2e} of its values (tolerance {self.tolerance:g})")
+                    raise error(f"output {i} of shape {tuple(a.shape)} differs in {format.runtime} from PyTorch by "
+                                f"{value:.2e} of its values (tolerance {self.tolerance:g})")
                 largest = max(largest, value)
         return largest
 
@@ -192,18 +210,22 @@ def written(module: nn.Module, inputs: Any, path: Path, format: Format, agreemen
 
     Raises ExportError with the reason of each way.
     """
-    reasons = []
+    reasons, differs = [], False
     for write in format.writers:
         try:
             write(module, inputs, path, agreement.dynamic)
             return agreement.difference(path, format)
         except Exception as error:  # whatever the exporters and runtimes raise
             reasons.append(f"{name_of(write)}: {reason(error)}")
+            differs |= isinstance(error, DifferenceError)
             if isinstance(error, MemoryError):
                 raise
             for file in path.parent.iterdir():
                 file.unlink()
-    advice = f". {ADVICE}" if agreement.dynamic else ""
+    advice = f". {ADVICE}" if agreement.dynamic and not differs else ""
+    if odd := [dtype for dtype in precisions(agreement.checks) if dtype != torch.float32]:
+        advice += (f". In {odd[0]} runtimes round otherwise, or lack operators: export module.float(), or give a larger "
+                   "tolerance=")
     raise ExportError(f"no {format.name} file of {type(module).__name__} was written: {'; '.join(reasons)}{advice}")
 
 
@@ -240,7 +262,8 @@ def reason(error: BaseException) -> str:
     if named := next((m for text in reversed(texts) if (m := OPERATOR.search(text))), None):
         return f"the operator {named[1].rstrip('.')} is not supported"
     text = next((text for text in reversed(texts) if text.strip()), type(error).__name__)
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = next((line for line in lines if not line.startswith("Exception from")), "".join(lines[:1]))  # OpenVINO says where
     first = first if len(first) <= 160 else first[:160] + " ..."
     places = PLACE.findall(text)
     where = f" (at {Path(places[-1][0]).name}:{places[-1][1]}: {places[-1][2]})" if places else ""

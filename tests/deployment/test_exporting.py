@@ -129,6 +129,29 @@ def test_a_writer_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["net.made"]
 
 
+def test_the_advice_is_of_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(x: Tensor) -> str:
+        with pytest.raises(narrower.ExportError, match="differs in nothing") as caught:
+            narrower.export(nn.Identity(), x, tmp_path / "net.made")
+        return str(caught.value)
+
+    def write_nothing(*args: Any) -> None:
+        pass
+
+    made = Format("made", (".made",), "nothing", (), (write_nothing,), lambda path, threads: lambda inputs: [inputs + 1])
+    monkeypatch.setattr(exporting, "format_of", lambda path: made)
+    assert "dynamic_batch" not in fails(images(batch=2)) and "float()" not in fails(images(batch=2))
+    assert "dynamic_batch=False" in fails(images(batch=1)), "the file was written with two"
+    assert "In torch.float16 " in (text := fails(images().half())) and "module.float(), or give a larger tolerance=" in text
+
+
+def test_a_file_that_becomes_int8_may_round_as_the_network_does() -> None:
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 2**-6), (torch.bfloat16, 2**-3)):
+        checks = [(None, [torch.zeros(2, dtype=dtype), torch.zeros(2, dtype=torch.int64)])]
+        assert exporting.exactness(checks, 0.5, True) == tolerance and exporting.exactness(checks, None, False) == 1e-4
+        assert exporting.exactness(checks, 0.5, False) == 0.5
+
+
 def test_the_tolerance_is_that_of_the_caller(tmp_path: Path) -> None:
     assert narrower.export(Forgetful(), images(), tmp_path / "net.ts", tolerance=1e3).difference > 1e-4
 
@@ -196,6 +219,8 @@ def test_inputs_of_equal_values_become_noise() -> None:
 
 def test_a_reason_is_one_line() -> None:
     assert reason(ValueError("first\nsecond")) == "ValueError: first"
+    assert reason(RuntimeError("Exception from core.cpp:84:\nCheck 'x' failed")) == "RuntimeError: Check 'x' failed"
+    assert reason(RuntimeError("Exception from core.cpp:84:")) == "RuntimeError: Exception from core.cpp:84:"
     assert reason(KeyError()) == "KeyError: KeyError" and len(reason(ValueError("x" * 1000))) < 330
 
 
