@@ -176,7 +176,7 @@ def by_budget(model: CostModel, parts: list[Component], scores: Mapping[str, np.
     taken = descend(descents, running, targets, lambda d: d.even_step(running, weight) if sensitivity is None
                     else d.best_step(running, weight, sensitivity))
     if not fits(running.now, targets):
-        raise unreachable(model.graph, running, targets, dense)
+        raise unreachable(running, budget, targets, dense)
     for k in reversed(taken):
         back = -descents[k].per_group(descents[k].history[-1])
         saved = running.saved(back)
@@ -186,18 +186,19 @@ def by_budget(model: CostModel, parts: list[Component], scores: Mapping[str, np.
     return [d.lost for d in descents]
 
 
-def unreachable(graph: Graph, running: RunningCost, targets: Mapping[CostKind, float],
+def unreachable(running: RunningCost, budget: Budget, targets: Mapping[CostKind, float],
                 dense: Mapping[CostKind, float]) -> BudgetError:
     """The error names the least cost that can be reached, and the largest layers in the way."""
     kind = next(k for k in targets if running.now[k] > targets[k])
     costs = running.model.by_tensor(kind, running.widths)
     largest = sorted(costs, key=lambda t: -costs[t])[:3]
-    in_way = [f"{g.name} ({g.pinned})" for g in graph if g.pinned and any(
+    in_way = [f"{g.name} ({g.pinned})" for g in running.model.graph if g.pinned and any(
         s.makes and s.tensor in largest for s in g.slices)]
     layers = ", ".join(f"{t} {shown(kind, costs[t])}" for t in largest)
     pinned = f"; pinned: {'; '.join(in_way)}" if in_way else ""
-    percent = kind != "latency_ms" and 1 < targets[kind] <= 100
-    meant = f"; for {targets[kind]:g} % give {targets[kind] / 100:g}" if percent else ""
+    given = getattr(budget, kind)
+    percent = kind != "latency_ms" and 1 < given <= 100
+    meant = f"; for {given:g} % give {given / 100:g}" if percent else ""
     return BudgetError(
         f"{kind}={shown(kind, targets[kind])} ({targets[kind] / dense[kind]:.1%} of {shown(kind, dense[kind])}) cannot be "
         f"reached: the least is {shown(kind, running.now[kind])} ({running.now[kind] / dense[kind]:.1%}). "
