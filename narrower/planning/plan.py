@@ -21,7 +21,7 @@ from .drawing import draw_bars, new_axes
 from .greedy import by_budget
 from .latency import LatencyTable
 from .rates import by_rate
-from .requests import Budget, checked_scores, excluded, lowest_channels
+from .requests import Budget, checked_scores, excluded, lowest_channels, plain
 
 FORMAT = 1
 
@@ -200,6 +200,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
         PlanError: the request does not fit the graph.
         BudgetError: the budget is below the least that can be reached.
     """
+    macs, params, latency_ms, round_to, min_channels = map(plain, (macs, params, latency_ms, round_to, min_channels))
+    remove = {k: plain(v) for k, v in remove.items()} if isinstance(remove, Mapping) else plain(remove)
     budget = Budget(macs, params, latency_ms)
     check_request(graph, budget, remove, sensitivity, latency)
     round_to = ("auto" if latency_ms else 1) if round_to is None else round_to
@@ -211,7 +213,7 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     values = checked_scores(graph, scores, left_out)
     parts = components(graph, left_out if sensitivity is None else left_out | free - sensitivity.by_group.keys())
     request = {"macs": macs, "params": params, "latency_ms": latency_ms, "round_to": round_to, "exclude": sorted(left_out),
-               "remove": remove if not isinstance(remove, Mapping) else dict(remove), "min_channels": min_channels}
+               "remove": remove, "min_channels": min_channels}
     if remove is not None:
         lost = by_rate(graph, parts, remove, multiples, min_channels)
     else:

@@ -6,8 +6,9 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +38,7 @@ class Budget:
         for kind, value in wanted:
             if value is None:
                 continue
+            value = plain(value)
             if kind == "latency_ms" and isinstance(value, str):
                 value = fraction_of(value, dense[kind])
             if not (isinstance(value, (int, float)) and math.isfinite(value)) or value <= 0 or value == 1:
@@ -45,6 +47,11 @@ class Budget:
             if out[kind] >= dense[kind]:
                 raise PlanError(f"{kind}={value:g} is no less than the dense network has ({shown(kind, dense[kind])})")
         return out
+
+
+def plain(x: Any) -> Any:
+    """A number of numpy as one of Python, which plans can write to files. Anything else as it is."""
+    return x.item() if isinstance(x, np.generic) else x
 
 
 def read_latency(wanted: float | str) -> tuple[float, bool]:
@@ -91,6 +98,8 @@ def matching(graph: Graph, pattern: str) -> list[str]:
 
 def excluded(graph: Graph, patterns: str | Sequence[str]) -> set[str]:
     """The free groups that any of the patterns matches. Raises PlanError for a pattern without a match."""
+    if not isinstance(patterns, Iterable):
+        raise PlanError(f"exclude={patterns!r}: give patterns of groups and layers, or leave it out")
     return {name for p in ([patterns] if isinstance(patterns, str) else patterns) for name in matching(graph, p)}
 
 

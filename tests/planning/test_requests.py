@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.plans import graph_of
+from support.plans import graph_of, widths
 
 import narrower
 from narrower.graph.cost import CostKind
@@ -39,7 +39,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"remove": {"conv1": 1.0}}, "conv1"), ({"remove": {"conv1": "x"}}, "conv1"),
     ({"remove": {"nothing*": 0.5}}, "nothing"), ({"remove": {3: 0.5}}, "3"), ({"remove": True}, "remove"),
     ({"macs": 0.5, "exclude": ["nothing"]}, "nothing"), ({"macs": 0.5, "exclude": "fc"}, "fc"),
-    ({"macs": 0.5, "exclude": [3]}, "3"), ({"macs": 0.5, "exclude": "*"}, "the least is"),
+    ({"macs": 0.5, "exclude": [3]}, "3"), ({"macs": 0.5, "exclude": None}, "exclude=None"),
+    ({"macs": np.bool_(True)}, "macs"), ({"macs": 0.5, "round_to": np.bool_(True)}, "round_to"),
+    ({"macs": 0.5, "exclude": "*"}, "the least is"),
     ({"macs": 0.5, "round_to": 0}, "round_to"), ({"macs": 0.5, "round_to": -4}, "round_to"),
     ({"macs": 0.5, "round_to": 2.5}, "round_to"), ({"macs": 0.5, "round_to": "8"}, "round_to"),
     ({"macs": 0.5, "min_channels": 0}, "min_channels"), ({"macs": 0.5, "min_channels": 1.5}, "min_channels"),
@@ -52,6 +54,17 @@ def test_a_bad_request_is_a_clear_error(request_: dict[str, Any], word: str) -> 
     graph = graph_of("plain")
     with pytest.raises(narrower.PlanError, match=word):
         narrower.plan(graph, narrower.random(graph), **request_)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    graph = graph_of("plain")
+    scores = narrower.random(graph)
+    for given in ({"macs": np.float32(0.5)}, {"params": np.float64(0.5)}, {"macs": np.int64(20_000)},
+                  {"remove": np.float32(0.5), "round_to": np.int64(2), "min_channels": np.int32(3)},
+                  {"remove": {"conv1": np.float16(0.5)}}):
+        found = narrower.plan(graph, scores, **given)
+        assert widths(narrower.Plan.from_json(found.to_json(), graph)) == widths(found)
+    assert widths(narrower.plan(graph, scores, macs=np.float32(0.5))) == widths(narrower.plan(graph, scores, macs=0.5))
 
 
 def test_a_pattern_without_a_match_suggests_names() -> None:
