@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,12 +31,15 @@ WEIGHTS, META = "model.safetensors", "narrower.json"
 def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path:
     """Write `model.safetensors` and `narrower.json` into `folder` (made if missing).
 
-    `model` comes from `narrow`, `load` or `ResRep.merge`; its parameters may have been trained since. `extra` (JSON values) is
-    kept under "extra". The files are written under other names and then renamed, so an interrupted save loses nothing.
+    `model` comes from `narrow`, `load` or `ResRep.merge`; its parameters may have been trained since. What `torch.compile` made
+    of it is saved as the network itself. `extra` (JSON values, numbers of numpy and torch) is kept under "extra". The files are
+    written under other names and then renamed, so an interrupted save loses nothing.
 
-    Raises StorageError for a model that narrower has not made, for one whose tensors have changed shape since, and if the
-    files cannot be written.
+    Raises StorageError for a model that narrower has not made, for one whose tensors have changed shape since, for other
+    values in `extra`, and if the files cannot be written.
     """
+    if type(model).__name__ == "OptimizedModule":  # around the network, its tensors under other names
+        model = model.get_submodule("_orig_mod")
     record = getattr(model, RECORD, None)
     if not isinstance(record, NarrowRecord):
         raise StorageError("this model has no record of narrowing: save takes what narrow, load or merge returned")
@@ -45,14 +49,24 @@ def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path
         raise StorageError(f"the network has changed since it was narrowed: {differences(record.shapes, shapes)}")
     tied = tied_names(tensors)
     data = {n: t.detach().contiguous().cpu().clone() for n, t in tensors.items() if n not in tied}
-    text = json.dumps({
-        "format": FORMAT, "dense": record.dense, "shapes": shapes, "tied": tied,
-        "numbers": [[*place, value] for place, value in record.attributes.items()],
-        "created": record.created, "extra": extra,
-    })
+    try:
+        text = json.dumps({
+            "format": FORMAT, "dense": record.dense, "shapes": shapes, "tied": tied,
+            "numbers": [[*place, value] for place, value in record.attributes.items()],
+            "created": record.created, "extra": extra,
+        }, default=plain_number)
+    except (TypeError, ValueError) as e:
+        raise StorageError(f"extra values must be what JSON holds: {e}") from e
     folder = Path(folder)
     write_whole({folder / WEIGHTS: serialize(data, metadata={"format": "pt"}), folder / META: text.encode()})
     return folder
+
+
+def plain_number(x: Any) -> Any:
+    """A number of numpy or torch as one of Python. Raises TypeError for anything else, as `json.dumps` wants it."""
+    if isinstance(x, (np.generic, Tensor)) and x.ndim == 0:
+        return x.item()
+    raise TypeError(f"{type(x).__name__} is no such value")
 
 
 def write_whole(contents: Mapping[Path, bytes]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -166,6 +167,21 @@ def test_what_cannot_be_written_replaces_nothing(tmp_path: Path) -> None:
 def test_extra_values_are_kept(tmp_path: Path) -> None:
     saved(Plain(), IMAGES, tmp_path, accuracy=0.5, names=["a", "b"])
     assert json.loads((tmp_path / "narrower.json").read_text())["extra"] == {"accuracy": 0.5, "names": ["a", "b"]}
+
+
+def test_extra_numbers_may_be_of_numpy_or_torch_and_other_values_are_an_error(tmp_path: Path) -> None:
+    small = saved(Plain(), IMAGES, tmp_path, accuracy=np.float32(0.5), images=np.int64(7), loss=torch.tensor(0.25))
+    assert json.loads((tmp_path / "narrower.json").read_text())["extra"] == {"accuracy": 0.5, "images": 7, "loss": 0.25}
+    for value, kind in ((torch.zeros(2), "Tensor"), ({1, 2}, "set")):
+        with pytest.raises(narrower.StorageError, match=f"what JSON holds: {kind}"):
+            narrower.save(small, tmp_path, accuracy=value)
+
+
+def test_a_compiled_network_is_saved_as_the_network_itself(tmp_path: Path) -> None:
+    small = saved(Plain(), IMAGES, tmp_path / "own")
+    narrower.save(torch.compile(small), tmp_path / "compiled")  # type: ignore[arg-type]
+    for name in ("model.safetensors", "narrower.json"):
+        assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "compiled" / name).read_bytes()
 
 
 def test_only_narrowed_models_are_saved(tmp_path: Path) -> None:
