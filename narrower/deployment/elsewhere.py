@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ExportError
 from ..graph.types import Graph
+from ..inputs import flatten_tensors
 from ..planning.latency import LatencyTable, Whole, kind_from, layer_from
 from . import layer_times
 from .exporting import export
 from .survey import Survey, sizes_in, survey
-from .tabulating import narrow_networks, place_of
+from .tabulating import check_precision, narrow_networks, place_of
 
 JOBS, TIMES, SCRIPT = "jobs.json", "times.json", "layer_times.py"
 
@@ -36,12 +37,18 @@ def write_latency_jobs(model: nn.Module, graph: Graph, example_inputs: Any, fold
         suffix: of these files: `.onnx`, which ONNX Runtime and OpenVINO read, or `.ts` for torch (`--runtime eager`).
 
     Raises:
-        ExportError, MissingExtraError: the network cannot be exported.
+        ExportError, MissingExtraError: the network cannot be exported, or the script cannot make its inputs: whole numbers, or
+            several of a `.ts` file.
     """
+    tensors, place = flatten_tensors(example_inputs), place_of(model, example_inputs, "", 1)
+    if not all(t.is_floating_point() for t in tensors) or (len(tensors) > 1 and suffix == ".ts"):
+        raise ExportError(f"{SCRIPT} feeds networks with noise, a .ts file with one tensor of it: wrap the network in a module "
+                          "that holds its other inputs")
+    if suffix != ".ts":
+        check_precision(place["dtype"])
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     found = survey(model, graph, example_inputs)
-    place = place_of(model, example_inputs, "", 1)
     networks = {f"network-{i}{suffix}": module for i, module in enumerate([model, *narrow_networks(model, graph)])}
     for name, module in networks.items():
         export(module, example_inputs, path / name, dynamic_batch=False)

@@ -99,7 +99,9 @@ def runtime_named(name: str) -> Runtime:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch computes on `count` threads inside."""
+    """PyTorch computes on `count` threads inside. Raises ConfigError if that is no number from 1."""
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"threads={count!r}: give a whole number from 1")
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

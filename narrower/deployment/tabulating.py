@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import ConfigError, StorageError
+from ..errors import ConfigError, ExportError, StorageError
 from ..graph.types import Graph, Scores
 from ..inputs import flatten_tensors, sample_count, shapes_of
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
 from ..surgery.walk import in_eval_mode, named_tensors
-from .layer_times import PREPARE, clock_for, machine, measure_layers, measure_networks
+from .layer_times import OPEN, PREPARE, clock_for, machine, measure_layers, measure_networks
 from .runtimes import Runtime, device_in, dtype_of, runtime_named, torch_threads
 from .survey import sizes_in, survey
 
@@ -69,12 +69,14 @@ def measure_latency(
         progress: is told what is measured.
 
     Raises:
-        ConfigError: no such runtime, or `cache` has times of another machine or runtime.
-        ExportError, MissingExtraError: the network cannot be exported for the runtime.
+        ConfigError: no such runtime or number of threads, or `cache` has times of another machine or runtime.
+        ExportError, MissingExtraError: the network cannot be exported for the runtime, or is not in single precision.
         StorageError: `cache` cannot be written.
     """
     place = runtime if isinstance(runtime, Runtime) else runtime_named(runtime)
     where = place_of(model, example_inputs, place.name, threads)
+    if place.name in OPEN:
+        check_precision(where["dtype"])
     times = Times.read(Path(cache) if cache else None, {k: v for k, v in where.items() if k != "shape"})
     found = survey(model, graph, example_inputs)
 
@@ -95,6 +97,13 @@ def measure_latency(
             times.write()
         networks = times.networks[key]
     return found.table(where, times.layers, [Whole(sizes_in(m, found), *t) for m, t in zip(modules, networks, strict=True)])
+
+
+def check_precision(dtype: str) -> None:
+    """Raise ExportError for a network whose layers runtimes of files do not run or compare."""
+    if dtype != "float32":
+        raise ExportError(f"files are timed in single precision, this network is in {dtype}: measure model.float(), with such "
+                          'inputs, or in PyTorch (runtime="eager")')
 
 
 def networks_key(modules: Sequence[nn.Module], graph: Graph, example_inputs: Any) -> str:
@@ -144,12 +153,15 @@ class Times:
             return times
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            old, layers, networks = data["place"], dict(data["layers"]), dict(data["networks"])
-        except (ValueError, KeyError, TypeError) as e:
+            old, layers = data["place"], dict(data["layers"])
+            networks = {k: [(ms, spread) for ms, spread in v] for k, v in data["networks"].items()}
+        except OSError as e:
+            raise ConfigError(f"{path} cannot be read ({e.strerror or e}): name a file") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ConfigError(f"{path} has no times of layers ({type(e).__name__}: {e}): name another file") from e
         if old != place:
             raise ConfigError(f"{path} has times of {old}, not of {place}: name another file, or remove it")
-        times.layers, times.networks = layers, {k: [(ms, spread) for ms, spread in v] for k, v in networks.items()}
+        times.layers, times.networks = layers, networks
         return times
 
     def write(self) -> None:

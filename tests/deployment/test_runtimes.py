@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +57,9 @@ def test_threads_are_put_back() -> None:
         assert torch.get_num_threads() == before + 1
         1 / 0
     assert torch.get_num_threads() == before and len({r.name for r in RUNTIMES}) == len(RUNTIMES)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_threads_are_counted_from_one(count: Any) -> None:
+    with pytest.raises(narrower.ConfigError, match="threads="), torch_threads(count):
+        pass

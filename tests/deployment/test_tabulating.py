@@ -95,6 +95,21 @@ def test_times_of_another_machine_or_damaged_ones_are_refused(tmp_path: Path) ->
     cache.write_text("{")
     with pytest.raises(narrower.ConfigError, match="has no times of layers"):
         measured(cache=cache)
+    where: dict[str, Any] = {}
+    for networks in ({"a": 3}, {"a": [3]}, 3):
+        cache.write_text(json.dumps({"place": where, "layers": {}, "networks": networks}))
+        with pytest.raises(narrower.ConfigError, match="has no times of layers"):
+            tabulating.Times.read(cache, where)
+    with pytest.raises(narrower.ConfigError, match="cannot be read .*name a file"):
+        tabulating.Times.read(tmp_path, where)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_are_timed_in_single_precision(dtype: torch.dtype, runtime: str) -> None:
+    model, x = PATTERNS["plain"].make().to(dtype), images(batch=1).to(dtype)
+    with pytest.raises(narrower.ExportError, match=f"this network is in {dtype}".replace("torch.", "")):
+        narrower.measure_latency(model, graph_of("plain"), x, runtime=runtime)
 
 
 def test_times_that_cannot_be_written_are_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
