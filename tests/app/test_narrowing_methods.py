@@ -1,4 +1,4 @@
-"""The methods that narrow in the training, as the commands see them. What each does is in `test_cli.py` and beside its module."""
+"""The methods that narrow in the training, as the commands see them. What each does is tested in `test_cli.py`."""
 
 from __future__ import annotations
 
