@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import Files, Source
+from .images import Files, Source, converted
 from .seeding import mix
+
+DECODING = 2  # counts changes of what a file becomes: 16-bit images were white once
 
 
 def decoded(
@@ -49,21 +51,21 @@ def fitted(image: Any, size: tuple[int, int], mode: str) -> np.ndarray[Any, Any]
     """The pixels `[H, W, C]`, scaled and cropped at the centre to `size`."""
     from PIL import ImageOps
 
-    image = image if image.mode == mode else image.convert(mode)
+    image = converted(image, mode)
     if image.size != (size[1], size[0]):
         image = ImageOps.fit(image, (size[1], size[0]))
     return np.asarray(image).reshape(*size, -1)
 
 
 def cache_file(source: Source, size: tuple[int, int], mode: str, cache: Path | None) -> Path | None:
-    """The cache file. Its name is a hash of all that determines the pixels: paths, sizes and times of the files, size and mode.
+    """The cache file. Its name is a hash of all that determines the pixels: the files' paths, sizes and times, size and mode.
 
     None if nothing is cached.
     """
     if cache is None or not isinstance(source, Files):
         return None
     stats = [(path, stat.st_size, stat.st_mtime_ns) for path in source.paths for stat in [os.stat(path)]]
-    return cache / f"images-{mix(stats, size, mode):014x}.npy"
+    return cache / f"images-{mix(stats, size, mode, DECODING):014x}.npy"
 
 
 def store(file: Path, pixels: np.ndarray[Any, Any]) -> None:

@@ -116,7 +116,7 @@ class LazyImages(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.source[index]
-        image = image.convert(self.mode)
+        image = converted(image, self.mode)
         if self.key is None:
             return self.transform(image), label
         seed_all(mix(*self.key, index))
@@ -144,6 +144,8 @@ class OwnImages(Dataset[Batch]):
 
 Images = TensorImages | LazyImages | StreamImages | OwnImages
 
+OF_16_BITS = ("PNG", "PPM")
+"""Formats whose pixels have 16 bits where PIL gives them 32."""
 HELD_OUT_SHARE = 0.05  # of the training images, at most
 
 
@@ -173,6 +175,23 @@ def subset(images: Images, index: Tensor) -> Images:
     return replace(images, source=Subset(cast(Any, images.source), index.tolist()))
 
 
+def converted(image: Any, mode: str) -> Any:
+    """A PIL image in another mode of 8 bits, RGB or L. Grey images of 16 bits are scaled: PIL would clip them at 255.
+
+    Raises:
+        DataError: the pixels are 32-bit or real numbers, of which the file does not tell what is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in OF_16_BITS):
+        from PIL import Image
+
+        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)).convert(mode)
+    if image.mode in ("I", "F"):
+        kind = "32-bit" if image.mode == "I" else "real"
+        raise DataError(f"{getattr(image, 'filename', '') or 'an image'} has {kind} numbers for pixels, and what is black and "
+                        "white among them is not known: save the images with 8 or 16 bits, or read them by a --task")
+    return image.convert(mode)
+
+
 @dataclass(frozen=True)
 class Files:
     """Image files and their labels, converted to a PIL mode."""
@@ -189,7 +208,7 @@ class Files:
 
         try:
             with Image.open(self.paths[index]) as image:
-                return image.convert(self.mode), self.labels[index]
+                return converted(image, self.mode), self.labels[index]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"cannot read image {self.paths[index]}: remove or replace it ({str(error).splitlines()[0]})"

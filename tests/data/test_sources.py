@@ -193,3 +193,34 @@ def test_the_number_of_classes_is_that_of_the_images(tmp_path: Path) -> None:
 def test_names_of_timm_open_its_data_sets(tmp_path: Path) -> None:
     data = open_data("torch/image_folder", images(tmp_path))
     assert (data.num_classes, data.input_size, len(data.val)) == (2, (3, 8, 8), 6)
+
+
+def deep(kind: str, values: np.ndarray) -> Image.Image:
+    """A grey image whose pixels have 16 bits, 32 bits, or are real numbers."""
+    return Image.fromarray((values * {"I;16": 257, "I": 1000, "F": 1 / 255}[kind]).astype(
+        {"I;16": np.uint16, "I": np.int32, "F": np.float32}[kind]))  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [None, 72])
+@pytest.mark.parametrize(("channels", "suffix"), [(3, ".png"), (1, ".tif"), (1, ".pgm")])
+def test_pixels_of_16_bits_are_scaled_to_8(channels: int, suffix: str, size: int | None, tmp_path: Path) -> None:
+    """PIL clips them at 255, so that all is white. Small images are decoded, large ones read as needed."""
+    values = np.arange(64).reshape(8, 8) * 4
+    for path in images(tmp_path).glob("*/*/*.png"):
+        path.unlink()
+        deep("I;16", values).save(path.with_suffix(suffix))
+        if suffix == ".pgm":  # PIL opens it with 32 bits, its numbers are of 16
+            assert Image.open(path.with_suffix(suffix)).mode.startswith("I")
+    x = folder(tmp_path, Reading(size=size, channels=channels, mean=(0.0,) * channels, std=(1.0,) * channels)).val[0][0]
+    if size is None:
+        assert torch.equal((x * 255).round(), torch.from_numpy(values).float().expand(channels, 8, 8))
+    assert abs(float(x.mean()) - values.mean() / 255) < 0.02
+
+
+@pytest.mark.parametrize(("kind", "says"), [("I", "32-bit numbers"), ("F", "real numbers")])
+def test_pixels_of_unknown_white_are_refused(kind: str, says: str, tmp_path: Path) -> None:
+    for path in images(tmp_path).glob("*/*/0.png"):
+        path.unlink()
+        deep(kind, np.full((8, 8), 90)).save(path.with_suffix(".tif"))
+    with pytest.raises(DataError, match=rf"0\.tif has {says} for pixels.*with 8 or 16 bits, or read them by a --task"):
+        _ = folder(tmp_path, Reading()).train
