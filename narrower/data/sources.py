@@ -312,8 +312,10 @@ def _transforms(size: tuple[int, int, int], reading: Reading) -> tuple[Callable[
     common: dict[str, Any] = {"mean": reading.mean, "std": reading.std, "interpolation": reading.interpolation}
     plain = create_transform(size, is_training=False, crop_pct=reading.crop_pct, crop_mode=reading.crop_mode, **common)
     augmentation(reading)  # its errors
-    return plain, create_transform(size, is_training=True, hflip=reading.flip, color_jitter=reading.color_jitter,
-                                   auto_augment=reading.aa, scale=reading.scale, **common)
+    training = create_transform(size, is_training=True, hflip=reading.flip, color_jitter=reading.color_jitter,
+                                auto_augment=reading.aa, scale=reading.scale, **common)
+    training.transforms = [Augmentation(str(reading.aa), step) if operations(step) else step for step in training.transforms]
+    return plain, training
 
 
 def augmentation(reading: Reading) -> Callable[[Any], Any] | None:
@@ -331,6 +333,34 @@ def augmentation(reading: Reading) -> Callable[[Any], Any] | None:
     makers = {"rand": timm.rand_augment_transform, "augmix": timm.augment_and_mix_transform}
     make = next((make for start, make in makers.items() if reading.aa.startswith(start)), timm.auto_augment_transform)
     try:
-        return make(reading.aa, {"translate_const": 10, "img_mean": tuple(round(255 * value) for value in reading.mean)})
+        change = make(reading.aa, {"translate_const": 10, "img_mean": tuple(round(255 * value) for value in reading.mean)})
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(f"--aa {reading.aa}: {error}; give a name of timm's, such as rand-m9-mstd0.5-inc1") from error
+    return Augmentation(reading.aa, change)
+
+
+class Augmentation:
+    """An augmentation of timm. It changes a PIL image, and what it raises is a DataError with its name."""
+
+    def __init__(self, name: str, change: Callable[[Any], Any]) -> None:
+        self.name, self.change = name, change
+        for operation in operations(change):
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
+
+    def __call__(self, image: Any) -> Any:
+        try:
+            return self.change(image)
+        except Exception as error:  # whatever timm and PIL raise
+            raise DataError(f"--aa {self.name} fails on an image of {image.size[0]}x{image.size[1]} pixels: take another "
+                            f"({type(error).__name__}: {error})") from error
+
+
+def operations(change: Any) -> list[Any]:
+    """What an augmentation of timm draws from. Empty for other transforms."""
+    return [*getattr(change, "ops", ()), *(operation for group in getattr(change, "policy", ()) for operation in group)]
+
+
+def posterize(image: Any, bits: int, **_: Any) -> Any:
+    """As timm's, with 1 bit where its strongest leaves none: an image without contents, which Pillow 13 refuses to make."""
+    return optional("timm.data.auto_augment").posterize(image, max(1, bits))

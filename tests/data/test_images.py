@@ -9,9 +9,11 @@ import torch
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
+from PIL import Image
 
 from narrower.data.images import LazyImages, TensorImages, batches, move, trained_on
-from narrower.data.sources import Reading, augmentation, digits
+from narrower.data.seeding import seed_all
+from narrower.data.sources import Augmentation, Reading, _transforms, augmentation, digits
 from narrower.errors import ConfigError, DataError
 
 
@@ -54,6 +56,35 @@ def test_an_augmentation_follows_seed_epoch_and_index() -> None:
         augmentation(Reading(aa="nonsense"))
     with pytest.raises(ConfigError, match="3 channels"):
         augmentation(Reading(aa="rand-m9", channels=1))
+
+
+def test_what_an_augmentation_raises_has_its_name() -> None:
+    """Of images in memory and of those that are read one by one."""
+    augment = augmentation(Reading(aa="rand-m9"))
+    training = _transforms((3, 12, 12), Reading(aa="rand-m9"))[1]
+    image = Image.new("RGB", (12, 12))
+    step = next(step for step in training.transforms if isinstance(step, Augmentation))  # type: ignore[attr-defined]
+    for given in (augment, step):
+        assert isinstance(given, Augmentation)
+        for operation in given.change.ops:  # type: ignore[attr-defined]
+            operation.aug_fn = None
+            operation.prob = 1.0
+    for change in (augment, training):
+        assert change is not None
+        with pytest.raises(DataError, match=r"--aa rand-m9 fails on an image of 12x12 pixels.*TypeError"):
+            change(image)
+
+
+@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "rand-m0", "rand-m20-mmax20-inc1", "augmix-m10-mstd2", "v0"])
+def test_augmentations_do_not_fail_in_their_strongest(name: str) -> None:
+    """timm's posterize comes to 0 bits, which Pillow 13 refuses."""
+    image = Image.effect_noise((16, 16), 100).convert("RGB")
+    augment, training = augmentation(Reading(aa=name)), _transforms((3, 16, 16), Reading(aa=name))[1]
+    for change in (augment, training):
+        assert change is not None
+        for seed in range(300):
+            seed_all(seed)
+            change(image)
 
 
 def test_each_image_once_and_shards_are_disjoint() -> None:
