@@ -22,7 +22,8 @@ from ..errors import StorageError
 
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "net")
 BEGINNINGS = (b"PK", b"\x80")  # of a zip archive, and of a pickle, which torch.save wrote before 1.6
-PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # DataParallel, DDP and AveragedModel; torch.compile
+COUNTER = "n_averaged"  # of AveragedModel
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
@@ -57,9 +58,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if state is None:
         keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
         raise StorageError(f"checkpoint {path} holds no state dict (name -> tensor); found: {keys or 'nothing'}")
-    for prefix in _prefixes(state):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return without_prefixes(state)
 
 
 def _read(path: Path) -> Any:
@@ -113,23 +112,19 @@ def _unnest(content: Any) -> dict[str, Tensor] | None:
     return None
 
 
-def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
-    """The prefixes that all keys begin with, outermost first."""
-    found: list[str] = []
-    while True:
-        so_far = "".join(found)
-        step = next((p for p in PREFIXES if all(key.startswith(so_far + p) for key in state)), None)
-        if step is None:
-            return found
-        found.append(step)
+def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the network in its wrappers, also in torch's `AveragedModel`, which has a counter beside it."""
+    inside = {key: value for key, value in state.items() if key != COUNTER}
+    prefix = next((prefix for prefix in PREFIXES if inside and all(key.startswith(prefix) for key in inside)), None)
+    return state if prefix is None else without_prefixes({key.removeprefix(prefix): value for key, value in inside.items()})
 
 
 def without_attribute(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names without the attribute of a trainer's module that held the network, such as `model.` of a LightningModule.
 
-    It is taken off where the network then has all names, and not all before.
+    It is taken off, with the prefixes behind it, where the network then has all names, and not all before.
     """
-    inner = {key.partition(".")[2]: value for key, value in found.items()}
+    inner = without_prefixes({key.partition(".")[2]: value for key, value in found.items()})
     held = len({key.partition(".")[0] for key in found}) == 1 and inner.keys() <= own.keys() and not found.keys() <= own.keys()
     return inner if held else found
 

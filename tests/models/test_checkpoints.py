@@ -35,6 +35,11 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As torch.optim.swa_utils.AveragedModel keeps them."""
+    return {"n_averaged": torch.tensor(3), **prefixed(state, "module.")}
+
+
 @pytest.mark.parametrize(
     "nested",
     [
@@ -49,6 +54,10 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
         lambda state: {"model": {k: v + 1 for k, v in state.items()}, "model_ema": prefixed(state, "module.")},
         lambda state: {key: value for key, value in state.items() if "num_batches" not in key},
         lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 0.1}},  # of a LightningModule
+        lambda state: {"state_dict": prefixed(state, "model._orig_mod.")},  # that compiled it
+        lambda state: {"state_dict": prefixed(state, "_orig_mod.model.module.")},
+        averaged,
+        lambda state: {"model": {k: v + 1 for k, v in state.items()}, "model_ema": averaged(state)},  # of torchvision's script
     ],
 )
 def test_every_nesting_and_prefix_loads(nested: Any, tmp_path: Path) -> None:
