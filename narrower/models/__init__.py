@@ -178,7 +178,7 @@ def _torchvision(
         raise ConfigError(f"torchvision/{name} takes images of 3 channels, not {in_channels}")
     if not pretrained:
         return _call(f"torchvision/{name}", models.get_model, _given(name=name, num_classes=num_classes, **kwargs))
-    model = _call(f"torchvision/{name}", models.get_model, dict(name=name, weights="DEFAULT", **kwargs))
+    model = _call(f"torchvision/{name}", models.get_model, {"name": name, "weights": "DEFAULT", **kwargs})
     return model if num_classes is None else _new_head(name, model, num_classes)
 
 
