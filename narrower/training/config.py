@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from ..errors import ConfigError
 
 
@@ -81,5 +83,8 @@ class TrainConfig:
         check_choices(self)
         check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
         check(self, model_ema_decay=(0, 1), held_out=(0, inf), recalibrate=(0, inf))
+        if self.torchcompile and self.torchcompile not in torch.compiler.list_backends(()):
+            known = ", ".join(torch.compiler.list_backends())
+            raise ConfigError(f"--torchcompile {self.torchcompile}: torch knows {known} here")
         if self.model_ema and not self.held_out:
             raise ConfigError("--model-ema with --held-out 0: without images held out nothing decides whether it is kept")

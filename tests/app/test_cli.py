@@ -532,8 +532,9 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--output", "a", "--overwrite", "--checkpoint", "a/dense.safetensors"], "is of the run in --output a", nothing),
     (["--output", "a", "--overwrite", "--checkpoint", "b/../a"], "is of the run in --output a", nothing),
     (["--output", "a", "--overwrite", "--sensitivity", "a/sensitivity.json"], "is of the run in --output a", nothing),
-    (["--model-kwargs", '{"num_classes": 2}'], "--model-kwargs has num_classes, which has a flag of its own: give --num-classes", nothing),
+    (["--model-kwargs", '{"num_classes": 2}'], "has num_classes, which has a flag of its own: give --num-classes", nothing),
     (["--model", "resnet18", "--model-kwargs", '{"in_chans": 1}'], "--model-kwargs has in_chans", nothing),
+    (["--torchcompile", "foo"], "--torchcompile foo: torch knows", nothing),
     (["--resume", "nowhere"], "no run folder", nothing),
 ]
 
