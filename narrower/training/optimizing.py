@@ -29,8 +29,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig, resrep: ResRep | None 
     given: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     groups = list(model.parameters()) if resrep is None else resrep.param_groups(**given)
     own = {"nesterov": config.momentum > 0} if config.opt == "sgd" else {}
-    if config.opt not in timm.list_optimizers():
-        raise ConfigError(f"--opt {config.opt}: timm knows {', '.join(timm.list_optimizers(exclude_filters=['bnb*']))}")
+    if config.opt not in (names := timm.list_optimizers()) or timm.get_optimizer_info(config.opt).second_order:
+        known = [name for name in names if not name.startswith("bnb") and not timm.get_optimizer_info(name).second_order]
+        raise ConfigError(f"--opt {config.opt}: of timm's, take one of {', '.join(known)} (none that needs second derivatives "
+                          "is among them)")
     try:
         return timm.create_optimizer_v2(groups, config.opt, **given, **{**own, **config.opt_kwargs})
     except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:  # each has its own checks

@@ -74,7 +74,8 @@ def test_optimizers_of_timm() -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"opt": "sdg"}, "--opt sdg: timm knows .*sgd"),
+    ({"opt": "sdg"}, "--opt sdg: of timm's, take one of adabelief, (?!.*adahessian).*sgd"),
+    ({"opt": "adahessian"}, "--opt adahessian: .*second derivatives"),
     ({"opt_kwargs": {"colour": 1}}, "--opt sgd --opt-kwargs .*colour"),
     ({"sched": "plateau"}, "would differ"),
     ({"sched": "cosinus"}, "--sched cosinus"),
