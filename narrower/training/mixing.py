@@ -33,13 +33,13 @@ class Mixing:
     def __call__(self, x: Tensor, y: Any, classes: int | None, seed: int) -> Batch:
         """The batch, and its targets: as they are, or, where images are mixed, the share of each class, `[N, classes]`.
 
-        Images are mixed in pairs, so one of an odd number is left out. The images given may be changed. `classes`: None for
-        those of the batch.
+        Images are mixed in pairs, so one of an odd number is left out; a single one stays as it is. The images given may be
+        changed. `classes`: None for those of the batch.
         """
         seed_all(seed)
         if self.erasing is not None:
             x = self.erasing(x)
-        if self.mixup is not None:
+        if self.mixup is not None and len(y) > 1:
             self.mixup.num_classes = int(y.max()) + 1 if classes is None else classes
             even = len(y) - len(y) % 2
             x, y = self.mixup(x[:even], y[:even])

@@ -535,6 +535,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--model-kwargs", '{"num_classes": 2}'], "has num_classes, which has a flag of its own: give --num-classes", nothing),
     (["--model", "resnet18", "--model-kwargs", '{"in_chans": 1}'], "--model-kwargs has in_chans", nothing),
     (["--torchcompile", "foo"], "--torchcompile foo: torch knows", nothing),
+    (["-b", "1", "--mixup", "0.2"], "--mixup 0.2 mixes images in pairs: give --batch-size 2 or more", nothing),
     (["--resume", "nowhere"], "no run folder", nothing),
 ]
 

@@ -45,6 +45,12 @@ def test_an_odd_image_is_left_out_of_a_mixed_batch() -> None:
     assert len(mixed) == len(target) == 6
 
 
+def test_a_single_image_is_not_mixed() -> None:
+    x, y = constant_images(1)
+    mixed, target = Mixing(TrainConfig(mixup=0.8), CPU)(x.clone(), y, 7, seed=0)
+    assert torch.equal(mixed, x) and torch.equal(target, y)
+
+
 def test_erasing_changes_a_part_of_the_images() -> None:
     x, y = constant_images(64)
     erased, target = Mixing(TrainConfig(reprob=0.5), CPU)(x.clone(), y, 64, seed=0)
