@@ -313,7 +313,7 @@ def reading_of(settings: Settings) -> Reading:
     """How to read images: from the settings, else what the network expects, else ImageNet's values.
 
     Raises:
-        ConfigError: the number of channels is not 1 or 3, or `mean` or `std` have another length.
+        ConfigError: the number of channels is not 1 or 3, `mean` or `std` have another length, or `std` is not above 0.
     """
     given = settings.data
     expected = expected_images(settings.model.model)
@@ -325,6 +325,8 @@ def reading_of(settings: Settings) -> Reading:
     for name, values in (("mean", given.mean), ("std", given.std)):
         if values is not None and len(values) != channels:
             raise ConfigError(f"--{name} has {len(values)} values, the images {channels} channels")
+    if given.std and not all(value > 0 for value in given.std):
+        raise ConfigError(f"--std {' '.join(map(str, given.std))}: pixels are divided by it, give values above 0")
     return replace(
         Reading(**expected),
         size=given.img_size,

@@ -536,6 +536,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--model", "resnet18", "--model-kwargs", '{"in_chans": 1}'], "--model-kwargs has in_chans", nothing),
     (["--torchcompile", "foo"], "--torchcompile foo: torch knows", nothing),
     (["-b", "1", "--mixup", "0.2"], "--mixup 0.2 mixes images in pairs: give --batch-size 2 or more", nothing),
+    (["--std", "0.2", "0", "0.2"], "--std 0.2 0.0 0.2: pixels are divided by it, give values above 0", nothing),
     (["--resume", "nowhere"], "no run folder", nothing),
 ]
 
