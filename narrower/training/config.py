@@ -83,6 +83,8 @@ class TrainConfig:
         check_choices(self)
         check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
         check(self, model_ema_decay=(0, 1), held_out=(0, inf), recalibrate=(0, inf))
+        if self.sched == "step" and self.decay_epochs is None:
+            raise ConfigError("--sched step: give --decay-epochs, the epochs from one fall of the learning rate to the next")
         if self.batch_size == 1 and (found := next((name for name in ("mixup", "cutmix") if getattr(self, name)), None)):
             raise ConfigError(f"--{found} {getattr(self, found):g} mixes images in pairs: give --batch-size 2 or more")
         if self.torchcompile and self.torchcompile not in torch.compiler.list_backends(()):

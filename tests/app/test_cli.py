@@ -537,6 +537,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--torchcompile", "foo"], "--torchcompile foo: torch knows", nothing),
     (["-b", "1", "--mixup", "0.2"], "--mixup 0.2 mixes images in pairs: give --batch-size 2 or more", nothing),
     (["--std", "0.2", "0", "0.2"], "--std 0.2 0.0 0.2: pixels are divided by it, give values above 0", nothing),
+    (["--sched", "step"], "--sched step: give --decay-epochs", nothing),
     (["--resume", "nowhere"], "no run folder", nothing),
 ]
 
