@@ -81,7 +81,7 @@ class TrainConfig:
         check(self, grad_accum_steps=(1, inf), mixup=(0, inf), cutmix=(0, inf), reprob=(0, 1), warmup_lr=(0, inf))
         check(self, decay_epochs=(1e-9, inf), decay_rate=(0, 1))
         check_choices(self)
-        check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(0, inf), workers=(0, inf))
+        check(self, warmup_epochs=(0, inf), min_lr=(0, inf), smoothing=(0, 1), clip_grad=(1e-9, inf), workers=(0, inf))
         check(self, model_ema_decay=(0, 1), held_out=(0, inf), recalibrate=(0, inf))
         if self.sched == "step" and self.decay_epochs is None:
             raise ConfigError("--sched step: give --decay-epochs, the epochs from one fall of the learning rate to the next")

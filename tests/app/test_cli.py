@@ -538,6 +538,7 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["-b", "1", "--mixup", "0.2"], "--mixup 0.2 mixes images in pairs: give --batch-size 2 or more", nothing),
     (["--std", "0.2", "0", "0.2"], "--std 0.2 0.0 0.2: pixels are divided by it, give values above 0", nothing),
     (["--sched", "step"], "--sched step: give --decay-epochs", nothing),
+    (["--clip-grad", "0"], "--clip-grad 0.0: give a value of at least 1e-09", nothing),
     (["--resume", "nowhere"], "no run folder", nothing),
 ]
 
