@@ -33,7 +33,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     absent: PyTorch before 0.4.1 had no such counter.
 
     Raises:
-        StorageError: the file is missing, damaged, contains code, or is of another network (keys and shapes are named).
+        StorageError: the file is missing, damaged, contains code, is of another network (keys and shapes are named), or has
+            values that are not finite.
     """
     own = model.state_dict()
     found = without_attribute(read_state_dict(path), own)
@@ -151,6 +152,9 @@ def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str, ne
         lines = "\n".join(f"  {part}" for part in parts if part)
         raise StorageError(f"checkpoint {path} is of another network (nothing was loaded) than the {network} that it is for "
                            f"(--model):\n{lines}")
+    if broken := [key for key in own if not bool(found[key].isfinite().all())]:
+        raise StorageError(f"checkpoint {path} has values that are not finite (nothing was loaded), as after a training that "
+                           f"diverged: {_some('tensors', broken)}")
 
 
 def is_narrow(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:

@@ -114,6 +114,16 @@ def test_another_network_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert equal(before, target.state_dict())
 
 
+def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    """Also those of buffers, which no loss shows before the evaluation."""
+    for name, value in (("0.weight", float("nan")), ("1.running_var", float("inf"))):
+        state = {key: tensor.clone() for key, tensor in network().state_dict().items()}
+        state[name].view(-1)[0] = value
+        torch.save(state, tmp_path / "weights.pt")
+        with pytest.raises(StorageError, match=rf"not finite \(nothing was loaded\).*1 tensors: {name}"):
+            load_checkpoint(network(), tmp_path / "weights.pt")
+
+
 class Bomb:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
