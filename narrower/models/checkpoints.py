@@ -152,7 +152,7 @@ def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str, ne
         lines = "\n".join(f"  {part}" for part in parts if part)
         raise StorageError(f"checkpoint {path} is of another network (nothing was loaded) than the {network} that it is for "
                            f"(--model):\n{lines}")
-    if broken := [key for key in own if not bool(found[key].isfinite().all())]:
+    if broken := [key for key in own if not found[key].isfinite().all() and own[key].isfinite().all()]:  # masks may have some
         raise StorageError(f"checkpoint {path} has values that are not finite (nothing was loaded), as after a training that "
                            f"diverged: {_some('tensors', broken)}")
 
