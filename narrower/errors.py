@@ -17,6 +17,7 @@ NarrowerError
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,6 +74,12 @@ def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "")
     """A part of a message for a name that is not known: "; did you mean " and the nearest that are, or nothing."""
     near = difflib.get_close_matches(name, sorted(known), n=most)
     return f"; did you mean {', '.join(prefix + found for found in near)}?" if near else ""
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error that the user's code raised: its class, its first line, and the line that the code was called at."""
+    where = "".join(f" (line {f.lineno} of {f.filename})" for f in traceback.extract_tb(error.__traceback__)[1:2])
+    return f"{type(error).__name__}: {error}".splitlines()[0] + where
 
 
 def check_state(mine: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -205,22 +205,20 @@ class PruneConfig:
                               f"no --sensitivity and no --method {' or '.join(TRAINED)}")
         if self.schedule == "layer" and self.method in TRAINED:
             raise ConfigError(f"--schedule layer is for methods that score and cut: {self.method} takes channels on its way")
-        if self.images < LEAST_IMAGES and (self.allocate == "measured" or (self.reconstruct and self.method in SCORES)):
+        if self.images < LEAST_IMAGES and self.measures:
             raise ConfigError(f"--images {self.images}: measuring and repairing need {LEAST_IMAGES} at least, better hundreds")
         if self.method not in METHODS:
             raise ConfigError(f"no method is called {self.method!r}: take one of {', '.join(METHODS)}")
         if self.prior not in ("none", *SCORES):
             raise ConfigError(f"--prior {self.prior}: take none or one of {', '.join(SCORES)}")
         if self.method in TRAINED and (self.tune_steps or self.distill_features):
-            raise ConfigError("--tune-steps and --distill-features are for a network cut before it is trained, not for "
-                              f"--method {self.method}")
+            raise ConfigError(f"--tune-steps and --distill-features are for a network cut before training, not {self.method}")
         if self.tune_steps and (not self.reconstruct or self.schedule == "layer"):
             other = "--no-reconstruct" if self.schedule == "once" else "--schedule layer"
             raise ConfigError(f"--tune-steps tunes what was repaired, and {other} repairs nothing: leave one of them out")
         if self.allocate == "norms" and self.method != "resrep":
             raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
-        if self.allocate == "norms" and (
-                self.remove is not None or self.round_to not in (None, 1) or self.min_channels > 1):
+        if self.allocate == "norms" and (self.remove is not None or self.round_to not in (None, 1) or self.min_channels > 1):
             raise ConfigError("--allocate norms works towards a budget (--macs, --params): it takes no --remove, --round-to or "
                               "--min-channels")
         if self.allocate != "norms" and self.method in TRAINED and self.prior == "none":
@@ -235,6 +233,10 @@ class PruneConfig:
         for name, (acts, why) in ACTS_WITH.items():
             if (value := getattr(self, name)) != plain(name) and not acts(self):
                 raise ConfigError(f"{flag(name, value)} {why}")
+
+    @property
+    def measures(self) -> bool:
+        return self.allocate == "measured" or (self.reconstruct and self.method in SCORES)
 
     @property
     def timed(self) -> bool:

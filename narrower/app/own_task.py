@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from ..data.images import Images, OwnImages, batches
 from ..data.sources import ImageData
 from ..data.task import OwnTask
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, NarrowerError, in_one_line
 from ..models import import_named
 from ..training.checking import task_in_training
 from ..training.config import TrainConfig, flag
@@ -65,7 +65,12 @@ def make_task(name: str, data_dir: str | None) -> Any:
 
 def read(name: str, task: OwnTask, split: str) -> Images:
     """The samples of a split. Raises DataError where there are none."""
-    samples = task.data(split)
+    try:
+        samples = task.data(split)
+    except NarrowerError:
+        raise
+    except Exception as error:  # whatever the user's method raises
+        raise DataError(f"--task {name}: data({split!r}) fails: {in_one_line(error)}") from error
     if isinstance(samples, IterableDataset) or not hasattr(samples, "__getitem__") or not hasattr(samples, "__len__"):
         raise DataError(f"--task {name}: data({split!r}) gives {type(samples).__name__}; it must be a map-style data set, with "
                         "len() and [index]")

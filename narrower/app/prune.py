@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 import narrower
 
+from ..data.images import StreamImages
 from ..deployment.module_times import time_modules
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..models.checkpoints import load_checkpoint
 from ..training.agreement import first, share
 from ..training.evaluate import headline
 from ..training.methods import Methods
 from . import run_folder
-from .config import TRAINED
+from .config import LEAST_IMAGES, TRAINED
 from .job import Job, Settings
 from .layerwise import narrow_by_layers
 from .narrowing_methods import NARROWING_METHODS
@@ -115,7 +116,16 @@ def prepared(job: Job) -> tuple[Job, nn.Module, narrower.Graph]:
     job = with_given_times(job, graph)
     check_request(job, model, graph)
     _ = job.data.train, job.data.val
+    check_images(job)
     return job, model, graph
+
+
+def check_images(job: Job) -> None:
+    """Raise DataError where there are too few training images to measure and repair on."""
+    images = job.fit_and_held[0]
+    if job.settings.prune.measures and not isinstance(images, StreamImages) and len(images) < LEAST_IMAGES:
+        raise DataError(f"{len(images)} training images are too few: measuring and repairing need {LEAST_IMAGES} at least, "
+                        "better hundreds; or leave both out: --allocate share --no-reconstruct")
 
 
 def check_training(given: Settings) -> None:

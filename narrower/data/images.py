@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..errors import DataError
+from ..errors import DataError, NarrowerError, in_one_line
 from .seeding import mix, seed_all
 from .streams import StreamImages, first_images, signals_of_a_worker, stream_batches
 from .task import CLASSIFICATION, OwnTask, Task
@@ -139,7 +139,12 @@ class OwnImages(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Any:
         seed_all(mix(self.key, index))
-        return self.source[index]
+        try:
+            return self.source[index]
+        except NarrowerError:
+            raise
+        except Exception as error:  # whatever the user's data set raises
+            raise DataError(f"sample {index} of the task's data cannot be read: {in_one_line(error)}") from error
 
 
 Images = TensorImages | LazyImages | StreamImages | OwnImages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..data.images import Batch
 from ..data.task import Classification, Task
-from ..errors import ConfigError
+from ..errors import ConfigError, in_one_line
 from ..inputs import map_tensors, precise
 from .config import TrainConfig
 
@@ -91,9 +90,7 @@ def try_task(task: Task, outputs: Any, batch: Batch) -> None:
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's methods raise
-        where = "".join(f" (line {f.lineno} of {f.filename})" for f in traceback.extract_tb(error.__traceback__)[1:2])
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"the task fails on a batch of its data: {reason}{where}") from error
+        raise ConfigError(f"the task fails on a batch of its data: {in_one_line(error)}") from error
     if not isfinite(value := float(check_loss(found).detach())):
         raise ConfigError(f"loss() of the task gives {value} on the first batch of its data: it must be finite")
     check_figures(figures)

@@ -45,6 +45,18 @@ class Empty(Small):
 class NoLogits(Small):
     logits = False
 
+class NoFile(Small):
+    def data(self, split):
+        raise FileNotFoundError("no such folder")
+
+class Broken(list):
+    def __getitem__(self, index):
+        raise OSError("damaged")
+
+class BadSample(Small):
+    def data(self, split):
+        return Broken([0, 1])
+
 class Stream(Small):
     def data(self, split):
         return iter(range(9))
@@ -129,6 +141,8 @@ def test_taylor_takes_the_loss_of_the_task_and_sensitivity_its_images_and_whethe
     ("own.py:Lacks", [], "has no method measure: it needs data(), loss(), measure(), figures() and input_size"),
     ("own.py:NoSize", [], "input_size is 32; it must be (channels, height, width)"),
     ("own.py:Empty", [], "data('val') has no samples"),
+    ("own.py:NoFile", [], "data('val') fails: FileNotFoundError: no such folder (line "),
+    ("own.py:BadSample", [], "sample 0 of the task's data cannot be read: OSError: damaged (line "),
     ("own.py:Stream", [], "data('val') gives range_iterator; it must be a map-style data set"),
     ("own.py:Other", [], "images of a batch are (2, 1, 32, 32), and input_size is (1, 16, 16)"),
     ("own.py:Single", [], "samples must be pairs (image, targets)"),
@@ -148,3 +162,15 @@ def test_what_is_wrong_with_a_task_is_said_in_one_line(
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_too_few_images_to_measure_on_are_noticed_before_anything_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("few.py").write_text(Path("own.py").read_text().replace("Drawn(48, 0)", "Drawn(8, 0)"))
+    few = ["prune", "--task", "few.py:Small", "--model", "few.py:tiny", "--checkpoint", "dense", *OWN[4:], "--held-out", "0",
+           "--epochs", "0", "--macs", "0.6", "--output", "out"]
+    assert cli.main(["train", *OWN, "--epochs", "1", "--output", "dense"]) == 0
+    capsys.readouterr()
+    assert cli.main(few) == cli.ERROR
+    assert "8 training images are too few: measuring and repairing need 16 at least" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert cli.main([*few, "--method", "magnitude", "--allocate", "share", "--no-reconstruct"]) == 0
