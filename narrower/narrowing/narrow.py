@@ -38,7 +38,8 @@ def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | N
     Kept as they are: dtype, device, memory format, `requires_grad`, train or eval mode, tied parameters, hooks. With
     `optimizer`, its parameters are replaced by those of the new module and its state is sliced along.
 
-    Raises PlanError if the model's tensors are not those that were traced, ConfigError for an optimizer of another model.
+    Raises PlanError if the model's tensors are not those that were traced, ConfigError for an optimizer of another model, or
+    for LBFGS.
     """
     graph = plan.graph
     dense = same_tensors(model, graph)

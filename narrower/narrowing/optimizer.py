@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..surgery.resize import format_of
+from .step_hooks import unwrapped
 
 
 class Swap(NamedTuple):
@@ -22,11 +23,19 @@ class Swap(NamedTuple):
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-    """Raise ConfigError if an optimizer has none of the tensors of a model."""
+    """Raise ConfigError if an optimizer has none of the tensors of a model, or cannot be pointed at others."""
+    check_carried(optimizer)
     own = {id(t) for t in tensors}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
         raise ConfigError(f"the {type(optimizer).__name__} given as optimizer= has no parameter of this model: give the one "
                           "that trains it, or none")
+
+
+def check_carried(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for torch's LBFGS, which has its own list of parameters, and one history over all of them."""
+    if isinstance(unwrapped(optimizer), torch.optim.LBFGS):
+        raise ConfigError("LBFGS cannot go on with smaller parameters: it would train the old ones. Make a new one for the "
+                          "narrow network, or take an optimizer such as SGD or AdamW")
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, swaps: Sequence[Swap]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 
@@ -45,6 +46,11 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer
+
+
+def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    """The parameter group that a parameter is in."""
+    return next(g for g in reversed(optimizer.param_groups) if any(p is q for q in g["params"]))
 
 
 def run_closure(optimizer: torch.optim.Optimizer, args: tuple[Any, ...],

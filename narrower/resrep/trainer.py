@@ -22,8 +22,8 @@ from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph, html_table
 from ..inputs import precise
 from ..narrowing.narrow import record_narrowing
-from ..narrowing.optimizer import carry_optimizers
-from ..narrowing.step_hooks import hook_steps
+from ..narrowing.optimizer import carry_optimizers, check_carried
+from ..narrowing.step_hooks import group_of, hook_steps
 from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded
 from ..surgery.copying import independent_copy, same_tensors
@@ -174,10 +174,12 @@ class ResRep:
         removed, and training continues exactly as without `shrink`.
 
         Optimizer state (such as momentum) is sliced too, and learning rate schedulers stay valid. `optimizers`: others than the
-        attached one, if they train parameters of the model; warns if a parameter is in none. `ema`: averaged copies of the
-        model, such as timm's `ModelEmaV3.module`, from which the same channels are removed. Rebuild DistributedDataParallel
-        around the model afterwards.
+        attached one (but not LBFGS), if they train parameters of the model; warns if a parameter is in none. `ema`: averaged
+        copies of the model, such as timm's `ModelEmaV3.module`, from which the same channels are removed. Rebuild
+        DistributedDataParallel around the model afterwards.
         """
+        for optimizer in optimizers:
+            check_carried(optimizer)
         kept = self.remaining()
         mode: Mode = "cut" if not fold else "freeze" if self.phase == "resting" else "fold"
         if mode == "freeze" or any(len(kept.keep[n]) < len(k) for n, k in self.kept.keep.items()):
@@ -393,8 +395,3 @@ class ResRep:
         """The channels that stay. A channel is removed if all its rows are zero and the ties allow it."""
         alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(lambda c: ~c.gone, 0.0).items()}
         return self.candidates.remaining(alive, self.kept)
-
-
-def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
-    """The parameter group that a compactor is in."""
-    return next(g for g in reversed(optimizer.param_groups) if any(p is q for q in g["params"]))

@@ -99,3 +99,12 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         narrower.narrow(model, plan, optimizer=optimizer)
     assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
     narrower.narrow(model, plan, optimizer=torch.optim.SGD([*other.parameters(), *model.parameters()], lr=0.1))
+
+
+def test_lbfgs_is_refused_which_would_go_on_with_the_old_parameters() -> None:
+    """It has a list of parameters of its own, and one history over all of them."""
+    model = Plain()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    with pytest.raises(narrower.ConfigError, match="LBFGS cannot go on with smaller parameters"):
+        narrower.narrow(model, reference.halved(model, IMAGES), optimizer=optimizer)
+    assert all(a is b for a, b in zip(model.parameters(), optimizer.param_groups[0]["params"], strict=True))

@@ -387,6 +387,14 @@ def test_a_shrink_takes_other_optimizers_along() -> None:
     assert after.shape != before.shape and second.param_groups[0]["params"][0] is after
 
 
+def test_a_shrink_refuses_lbfgs_before_it_changes_anything() -> None:
+    resrep, _ = in_two_optimizers()
+    before = resrep.model.get_parameter("b.weight")
+    with pytest.raises(ConfigError, match="LBFGS cannot go on"):
+        resrep.shrink(optimizers=[torch.optim.LBFGS([before])])
+    assert resrep.model.get_parameter("b.weight") is before
+
+
 def test_a_parameter_that_no_known_optimizer_has_is_named() -> None:
     resrep, second = in_two_optimizers()
     with pytest.warns(UserWarning, match=r"in no optimizer that was given: b\.weight; .* shrink\(optimizers="):
