@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..graph.selection import Kept
-from ..inputs import call_model, flatten_tensors, model_inputs
+from ..inputs import call_model, model_inputs
 from ..planning.plan import Plan
+from ..repair.held_out import floats
 from ..surgery.walk import in_eval_mode
 from .features import Tap, Watched, find_taps
 
@@ -95,20 +96,25 @@ def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0) -> Te
 
     For class scores `(N, K)` or `(N, K, H, W)` KL(wanted || outputs) over K at a temperature, times its square: the mean over
     images and positions, in nats. For other outputs, in any nesting, and without a temperature, the squared error relative to
-    the variance of what is wanted, averaged over floating tensors.
+    the variance of what is wanted, averaged over floating tensors. Single numbers have no variance and are left out: scalars,
+    and the outputs `(N, 1)` of a batch of one, whose loss is zero.
 
     Raises ConfigError if there are none, or their number or shapes differ.
     """
-    want = [t for t in flatten_tensors(wanted) if t.is_floating_point()]
-    have = [t for t in flatten_tensors(outputs) if t.is_floating_point()]
-    if not want or [t.shape for t in want] != [t.shape for t in have]:
+    want, have = floats(wanted), floats(outputs)
+    if not want:
+        raise ConfigError("the dense network returns no floating-point tensors with a dimension: distillation has nothing to "
+                          "compare (on the command line: --no-distill)")
+    if [t.shape for t in want] != [t.shape for t in have]:
         raise ConfigError(f"the dense network returns {[tuple(t.shape) for t in want]}, the narrow one "
-                          f"{[tuple(t.shape) for t in have]}: distillation compares equal outputs, "
-                          "train without it (--no-distill)")
+                          f"{[tuple(t.shape) for t in have]}: distillation compares equal outputs. In a loop of your own, pass "
+                          "what the dense network returns in eval mode, such as outputs[0] or outputs['out'] without an "
+                          "auxiliary output; on the command line, train without it (--no-distill)")
     if temperature is not None and len(want) == 1 and want[0].ndim in (2, 4) and want[0].shape[1] > 1:
         p, q = ((t.float() / temperature).log_softmax(1) for t in (want[0], have[0]))
         return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * temperature**2
-    return torch.stack([relative_error(a, b) for a, b in zip(want, have, strict=True)]).mean()
+    errors = [relative_error(a, b) for a, b in zip(want, have, strict=True) if a.numel() > 1]
+    return torch.stack(errors).mean() if errors else 0 * have[0].sum()
 
 
 def relative_error(want: Tensor, have: Tensor) -> Tensor:

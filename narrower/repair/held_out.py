@@ -20,7 +20,7 @@ from ..surgery.walk import in_eval_mode
 Measure = Literal["kl", "relative"]
 """How far outputs are from the dense ones. "kl": the Kullback-Leibler divergence of the class probabilities, of one tensor of
 class scores `(N, classes, ...)`, in nats; the mean over images and positions. "relative": the squared error relative to the
-variance of the dense output; the mean over floating tensors, in any nesting."""
+variance of the dense output; the mean over floating tensors, in any nesting. Scalars, such as a loss, are left out."""
 
 CHUNK = 3 << 18  # numbers in the images that run at once: activations of some ten times as many stay in memory that is reused
 MOST_AT_ONCE = 64
@@ -137,8 +137,8 @@ class Comparison:
 
 
 def floats(outputs: Any) -> list[Tensor]:
-    """The floating tensors that hold something."""
-    return [t for t in flatten_tensors(outputs) if t.is_floating_point() and t.numel()]
+    """The floating tensors that hold something. Not those without dimensions, such as a loss: they are of no image."""
+    return [t for t in flatten_tensors(outputs) if t.is_floating_point() and t.ndim and t.numel()]
 
 
 def measure_of(outputs: Any, given: Measure | None = None) -> Measure:

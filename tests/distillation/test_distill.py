@@ -104,6 +104,21 @@ def test_divergence_of_other_outputs_is_relative_to_their_variance() -> None:
     assert float(divergence(want, near)) == pytest.approx(0.005 / float(want["boxes"].var()), rel=1e-3)
 
 
+def test_single_numbers_have_no_variance_and_are_left_out() -> None:
+    """A loss among the outputs, and the outputs (N, 1) of a last batch of one image."""
+    want, have = torch.randn(4, 3), torch.randn(4, 3)
+    loss = {"loss": torch.tensor(1.0), "logits": want}, {"loss": torch.tensor(2.0), "logits": have}
+    for temperature in (None, 2.0):
+        assert float(divergence(*loss, temperature)) == float(divergence(want, have, temperature))
+    one = torch.ones(1, 1, requires_grad=True)
+    for temperature in (None, 2.0):
+        error = divergence(torch.zeros(1, 1), one, temperature)
+        error.backward()
+        assert float(error.detach()) == 0 and one.grad is not None and not one.grad.any()
+    with pytest.raises(narrower.ConfigError, match="no floating-point tensors"):
+        divergence(torch.tensor(1.0), torch.tensor(1.0))
+
+
 def test_segmentation_scores_count_each_position() -> None:
     want, have = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     flat = (want.movedim(1, -1).reshape(-1, 3), have.movedim(1, -1).reshape(-1, 3))
@@ -129,5 +144,5 @@ def test_a_teacher_that_is_the_student_is_refused() -> None:
 
 def test_outputs_that_cannot_be_compared_are_refused() -> None:
     model, small, _ = cut()
-    with pytest.raises(narrower.ConfigError, match="distillation compares equal outputs"):
+    with pytest.raises(narrower.ConfigError, match=r"distillation compares equal outputs.*outputs\['out'\].*--no-distill"):
         narrower.Distillation(model, small).loss(X, small(X)[:, :3])

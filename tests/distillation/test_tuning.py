@@ -66,6 +66,23 @@ def test_the_loss_and_what_decides_are_of_the_measure_that_is_given(
     assert (before, after) == pytest.approx((found.before, found.after))
 
 
+def test_a_loss_among_the_outputs_is_not_compared(networks: Any) -> None:
+    class WithLoss(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            out = self.network(x)
+            return {"loss": out.square().mean(), "logits": out}
+
+    model = WithLoss(networks[0]).eval()
+    graph = narrower.trace(model, BATCHES[0][:1])
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), remove=0.4)
+    found = narrower.tune(model, narrower.narrow(model, plan), plan, BATCHES, steps=5, lr=1e-3)
+    assert found.kept and found.measure == "kl"
+
+
 def test_what_makes_it_worse_is_not_kept(networks: Any) -> None:
     model, small, plan = networks
     found = narrower.tune(model, small, plan, BATCHES, steps=3, lr=1.0)

@@ -73,7 +73,8 @@ def test_an_offset_of_a_regression_counts_where_it_is_said_to_be_one() -> None:
 
 def test_without_a_wish_only_what_a_classifier_returns_is_taken_for_class_scores() -> None:
     scores, map_ = torch.zeros(3, 7), torch.zeros(3, 7, 2, 2)
-    assert [measure_of(out) for out in (scores, {"out": scores}, (scores, torch.zeros(3).long()))] == ["kl"] * 3
+    assert [measure_of(out) for out in (scores, {"out": scores}, (scores, torch.zeros(3).long()),
+                                             {"loss": torch.tensor(1.0), "logits": scores})] == ["kl"] * 4
     assert [measure_of(out) for out in (map_, torch.zeros(3, 1), torch.zeros(3), (scores, scores))] == ["relative"] * 4
     assert measure_of(scores, "relative") == "relative" and measure_of({"out": map_}, "kl") == "kl"
     for out in (torch.zeros(3, 1), torch.zeros(3), (scores, scores)):
