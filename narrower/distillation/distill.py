@@ -60,7 +60,13 @@ class Distillation:
             batch: what the student was called with, or a pair of it and the targets.
             outputs: what the student returned.
             task: the loss of the task on the same batch, such as cross-entropy. Without labels leave it out.
+
+        Raises:
+            ConfigError: outputs differ in number or shape, or are not those of the student's last forward, whose features are
+                compared.
         """
+        if self.taps:
+            self.check_watched(outputs)
         watching = Watched(self.teacher, self.taps)
         try:
             with torch.no_grad(), in_eval_mode(self.teacher):
@@ -69,6 +75,14 @@ class Distillation:
             watching.close()
         total = (1 - self.weight) * task + self.weight * divergence(wanted, outputs, self.temperature)
         return total + self.features * self.feature_error(watching.take(), self.watched.take()) if self.taps else total
+
+    def check_watched(self, outputs: Any) -> None:
+        """Raise ConfigError if the features that were kept are not those of the forward that gave these outputs."""
+        if any(tap.module not in self.watched.inputs for tap in self.taps):
+            raise ConfigError("there are no features to compare: run the student before each loss, once for every loss")
+        if not self.watched.returned(outputs):
+            raise ConfigError("these outputs are not those of the student's last forward, whose features would be compared: call "
+                              "loss before the student, or a copy of it, runs again")
 
     def feature_error(self, dense: dict[str, Tensor], narrow: dict[str, Tensor]) -> Tensor:
         """The squared difference of the features, relative to the variance of the dense ones; the mean over taps."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..graph.selection import Kept
 from ..graph.types import Graph
+from ..inputs import flatten_tensors
 from ..narrowing.layers import Layers
 
 
@@ -53,18 +54,38 @@ def stage_ends(graph: Graph) -> list[str]:
 
 
 class Watched:
-    """Keeps what the tapped modules of a network read in its last forward."""
+    """Keeps what the tapped modules of a network read in its last forward, and what it returned."""
 
     def __init__(self, model: nn.Module, taps: list[Tap]) -> None:
         self.inputs: dict[str, Tensor] = {}
+        self.outputs: list[Tensor] = []
         self.handles = [model.get_submodule(t.module).register_forward_pre_hook(keep_input(self.inputs, t.module))
                         for t in taps]
+        if taps:
+            self.handles.append(model.register_forward_hook(keep_outputs(self.outputs)))
 
     def take(self) -> dict[str, Tensor]:
-        """What was kept, which is forgotten here."""
+        """What the tapped modules read, which is forgotten here."""
         found = dict(self.inputs)
         self.inputs.clear()
+        self.outputs.clear()
         return found
+
+    def returned(self, outputs: Any) -> bool:
+        """Whether these outputs, or what they were computed from, are those of the last forward. Without gradients nobody can
+        tell, and a part of the network may have run alone: then it is taken to be so."""
+        waiting = [t.grad_fn for t in flatten_tensors(outputs) if t.grad_fn is not None]
+        if not waiting or not self.outputs:
+            return True
+        last, seen = {t.grad_fn for t in self.outputs}, set(waiting)
+        while waiting:
+            node = waiting.pop(0)
+            if node in last:
+                return True
+            before = {n for n, _ in node.next_functions if n is not None} - seen
+            seen |= before
+            waiting += before
+        return False
 
     def close(self) -> None:
         for handle in self.handles:
@@ -75,4 +96,11 @@ def keep_input(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tup
     """A hook. A plain function over a dict: a copy of the network must not copy the other network with it."""
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[name] = args[0]
+    return hook
+
+
+def keep_outputs(outputs: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    """A hook that keeps the tensors that a network returns."""
+    def hook(module: nn.Module, args: tuple[Any, ...], returned: Any) -> None:
+        outputs[:] = flatten_tensors(returned)
     return hook

@@ -97,6 +97,24 @@ def test_close_takes_all_hooks_off_and_a_copy_of_the_student_has_no_teacher_in_i
     assert not any(m._forward_pre_hooks for m in small.modules())
 
 
+def test_features_of_another_forward_than_that_of_the_outputs_are_refused() -> None:
+    model, small, plan = cut()
+    distillation = narrower.Distillation(model, small, plan, features=1.0)
+    first, second = small(X), small(2 * X)
+    with pytest.raises(narrower.ConfigError, match="not those of the student's last forward"):
+        distillation.loss(X, first)
+    distillation.loss(2 * X, second.float() * 1)  # computed from its outputs
+    with pytest.raises(narrower.ConfigError, match="run the student before each loss"):
+        distillation.loss(2 * X, second)
+    first = small(X)
+    with torch.no_grad():
+        small(2 * X)  # an evaluation in between
+    with pytest.raises(narrower.ConfigError, match="not those of the student's last forward"):
+        distillation.loss(X, first)
+    with torch.no_grad():
+        distillation.loss(X, small(X))
+
+
 def test_divergence_of_other_outputs_is_relative_to_their_variance() -> None:
     want: dict[str, Any] = {"boxes": torch.randn(4, 6, 3), "more": [torch.randn(4, 1)], "index": torch.arange(4)}
     near = {"boxes": want["boxes"] + 0.1, "more": [want["more"][0]], "index": torch.zeros(4, dtype=torch.long)}
