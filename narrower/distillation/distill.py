@@ -81,17 +81,27 @@ class Distillation:
         if any(tap.module not in self.watched.inputs for tap in self.taps):
             raise ConfigError("there are no features to compare: run the student before each loss, once for every loss")
         if not self.watched.returned(outputs):
-            raise ConfigError("these outputs are not those of the student's last forward, whose features would be compared: call "
-                              "loss before the student, or a copy of it, runs again")
+            raise ConfigError("these outputs are not those of the student's last forward, whose features would be compared: "
+                              "call loss before the student, or a copy of it, runs again")
 
     def feature_error(self, dense: dict[str, Tensor], narrow: dict[str, Tensor]) -> Tensor:
-        """The squared difference of the features, relative to the variance of the dense ones; the mean over taps."""
+        """The squared difference of the features, relative to the variance of the dense ones; the mean over taps.
+
+        A student in training is compared on the channels that it will have. Raises ConfigError if it has some of the others
+        only, as between two calls of `shrink`.
+        """
         errors = []
         for k, tap in enumerate(self.taps):
             whole = dense[tap.module]
             if tap.channels.device != whole.device:  # moved once: a copy in each step would make the host wait
                 tap = self.taps[k] = tap._replace(channels=tap.channels.to(whole.device))
-            errors.append(relative_error(whole.index_select(tap.dim, tap.channels), narrow[tap.module]))
+            want, have = whole.index_select(tap.dim, tap.channels), narrow[tap.module]
+            if have.shape == whole.shape != want.shape:
+                have = have.index_select(tap.dim, tap.channels)
+            if have.shape != want.shape:
+                raise ConfigError(f"{tap.module} reads features {tuple(have.shape)} in the student, {tuple(want.shape)} by the "
+                                  "plan: compare features before channels are removed, or when all of the plan's are")
+            errors.append(relative_error(want, have))
         return torch.stack(errors).mean()
 
     def close(self) -> None:
@@ -110,8 +120,7 @@ def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0) -> Te
 
     For class scores `(N, K)` or `(N, K, H, W)` KL(wanted || outputs) over K at a temperature, times its square: the mean over
     images and positions, in nats. For other outputs, in any nesting, and without a temperature, the squared error relative to
-    the variance of what is wanted, averaged over floating tensors. Single numbers have no variance and are left out: scalars,
-    and the outputs `(N, 1)` of a batch of one, whose loss is zero.
+    the variance of what is wanted, averaged over floating tensors. Scalars are left out.
 
     Raises ConfigError if there are none, or their number or shapes differ.
     """
@@ -127,10 +136,11 @@ def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0) -> Te
     if temperature is not None and len(want) == 1 and want[0].ndim in (2, 4) and want[0].shape[1] > 1:
         p, q = ((t.float() / temperature).log_softmax(1) for t in (want[0], have[0]))
         return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * temperature**2
-    errors = [relative_error(a, b) for a, b in zip(want, have, strict=True) if a.numel() > 1]
-    return torch.stack(errors).mean() if errors else 0 * have[0].sum()
+    return torch.stack([relative_error(a, b) for a, b in zip(want, have, strict=True)]).mean()
 
 
 def relative_error(want: Tensor, have: Tensor) -> Tensor:
-    """The mean squared difference, relative to the variance of what is wanted."""
-    return (have.float() - want.float()).square().mean() / want.float().var().clamp_min(1e-12)
+    """The mean squared difference, relative to the variance of what is wanted. Zero for a single number, such as the output
+    `(N, 1)` of a batch of one: it has no variance."""
+    error = (have.float() - want.float()).square().mean()
+    return error / want.float().var().clamp_min(1e-12) if want.numel() > 1 else 0 * error

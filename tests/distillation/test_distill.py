@@ -73,6 +73,21 @@ def test_features_are_compared_on_the_kept_channels_of_what_stages_give() -> Non
     assert float(loss.detach()) == pytest.approx(float(sum(errors) / 2), rel=1e-4)
 
 
+def test_a_student_that_is_still_wide_is_compared_on_the_channels_that_it_will_have() -> None:
+    model, small, plan = cut()
+    one = narrower.plan(plan.graph, narrower.magnitude(model, plan.graph), remove={"2.0": 0.9})  # would broadcast
+    assert len(one.keep["2.0"]) == 1
+    for chosen in (plan, one):
+        wide = copy.deepcopy(model)
+        narrower.SoftPruning(wide, plan.graph, plan=chosen, steps=1, grow=0.0, harden=0.0).step()
+        losses = [float(narrower.Distillation(model, student, chosen, weight=0.0, features=1.0).loss(X, student(X)).detach())
+                  for student in (wide, narrower.narrow(model, chosen))]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    distillation = narrower.Distillation(model, small, one, features=1.0)
+    with pytest.raises(narrower.ConfigError, match=r"1\.0 reads features .* in the student"):
+        distillation.loss(X, small(X))
+
+
 def test_the_teacher_is_untouched_and_runs_in_eval_mode() -> None:
     model, small, plan = cut()
     model.train()
