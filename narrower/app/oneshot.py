@@ -80,9 +80,10 @@ def distilling(job: Job, model: nn.Module, student: nn.Module,
     if not given.distill:
         yield None
         return
+    logits = has_logits(job.data.task)
     with narrower.Distillation(
-        model, student, plan, temperature=given.distill_temperature if has_logits(job.data.task) else None,
-        weight=given.distill_weight, features=given.distill_features if plan is not None else 0.0,
+        model, student, plan, temperature=given.distill_temperature if logits else None, weight=given.distill_weight,
+        features=given.distill_features if plan is not None else 0.0, logits=logits,
     ) as distillation:  # fmt: skip
         yield distillation
 

@@ -31,23 +31,28 @@ class Distillation:
         temperature: divides the logits of both. None: outputs are no logits, and are compared by their squared difference.
         weight: of the divergence in [0, 1]; the task's loss has the rest. 1 needs no labels.
         features: weight of the squared difference of features at the end of each stage, relative to their variance.
+        logits: outputs are one tensor of class scores `(N, K, ...)` with any number of dimensions. Otherwise only `(N, K)` and
+            `(N, K, H, W)` are taken for such: in the outputs of transformers, `(N, L, K)`, classes come last.
 
     Raises:
         ConfigError: a setting is out of range, or the networks share parameters.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan | None = None, *, temperature: float | None = 4.0,
-                 weight: float = 0.9, features: float = 0.0) -> None:
+                 weight: float = 0.9, features: float = 0.0, logits: bool = False) -> None:
         for name, value, low, high in (("temperature", temperature, 1e-3, 1e3), ("weight", weight, 0, 1),
                                        ("features", features, 0, 1e6)):
             if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name}={value!r}: give a number between {low:g} and {high:g}")
+        if logits and temperature is None:
+            raise ConfigError("logits=True needs temperature=")
         shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
         if teacher is student or shared:
             raise ConfigError("the teacher shares parameters with the student: give a copy of the dense network")
         if features and plan is None:
             raise ConfigError("features need plan=: it says which of the dense channels the narrow network has")
         self.teacher, self.temperature, self.weight, self.features = teacher, temperature, weight, features
+        self.logits = logits
         self.taps: list[Tap] = []
         if features and plan is not None:
             self.taps = find_taps(student, Kept(plan.graph, plan.keep))
@@ -73,7 +78,7 @@ class Distillation:
                 wanted = call_model(self.teacher, model_inputs(batch, self.teacher))
         finally:
             watching.close()
-        total = (1 - self.weight) * task + self.weight * divergence(wanted, outputs, self.temperature)
+        total = (1 - self.weight) * task + self.weight * divergence(wanted, outputs, self.temperature, self.logits)
         return total + self.features * self.feature_error(watching.take(), self.watched.take()) if self.taps else total
 
     def check_watched(self, outputs: Any) -> None:
@@ -115,14 +120,15 @@ class Distillation:
         self.close()
 
 
-def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0) -> Tensor:
+def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0, logits: bool = False) -> Tensor:
     """How far outputs are from those that are wanted.
 
-    For class scores `(N, K)` or `(N, K, H, W)` KL(wanted || outputs) over K at a temperature, times its square: the mean over
-    images and positions, in nats. For other outputs, in any nesting, and without a temperature, the squared error relative to
-    the variance of what is wanted, averaged over floating tensors. Scalars are left out.
+    For class scores `(N, K)` or `(N, K, H, W)`, with `logits` for all `(N, K, ...)`, KL(wanted || outputs) over K at a
+    temperature, times its square: the mean over images and positions, in nats. For other outputs, in any nesting, and without a
+    temperature, the squared error relative to the variance of what is wanted, averaged over floating tensors. Scalars are left
+    out.
 
-    Raises ConfigError if there are none, or their number or shapes differ.
+    Raises ConfigError if there are none, their number or shapes differ, or with `logits` they are no class scores.
     """
     want, have = floats(wanted), floats(outputs)
     if not want:
@@ -133,7 +139,11 @@ def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0) -> Te
                           f"{[tuple(t.shape) for t in have]}: distillation compares equal outputs. In a loop of your own, pass "
                           "what the dense network returns in eval mode, such as outputs[0] or outputs['out'] without an "
                           "auxiliary output; on the command line, train without it (--no-distill)")
-    if temperature is not None and len(want) == 1 and want[0].ndim in (2, 4) and want[0].shape[1] > 1:
+    scores = len(want) == 1 and want[0].ndim > 1 and want[0].shape[1] > 1
+    if logits and not scores:
+        raise ConfigError(f"the networks return {[tuple(t.shape) for t in want]}: logits=True is for one tensor of class "
+                          "scores (N, K, ...)")
+    if temperature is not None and scores and (logits or want[0].ndim in (2, 4)):
         p, q = ((t.float() / temperature).log_softmax(1) for t in (want[0], have[0]))
         return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * temperature**2
     return torch.stack([relative_error(a, b) for a, b in zip(want, have, strict=True)]).mean()

@@ -83,7 +83,8 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
     with torch.no_grad(), in_eval_mode(model):
         measure = measure_of(call_model(model, images_at(held_out[0][0], torch.tensor([0]))), measure)
     temperature = TEMPERATURE if measure == "kl" else None
-    with in_eval_mode(tuned), Distillation(model, tuned, plan, temperature=temperature, weight=1.0, features=FEATURES) as loss:
+    with in_eval_mode(tuned), Distillation(model, tuned, plan, temperature=temperature, weight=1.0, features=FEATURES,
+                                           logits=measure == "kl") as loss:
         run_steps(tuned, loss, minibatches(fit, steps, batch_size, seed), Cosine(lr, steps), progress)
     (before, after), _ = divergences(model, [small, tuned], held_out, measure)
     return Tuned(tuned if after < before else small, before, after, measure, steps)

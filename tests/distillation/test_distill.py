@@ -158,7 +158,19 @@ def test_segmentation_scores_count_each_position() -> None:
     assert float(divergence(want, have, 3.0)) == pytest.approx(float(divergence(flat[0], flat[1], 3.0)), rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2, 4, 4)])
+def test_class_scores_of_any_number_of_dimensions_are_compared_as_such_if_they_are_said_to_be(shape: tuple[int, ...]) -> None:
+    want, have = torch.randn(shape), torch.randn(shape)
+    flat = (want.movedim(1, -1).reshape(-1, 3), have.movedim(1, -1).reshape(-1, 3))
+    assert float(divergence(want, have, 3.0, logits=True)) == pytest.approx(float(divergence(*flat, 3.0)), rel=1e-5)
+    assert float(divergence(want, have, 3.0)) == float(divergence(want, have, None))
+    for out in (want[:, :1], (want, want)):
+        with pytest.raises(narrower.ConfigError, match="logits=True is for one tensor of class scores"):
+            divergence(out, out, 3.0, logits=True)
+
+
 @pytest.mark.parametrize(("change", "message"), [
+    ({"logits": True, "temperature": None}, "logits=True needs temperature="),
     ({"temperature": 0.0}, "temperature=0.0: give a number between"),
     ({"weight": 1.5}, "weight=1.5: give a number between"),
     ({"features": 1.0}, "features need plan="),

@@ -66,6 +66,23 @@ def test_the_loss_and_what_decides_are_of_the_measure_that_is_given(
     assert (before, after) == pytest.approx((found.before, found.after))
 
 
+def test_class_scores_at_each_position_of_a_signal_are_trained_on_as_such() -> None:
+    """Scores that differ by a constant are the same probabilities: nothing is learnt from them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 5, 1))
+    graph = narrower.trace(model, torch.randn(1, 1, 32))
+    plan = narrower.plan(graph, narrower.magnitude(model, graph), remove=0.4)
+    small: Any = narrower.narrow(model, plan)
+    losses = []
+    for offset in (0.0, 3.0):
+        with torch.no_grad():
+            small[2].bias += offset
+        said: list[str] = []
+        narrower.tune(model, small, plan, [torch.ones(24, 1, 32)], steps=1, measure="kl", progress=said.append)
+        losses.append(said[0])
+    assert losses[0] == losses[1]
+
+
 def test_a_loss_among_the_outputs_is_not_compared(networks: Any) -> None:
     class WithLoss(nn.Module):
         def __init__(self, network: nn.Module) -> None:
