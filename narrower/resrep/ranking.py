@@ -58,6 +58,16 @@ class Candidates:
         """The costs that the budget limits, with only the kept channels."""
         return {kind: self.cost.cost(kind, widths(self.cost, kept.keep)) for kind in self.targets}
 
+    def missed(self, kept: Kept) -> list[str]:
+        """For each limit of the budget that is exceeded with only the kept channels, by how much."""
+        texts = []
+        for kind, have in self.costs(kept).items():
+            target, dense = self.targets[kind], self.cost.cost(kind, self.cost.dense)
+            if have > target * (1 + 1e-12):
+                texts.append(f"{kind} {have:,.0f} of {dense:,.0f} remain ({have / dense:.1%}), "
+                             f"{target / dense:.1%} was asked for")
+        return texts
+
     def meets_budget(self, kept: Kept) -> bool:
         return fits(self.costs(kept), self.targets)
 

@@ -67,6 +67,17 @@ def restructure(model: nn.Module, placement: Placement, before: Kept, after: Kep
     return swaps
 
 
+@torch.no_grad()
+def largest_cut(model: nn.Module, placement: Placement, after: Kept) -> float:
+    """The largest norm of the compactor rows that are not among the channels `after`."""
+    found = [0.0]
+    for name, site in placement.sites.items():
+        c = compactor_at(model, name)
+        stays = torch.as_tensor(after.axis_mask(*site.rows).reshape(-1)[c.rows], device=c.weight.device)
+        found.append(float(row_norms(c.weight).masked_fill(stays, 0).max()))
+    return max(found)
+
+
 def compactor_at(model: nn.Module, name: str) -> Compactor:
     """The compactor behind the module of that name."""
     return getattr(model.get_submodule(name), NAME)

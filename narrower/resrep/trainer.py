@@ -31,7 +31,7 @@ from ..surgery.walk import named_tensors
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
 from .placement import Scope, prepare, without_groups
 from .ranking import Candidates, priors, tied_parts, wanted_by
-from .restructure import Mode, compactor_at, restore_shapes, restructure
+from .restructure import Mode, compactor_at, largest_cut, restore_shapes, restructure
 from .schedule import Forgetting, decouples_penalty
 from .showing import group_rows
 
@@ -175,8 +175,8 @@ class ResRep:
 
         Optimizer state (such as momentum) is sliced too, and learning rate schedulers stay valid. `optimizers`: others than the
         attached one (but not LBFGS), if they train parameters of the model; warns if a parameter is in none. `ema`: averaged
-        copies of the model, such as timm's `ModelEmaV3.module`, from which the same channels are removed. Rebuild
-        DistributedDataParallel around the model afterwards.
+        copies of the model, such as timm's `ModelEmaV3.module`, from which the same channels are removed, though these lag
+        behind and may not be zero there. Rebuild DistributedDataParallel around the model afterwards.
         """
         for optimizer in optimizers:
             check_carried(optimizer)
@@ -198,22 +198,23 @@ class ResRep:
     def merge(self, model: nn.Module | None = None, *, over: bool | None = None) -> nn.Module:
         """The narrow network: plain modules, with every compactor merged. In eval mode it equals the trained one to rounding.
 
-        `model`: an averaged copy to merge instead of the trained model. Neither is changed. `over`: whether the training is
-        (None: after `steps`, not counting those that a GradScaler skips). Channels of a plan that are not zero then are cut.
-        Warns if the budget is not reached.
+        `model`: an averaged copy to merge instead of the trained model. Neither is changed. An average lags behind: its rows
+        are not zero yet when the trained ones are, and are cut. `over`: whether the training is (None: after `steps`, not
+        counting those that a GradScaler skips). Channels of a plan that are not zero then are cut. Warns if the budget is not
+        reached, and of how large the rows are that are cut from an averaged copy.
         """
         source = self.model if model is None else model
         small = independent_copy(source)
         reached = self.remaining()
         kept = self.candidates.planned(reached) if over or (over is None and self.step >= self.steps) else reached
+        if model is not None and (left := largest_cut(model, self.placement, kept)) > self.settings.threshold:
+            warnings.warn(f"the averaged copy is cut where it is not zero: compactor rows have norms up to {left:.1e}, of 1 at "
+                          "first. Average over fewer steps, or train longer after all rows are zero", stacklevel=2)
         restructure(small, self.placement, self.kept, kept, "merge")
-        for kind, have in self.candidates.costs(reached).items():
-            target, dense = self.candidates.targets[kind], self.dense[kind]
-            if have > target * (1 + 1e-12):
-                rest = "" if kept is reached else "; the channels of the plan that are not zero yet are cut"
-                warnings.warn(f"the budget was not reached: {kind} {have:,.0f} of {dense:,.0f} remain ({have / dense:.1%}), "
-                              f"{target / dense:.1%} was asked for{rest}; train longer (step {self.step} of {self.steps})",
-                              stacklevel=2)
+        for missed in self.candidates.missed(reached):
+            rest = "" if kept is reached else "; the channels of the plan that are not zero yet are cut"
+            warnings.warn(f"the budget was not reached: {missed}{rest}; train longer (step {self.step} of {self.steps})",
+                          stacklevel=2)
         record_narrowing(small, kept)
         return small
 

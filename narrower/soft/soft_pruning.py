@@ -38,6 +38,9 @@ from ..surgery.walk import named_tensors
 
 FORMAT = 1
 
+AT_ZERO = 1e-6
+"""Channels are at zero if what reads them has no more than this of a weight's norm."""
+
 PUBLISHED: Mapping[str, Mapping[str, float | None]] = {
     "sfp": {"factor": 0.0, "grow": 0.0, "harden": None},
     "asymptotic": {"factor": 0.0, "grow": 1.0, "harden": None},
@@ -143,17 +146,20 @@ class SoftPruning:
     def narrow(self, model: nn.Module | None = None) -> nn.Module:
         """The narrow network, without the masked channels. It computes what the masked one does, to rounding.
 
-        `model`: an averaged copy to narrow instead. Neither is changed. Warns if masked channels are missing or not at zero;
-        these are cut as they are.
+        `model`: an averaged copy to narrow instead. Neither is changed. An average lags behind: its masked channels are at zero
+        some time after those of the trained model. Warns if masked channels are missing or not at zero; these are cut as they
+        are.
         """
         source = self.model if model is None else model
         missing = sum(int(n.sum()) for n in self.goal) - sum(int(m.sum()) for m in self.masked.values())
-        left = weight_left(self.model, kept_without(self.graph, self.masked))
-        if missing or left:
+        left = weight_left(source, kept_without(self.graph, self.masked))
+        if missing or left > AT_ZERO:
             what = [f"{missing} channels of the budget are not masked yet"] * bool(missing)
-            what += ["channels that are cut are not at zero"] * bool(left)
+            what += [f"channels that are cut are not at zero (what reads them has up to {left:.1e} of a weight's norm)"
+                     ] * (left > AT_ZERO)
+            late = "" if model is None else "; an average lags behind: train on after that, or average over fewer steps"
             warnings.warn(f"{' and '.join(what)}: call step() {self.steps} times, the last time after the last optimizer step "
-                          f"(it was called {self.calls} times)", stacklevel=2)
+                          f"(it was called {self.calls} times){late}", stacklevel=2)
         return narrow(source, self.plan)
 
     def progress(self) -> dict[str, float]:
@@ -307,11 +313,12 @@ def multiply_readers(model: nn.Module, kept: Kept, factor: float) -> None:
 
 
 @torch.no_grad()
-def weight_left(model: nn.Module, kept: Kept) -> bool:
-    """Whether a weight that reads a removed channel is not zero."""
+def weight_left(model: nn.Module, kept: Kept) -> float:
+    """The norm of what reads removed channels in a weight, relative to the weight's. The largest of all weights."""
     tensors = named_tensors(model)
-    return any(bool(tensors[name][factors.expand_as(tensors[name]) == 0].any())
-               for name, factors in reader_factors(tensors, kept, 0.0))
+    left = [float(precise(tensors[name] * (1 - factors)).norm() / precise(tensors[name]).norm().clamp_min(1e-20))
+            for name, factors in reader_factors(tensors, kept, 0.0)]
+    return max(left, default=0.0)
 
 
 @torch.no_grad()

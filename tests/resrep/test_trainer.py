@@ -366,6 +366,18 @@ def test_averages_and_schedulers_follow_a_shrink() -> None:
     assert [t.shape for t in outputs(merged, IMAGES)] == [(4, 5)]
 
 
+def test_an_average_that_is_not_zero_where_it_is_cut_is_said() -> None:
+    """It lags behind the trained model."""
+    resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60)
+    average = copy.deepcopy(resrep.model)
+    resrep_training.train(resrep, sgd(resrep), IMAGES, 60)
+    with pytest.warns(UserWarning, match=r"the averaged copy is cut where it is not zero: .* norms up to 1\.0e\+00, of 1"):
+        resrep.merge(average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resrep.merge(copy.deepcopy(resrep.model))
+
+
 def in_two_optimizers() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
     """A ResRep of which a channel is zero, and a second optimizer: that of a layer that reads the channel."""
     resrep, _ = made(Two, IMAGES, 0.5)

@@ -283,7 +283,8 @@ def test_an_average_is_narrowed_by_the_same_channels() -> None:
     soft = soft_pruning(model, **SFP)
     soft.step()
     before = copy.deepcopy(average.state_dict())
-    narrower.verify(average, soft.narrow(average), soft.plan, X)
+    with pytest.warns(UserWarning, match=r"not at zero \(what reads them has up to [0-9.e-]+ of .* an average lags behind"):
+        narrower.verify(average, soft.narrow(average), soft.plan, X)
     assert all(torch.equal(v, before[k]) for k, v in average.state_dict().items())
 
 
