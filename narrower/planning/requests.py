@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import PlanError, StorageError
 from ..graph.cost import CostKind, shown
 from ..graph.equal_counts import Component
 from ..graph.types import Graph
@@ -122,6 +122,19 @@ def checked_scores(graph: Graph, scores: Mapping[str, Tensor], left_out: set[str
         s = s - min(0.0, float(s.min()))
         out[g.name] = s if s.any() else np.ones_like(s)
     return out
+
+
+def restored_scores(mine: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The relative scores of a saved state. Raises StorageError if they are others than `mine`.
+
+    Scores that were measured again may differ a little. States that were saved by earlier versions have none.
+    """
+    if "scores" not in state:
+        return dict(mine)
+    saved = {name: np.asarray(s, dtype=np.float64) for name, s in state["scores"].items()}
+    if saved.keys() != mine.keys() or not all(np.allclose(mine[name], s, rtol=0.02, atol=0.02) for name, s in saved.items()):
+        raise StorageError("this state is of another run: its scores= were others. Give those that it was begun with")
+    return saved
 
 
 def lowest_channels(parts: Sequence[Component], counts: Sequence[np.ndarray],

@@ -25,7 +25,7 @@ from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizers, check_carried
 from ..narrowing.step_hooks import group_of, hook_steps
 from ..planning.plan import Plan
-from ..planning.requests import Budget, excluded
+from ..planning.requests import Budget, excluded, restored_scores
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
@@ -262,6 +262,7 @@ class ResRep:
         momentum in the optimizer's."""
         return self.run_settings() | {
             "step": self.step, "phase": self.phase, "masked": dict(self.masked),
+            "scores": {n: s.tolist() for n, s in self.prior.items()},
             "keep": {n: k.tolist() for n, k in self.kept.keep.items()},
             "compactors": {n: {"rows": c.rows.tolist(), "columns": c.columns.tolist(),
                                "chosen": c.chosen.clone(), "gone": c.gone.clone()} for n, c in self.compactors().items()},
@@ -271,12 +272,13 @@ class ResRep:
         """Restore `state` on a fresh ResRep around the dense model. The model gets the saved shapes, and an attached optimizer
         the new parameters. Afterwards load the state dicts of the model and of the optimizer.
 
-        Raises StorageError for another format, budget, schedule or model.
+        Raises StorageError for another format, budget, schedule, model or `scores=`.
         """
         check_state(self.run_settings(), state)
         if self.step or self.kept.cuts:
             raise StorageError("load_state_dict needs a fresh ResRep around the dense model")
         saved, kept = state["compactors"], Kept(self.graph, {n: np.array(k, dtype=np.int64) for n, k in state["keep"].items()})
+        self.prior = restored_scores(self.prior, state)
         rows, columns = ({n: np.array(c[key], dtype=np.int64) for n, c in saved.items()} for key in ("rows", "columns"))
         swaps = restore_shapes(self.model, self.placement, kept, rows, columns)
         carry_optimizers([self.optimizer], swaps, self.model)

@@ -32,7 +32,7 @@ from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan, check_groups, costed_plan
 from ..planning.plan import plan as plan_budget
-from ..planning.requests import checked_scores, excluded, lowest_channels
+from ..planning.requests import checked_scores, excluded, lowest_channels, restored_scores
 from ..surgery.copying import same_tensors
 from ..surgery.walk import named_tensors
 
@@ -188,14 +188,16 @@ class SoftPruning:
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, counter and masks, as plain values. Weights are in the model's own state dict."""
-        return self.run_settings() | {"calls": self.calls, "masked": as_lists(self.masked), "hard": as_lists(self.hard)}
+        return self.run_settings() | {"calls": self.calls, "masked": as_lists(self.masked), "hard": as_lists(self.hard),
+                                      "scores": {n: s.tolist() for n, s in self.prior.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`. The state dicts of the model and of the optimizer are loaded beside it, before or afterwards.
 
-        Raises StorageError for another format, budget, setting or model.
+        Raises StorageError for another format, budget, setting, model or `scores=`.
         """
         check_state(self.run_settings(), state)
+        self.prior = restored_scores(self.prior, state)
         self.calls = state["calls"]
         for key in ("masked", "hard"):
             masks: Masks = getattr(self, key)

@@ -13,7 +13,7 @@ from support.plans import graph_of, widths
 import narrower
 from narrower.graph.cost import CostKind
 from narrower.graph.equal_counts import Cell, Component
-from narrower.planning.requests import Budget, checked_scores, matching, most_removable
+from narrower.planning.requests import Budget, checked_scores, matching, most_removable, restored_scores
 
 
 @pytest.mark.parametrize("values", ["zero", "negative", "equal", "integers"])
@@ -121,3 +121,14 @@ def test_each_cell_keeps_one_channel_and_its_share_of_the_least_width() -> None:
     assert most_removable(part, sizes, 3).tolist() == [4, 2, 1]
     assert most_removable(part, sizes, 99).tolist() == [0, 0, 0]
 
+
+
+def test_scores_of_a_state_are_restored_unless_they_are_others() -> None:
+    """Scores that were measured again differ by rounding."""
+    saved = {"a": [0.5, 1.5]}
+    again = {"a": np.array([0.501, 1.499])}
+    assert restored_scores(again, {"scores": saved})["a"].tolist() == saved["a"]
+    assert restored_scores(again, {})["a"] is again["a"]
+    for other in ({"a": np.array([1.5, 0.5])}, {}):
+        with pytest.raises(narrower.StorageError, match="its scores= were others"):
+            restored_scores(other, {"scores": saved})

@@ -680,6 +680,21 @@ def test_a_state_of_another_run_is_refused() -> None:
         resrep.load_state_dict(state)
 
 
+def test_a_state_goes_on_with_the_scores_that_it_was_begun_with() -> None:
+    graph = narrower.trace(small_resnet(), IMAGES)
+
+    def begun(seed: int | None) -> narrower.ResRep:
+        scores = None if seed is None else narrower.random(graph, seed)
+        return narrower.ResRep(small_resnet(), graph, macs=0.5, steps=24, scores=scores)
+
+    state = begun(1).state_dict()
+    begun(1).load_state_dict(state)
+    for seed in (2, None):
+        with pytest.raises(StorageError, match="its scores= were others"):
+            begun(seed).load_state_dict(state)
+        begun(seed).load_state_dict({key: value for key, value in state.items() if key != "scores"})  # of an earlier version
+
+
 def test_a_missed_budget_is_said_and_what_is_there_is_merged() -> None:
     resrep, _ = made(small_resnet, IMAGES, 0.4, steps=100)
     resrep_training.train(resrep, sgd(resrep), IMAGES, 15)

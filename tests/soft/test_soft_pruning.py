@@ -310,3 +310,8 @@ def test_other_networks_optimizers_and_states_are_refused() -> None:
         soft.load_state_dict(soft_pruning(chain(), steps=2).state_dict())
     with pytest.raises(narrower.PlanError, match="the plan is of another network"):
         soft_pruning(model, plan=narrower.plan(graph_of("plain"), narrower.random(graph_of("plain")), remove=0.5))
+    with pytest.raises(narrower.StorageError, match="its scores= were others"):
+        soft.load_state_dict(soft_pruning(chain(), scores=narrower.random(chain_graph())).state_dict())
+    state = soft.state_dict()
+    del state["scores"]  # as earlier versions saved it
+    soft.load_state_dict(state)
