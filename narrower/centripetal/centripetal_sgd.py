@@ -168,6 +168,7 @@ class CentripetalSGD:
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradients of a step are averaged, and as published the pull is added."""
         tensors, places = self.present()
+        uphill = {id(t) for g in optimizer.param_groups if g.get("maximize") for t in g["params"]}
         for p in places:
             t = tensors[p.tensor]
             if t.grad is None:
@@ -175,7 +176,8 @@ class CentripetalSGD:
             mean = cluster_means(rows_at(t.grad, p.dim, p.at), p.clusters, p.sizes)
             if self.strength is not None:
                 rows = rows_at(t, p.dim, p.at)
-                mean += self.strength * (rows - cluster_means(rows, p.clusters, p.sizes))
+                strength = -self.strength if id(t) in uphill else self.strength
+                mean += strength * (rows - cluster_means(rows, p.clusters, p.sizes))
             put_rows(t.grad, p.dim, p.at, mean)
 
     @torch.no_grad()

@@ -198,10 +198,9 @@ class ResRep:
     def merge(self, model: nn.Module | None = None, *, over: bool | None = None) -> nn.Module:
         """The narrow network: plain modules, with every compactor merged. In eval mode it equals the trained one to rounding.
 
-        `model`: an averaged copy to merge instead of the trained model. Neither is changed. An average lags behind: its rows
-        are not zero yet when the trained ones are, and are cut. `over`: whether the training is (None: after `steps`, not
-        counting those that a GradScaler skips). Channels of a plan that are not zero then are cut. Warns if the budget is not
-        reached, and of how large the rows are that are cut from an averaged copy.
+        `model`: an averaged copy to merge instead of the trained model. Neither is changed. An average lags behind: warns if
+        rows are cut that are not zero in it. `over`: whether the training is (None: after `steps`, not counting those that a
+        GradScaler skips). Channels of a plan that are not zero then are cut. Warns if the budget is not reached.
         """
         source = self.model if model is None else model
         small = independent_copy(source)
@@ -345,7 +344,8 @@ class ResRep:
 
     def strengths(self, c: Compactor, group: Mapping[str, Any], decoupled: bool) -> Tensor:
         """The penalty of each row `(K,)`. If `decoupled` from the gradient: the norm that the row loses in one step."""
-        slow, fast = self.settings.pulls(float(group["lr"]), group.get("momentum", 0.0), decoupled)
+        sign = -1 if group.get("maximize") and not decoupled else 1  # the step then goes along the gradient
+        slow, fast = (sign * pull for pull in self.settings.pulls(float(group["lr"]), group.get("momentum", 0.0), decoupled))
         penalty = c.penalised * slow
         return torch.where(c.chosen, fast, penalty) if c.shrinking else penalty
 

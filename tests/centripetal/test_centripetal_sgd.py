@@ -172,6 +172,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one() -> None:
 
 
 @pytest.mark.parametrize("strength", [None, 3e-3])
+def test_maximizing_the_negative_loss_is_the_same_training(strength: float | None) -> None:
+    found = []
+    for maximize in (False, True):
+        model = chain()
+        csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=6, strength=strength)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, maximize=maximize)
+        csgd.attach(optimizer)
+        for _ in range(6):
+            loss = model(X).square().mean()
+            optimizer.zero_grad()
+            (-loss if maximize else loss).backward()
+            optimizer.step()
+        found.append(model.state_dict())
+    assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+
+
+@pytest.mark.parametrize("strength", [None, 3e-3])
 def test_only_the_first_step_copies_indices_to_the_device(strength: float | None) -> None:
     model = chain()
     csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=4, strength=strength)

@@ -226,6 +226,23 @@ def test_optimizers(kind: str) -> None:
     assert difference(before, outputs(resrep.merge(), IMAGES)) < 1e-10
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_maximizing_the_negative_loss_is_the_same_training(kind: Any) -> None:
+    found = []
+    for maximize in (False, True):
+        torch.manual_seed(0)
+        resrep, _ = made(small_resnet, IMAGES, 0.6, steps=20, scope="inner")
+        optimizer = kind(resrep.param_groups(lr=0.01), maximize=maximize)
+        resrep.attach(optimizer)
+        for _ in range(20):
+            loss = resrep.model(IMAGES).square().mean()
+            optimizer.zero_grad()
+            (-loss if maximize else loss).backward()
+            optimizer.step()
+        found.append(resrep.model.state_dict())
+    assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+
+
 def test_weight_decay_is_the_optimizers_own_unless_it_is_given() -> None:
     """Compactors never have any."""
     resrep, _ = made(small_resnet, IMAGES, 0.5)
