@@ -23,9 +23,10 @@ class Compactor(nn.Module):
     diagonal one. K = C at first. `rows` `(K,)` and `columns` `(C,)` are the remaining rows and input channels of the dense
     network, ascending. The weight is at least float32: in half precision the small steps of a row near one would round to none.
 
-    Buffers, `(K,)` each: `chosen` rows are being shrunk to zero. `gone` rows stay zero. `penalised` is 1 for rows with a
-    penalty and 0 for others. `variance` is a running variance of the output over batch and space. It is measured on whole
-    batches: the processes' parts of one are then all of it, however they are divided. It is empty if no BatchNorm needs it.
+    Buffers, `(K,)` each: `chosen` is 1 for rows that are being shrunk to zero, `gone` for rows that stay zero, `penalised` for
+    rows with a penalty; 0 for others. They are no bools, as torch's AveragedModel cannot average these. `variance` is a running
+    variance of the output over batch and space. It is measured on whole batches: the processes' parts of one are then all of
+    it, however they are divided. It is empty if no BatchNorm needs it.
     """
 
     chosen: Tensor
@@ -42,8 +43,8 @@ class Compactor(nn.Module):
         self.frozen = False  # merged already: the identity, which no longer trains
         ones = torch.ones(site.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         self.weight = nn.Parameter(diagonal(ones, site))
-        self.register_buffer("chosen", torch.zeros(site.size, dtype=torch.bool, device=like.device))
-        self.register_buffer("gone", self.chosen.clone())
+        self.register_buffer("chosen", torch.zeros_like(ones))
+        self.register_buffer("gone", torch.zeros_like(ones))
         self.register_buffer("penalised", torch.zeros_like(ones), persistent=False)
         self.register_buffer("variance", ones[:0] if variance is None else variance.detach().to(ones.dtype, copy=True))
 
@@ -75,7 +76,7 @@ class Compactor(nn.Module):
 
     def choose(self, rows: Tensor) -> None:
         """Choose these rows (bool, `(K,)`). Rows that are zero already stay chosen."""
-        self.chosen.copy_(rows.to(self.chosen.device) | self.gone)
+        self.chosen.copy_(rows.to(self.chosen.device) | self.gone.bool())
         self.shrinking |= bool(self.chosen.any())
 
     def restrict(self, rows: np.ndarray, columns: np.ndarray, weight: Tensor | None = None) -> Swap:

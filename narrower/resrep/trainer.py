@@ -264,7 +264,7 @@ class ResRep:
             "scores": {n: s.tolist() for n, s in self.prior.items()},
             "keep": {n: k.tolist() for n, k in self.kept.keep.items()},
             "compactors": {n: {"rows": c.rows.tolist(), "columns": c.columns.tolist(),
-                               "chosen": c.chosen.clone(), "gone": c.gone.clone()} for n, c in self.compactors().items()},
+                               "chosen": c.chosen.bool(), "gone": c.gone.bool()} for n, c in self.compactors().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -308,7 +308,7 @@ class ResRep:
             self.update_masks()
         decoupled = decouples_penalty(optimizer)
         for name, c in compactors.items():
-            w = c.weight
+            w, chosen = c.weight, c.chosen.bool()
             if self.phase == "resting" or c.shrinking or decoupled:
                 self.before[name] = w.detach().clone()
             if w.grad is None:
@@ -316,9 +316,9 @@ class ResRep:
             if self.phase == "resting":
                 w.grad.zero_()
             elif decoupled:
-                w.grad.masked_fill_(rows_like(c.chosen, w), 0)
+                w.grad.masked_fill_(rows_like(chosen, w), 0)
             else:
-                w.grad.copy_(resrep_gradient(w.grad, w, c.chosen, self.strengths(c, group_of(optimizer, w), decoupled)))
+                w.grad.copy_(resrep_gradient(w.grad, w, chosen, self.strengths(c, group_of(optimizer, w), decoupled)))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -335,8 +335,8 @@ class ResRep:
                 continue
             if decoupled and w.grad is not None:
                 w.sub_(rows_like(self.strengths(c, group_of(optimizer, w), decoupled), w) * unit_rows(old))
-            c.gone |= rows_at_zero(w, old, c.chosen, self.settings.threshold)
-            zero = rows_like(c.gone, w)
+            c.gone.masked_fill_(rows_at_zero(w, old, c.chosen.bool(), self.settings.threshold), 1)
+            zero = rows_like(c.gone.bool(), w)
             w.masked_fill_(zero, 0)
             for value in optimizer.state.get(w, {}).values():
                 if isinstance(value, Tensor) and value.shape == w.shape:
@@ -347,7 +347,7 @@ class ResRep:
         sign = -1 if group.get("maximize") and not decoupled else 1  # the step then goes along the gradient
         slow, fast = (sign * pull for pull in self.settings.pulls(float(group["lr"]), group.get("momentum", 0.0), decoupled))
         penalty = c.penalised * slow
-        return torch.where(c.chosen, fast, penalty) if c.shrinking else penalty
+        return torch.where(c.chosen.bool(), fast, penalty) if c.shrinking else penalty
 
     def update_masks(self) -> None:
         """Choose again (section 3.3): the lowest rows of all compactors, at most theta more than before, up to the budget."""
@@ -396,5 +396,5 @@ class ResRep:
 
     def remaining(self) -> Kept:
         """The channels that stay. A channel is removed if all its rows are zero and the ties allow it."""
-        alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(lambda c: ~c.gone, 0.0).items()}
+        alive = {g: np.nanmax(rows, axis=0) > 0 for g, rows in self.by_channel(lambda c: c.gone == 0, 0.0).items()}
         return self.candidates.remaining(alive, self.kept)

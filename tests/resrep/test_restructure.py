@@ -12,7 +12,7 @@ from torch import nn
 
 import narrower
 from narrower.graph.selection import Kept
-from narrower.resrep.compactor import NAME, Compactor
+from narrower.resrep.compactor import NAME, Compactor, rows_like
 from narrower.resrep.restructure import Mode, restructure
 
 X = torch.randn(4, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -31,8 +31,8 @@ def compacted() -> tuple[Any, narrower.ResRep, Kept]:
     with torch.no_grad():
         for c in resrep.compactors().values():
             c.weight.add_(0.1 * torch.randn_like(c.weight))
-            c.gone.view(2, -1)[:, 0] = True  # equally many in each group of the grouped convolution
-            c.weight.masked_fill_(c.gone if c.weight.dim() == 1 else c.gone.view(*c.weight.shape[:-1], 1), 0)
+            c.gone.view(2, -1)[:, 0] = 1  # equally many in each group of the grouped convolution
+            c.weight.masked_fill_(rows_like(c.gone.bool(), c.weight), 0)
     kept = resrep.remaining()
     assert all(len(kept.keep[n]) < resrep.graph[n].size for n in resrep.placement.rows)
     return model, resrep, kept

@@ -183,7 +183,7 @@ def test_against_the_papers_procedure_written_out() -> None:
                 q[n] = new
         for n, module in (("a", "bn_a"), ("b", "bn_b")):
             c = resrep.compactors()[module]
-            assert torch.equal(c.chosen, chosen[n]), step
+            assert torch.equal(c.chosen.bool(), chosen[n]), step
             torch.testing.assert_close(c.weight.detach(), q[n], rtol=0, atol=1e-5)
     assert all(g.any() for g in (gone["a"] | gone["b"][:1].any(),))
     assert resrep.progress()["zero"] > 3
@@ -205,7 +205,7 @@ def test_kept_rows_do_not_collapse_and_chosen_ones_become_exactly_zero() -> None
     assert 0.9 < at["least_norm"] <= at["mean_norm"] < 1.2
     for c in resrep.compactors().values():
         norms = c.weight.detach().norm(dim=1)
-        assert torch.equal(norms == 0, c.gone)
+        assert torch.equal(norms == 0, c.gone.bool())
         assert torch.equal(c.gone, c.chosen)
         assert c.weight.isfinite().all()
     assert "norms of the rest" in str(resrep)
@@ -395,6 +395,26 @@ def test_an_average_that_is_not_zero_where_it_is_cut_is_said() -> None:
         resrep.merge(copy.deepcopy(resrep.model))
 
 
+def test_torchs_average_takes_the_buffers_along_and_states_with_bools_load() -> None:
+    """Rows were marked by bools once, which cannot be averaged."""
+    resrep, _ = made(small_resnet, IMAGES, 0.6, steps=20)
+    optimizer = sgd(resrep)
+    average = torch.optim.swa_utils.AveragedModel(resrep.model, use_buffers=True)
+    for step in range(20):
+        resrep_training.train(resrep, optimizer, IMAGES, 1, seed=step)
+        average.update_parameters(resrep.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert difference(outputs(resrep.merge(average.module), IMAGES), outputs(resrep.merge(), IMAGES)) > 0
+    marks = ("chosen", "gone")
+    state = {name: t.bool() if name.endswith(marks) else t for name, t in resrep.model.state_dict().items()}
+    again, _ = made(small_resnet, IMAGES, 0.6, steps=20)
+    again.load_state_dict(resrep.state_dict())
+    again.model.load_state_dict(state)
+    assert all(torch.equal(t, resrep.model.state_dict()[name]) for name, t in again.model.state_dict().items())
+    assert all(c[mark].dtype == torch.bool for c in resrep.state_dict()["compactors"].values() for mark in marks)
+
+
 def in_two_optimizers() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
     """A ResRep of which a channel is zero, and a second optimizer: that of a layer that reads the channel."""
     resrep, _ = made(Two, IMAGES, 0.5)
@@ -404,7 +424,7 @@ def in_two_optimizers() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
     resrep.attach(torch.optim.SGD(groups))
     with torch.no_grad():
         c = resrep.compactors()["bn_a"]
-        c.weight[0], c.gone[0] = 0, True
+        c.weight[0], c.gone[0] = 0, 1
     return resrep, torch.optim.SGD([own], lr=0.01)
 
 
@@ -595,7 +615,7 @@ def test_chosen_rows_of_a_network_in_half_precision_shrink_by_small_steps() -> N
     before = outputs(model, x)
     optimizer = sgd(resrep)
     resrep_training.train(resrep, optimizer, x, 150)
-    chosen = torch.cat([c.weight.detach().norm(dim=1)[c.chosen] for c in resrep.compactors().values()])
+    chosen = torch.cat([c.weight.detach().norm(dim=1)[c.chosen.bool()] for c in resrep.compactors().values()])
     assert len(chosen) and chosen.min() > 0.5 and chosen.max() < 0.95
     state = copy.deepcopy(model.state_dict())
     with warnings.catch_warnings():

@@ -315,6 +315,6 @@ def test_a_network_is_compiled_anew_after_a_shrink(torchcompile: str | None, mon
     loop.shrink()  # nothing is zero yet
     (compactor,) = resrep.compactors().values()
     with torch.no_grad():
-        compactor.weight[0], compactor.gone[0] = 0, True
+        compactor.weight[0], compactor.gone[0] = 0, 1
     loop.shrink()
     assert model[0].out_channels == 3 and widths == ([3] if torchcompile else [])
