@@ -45,7 +45,7 @@ def arguments_needed(model: nn.Module) -> int:
 
 def on_device(inputs: Any, model: nn.Module) -> Any:
     device = device_of(model)
-    return map_tensors(inputs, lambda t: move_to(t, device))
+    return map_tensors(inputs, lambda t: move_to(ordinary(t), device))
 
 
 def are_images(argument: Any) -> bool:
@@ -111,6 +111,12 @@ def move_to(t: Tensor, device: torch.device) -> Tensor:
     One to Apple's GPUs may read memory that is free again, and one to the CPU may be read before it is there.
     """
     return t.to(device, non_blocking=device.type == "cuda")
+
+
+def ordinary(t: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode: autograd cannot store such tensors, and dispatch modes see their
+    operators undivided."""
+    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
 
 
 def synchronize(device: torch.device) -> None:

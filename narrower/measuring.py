@@ -10,12 +10,13 @@ from torch import nn
 
 from .inputs import call_model, flatten_tensors, sample_count, synchronize
 from .surgery.copying import stage
-from .surgery.walk import in_eval_mode
+from .surgery.walk import in_eval_mode, outer_modes_off
 from .tracing.constraints import ConstraintCollector
 from .tracing.interpreter import run_forward
 from .tracing.labels import Axes
 
 
+@outer_modes_off()
 def macs_of(model: nn.Module, example_inputs: Any) -> float:
     """Multiply-adds of convolutions and linear layers for one sample, counted as in `trace` and `plan`.
 

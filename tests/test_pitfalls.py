@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +201,64 @@ def test_blur_pool_buffers_and_weight_standardisation_gains_follow_the_width() -
     graph, small = narrowed(nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Blurred(8), unit(8, 6), Head(6)))
     assert [g.name for g in graph.free] == ["0", "3.0"]
     assert small[2].kernel.shape[0] == small[0].gain.shape[0] == small[2].channels < 8  # type: ignore[index]
+
+
+def bfloat16() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+class Autocast(nn.Module):
+    """A network that turns autocast on itself."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with bfloat16():
+            return self.net(x).float()
+
+
+def measured(model: nn.Module, around: Callable[[], AbstractContextManager[Any]]) -> list[Any]:
+    """What the library measures of a network within some mode, without names. What is made there can be trained."""
+    batches = list(torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(16))
+    with around():
+        if torch.is_inference_mode_enabled():
+            batches = [x.clone() for x in batches]
+        graph = narrower.trace(model, batches[0][:1])
+        scores = [narrower.obs(model, graph, batches), narrower.hrank(model, graph, batches),
+                  narrower.taylor(model, graph, [(x, 0.0) for x in batches], lambda out, _: out.square().mean())]
+        damage = narrower.sensitivity(model, graph, scores[0], batches)
+        plan = narrower.plan(graph, scores[0], macs=0.5, sensitivity=damage)
+        small = narrower.narrow(model, plan)
+        narrower.verify(model, small, plan, batches[0])
+        repair = narrower.reconstruct(model, small, plan, batches)
+        folded = narrower.fold(model, plan).model
+        macs = narrower.measure(small, batches[0], seconds=0.0)["macs"]
+    for net in (small, repair.model, folded):
+        net.train()(torch.randn(4, 3, 8, 8)).sum().backward()
+    channels = [v.tolist() for found in scores[:2] for v in found.values()]
+    return [channels, [v.tolist() for v in scores[2].values()], [c.damages for c in damage.curves], list(plan.keep.values()),
+            [(r.error, r.strength) for r in repair.layers], macs]
+
+
+@pytest.mark.parametrize("mode", ["inference mode", "autocast", "no_grad", "autocast in the forward"])
+def test_modes_around_a_call_or_in_the_forward_change_no_result(mode: str) -> None:
+    """In inference mode dispatch modes see other operators. Under autocast layers read cast copies of their weights."""
+    around = {"inference mode": torch.inference_mode, "autocast": bfloat16, "no_grad": torch.no_grad}
+    model = randomised(chain(unit(3, 12), unit(12, 10), nn.Conv2d(10, 8, 3), nn.GroupNorm(4, 8), Head(8))).eval()
+    want = measured(model, nullcontext)
+    found = measured(model, around[mode]) if mode in around else measured(Autocast(model).eval(), nullcontext)
+    if mode == "autocast in the forward":  # gradients are those of the forward as it is
+        del want[1], found[1]
+    assert str(found) == str(want)
+    assert want[-2], "no layer was repaired"
+
+
+def test_what_resrep_and_centripetal_sgd_merge_in_inference_mode_can_be_trained() -> None:
+    for method in (narrower.ResRep, narrower.CentripetalSGD):
+        model = randomised(chain(unit(3, 8), unit(8, 6), Head(6)))
+        trained = method(model, narrower.trace(model, X.float()), macs=0.9, steps=10)
+        with torch.inference_mode(), pytest.warns(UserWarning):
+            small = trained.merge()
+        small.train()(X.float()).sum().backward()

@@ -18,7 +18,7 @@ from ..planning.requests import checked_scores, lowest_channels
 from ..repair.held_out import Comparison, Measure, checked_inputs, images_wanted, input_counts, split
 from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import independent_copy, same_tensors, where_float64_is
-from ..surgery.walk import in_eval_mode, named_tensors
+from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.interface import address
 from .replay import Record, Replay
@@ -39,6 +39,7 @@ class Cut(NamedTuple):
     survivors: Survivors | None = None
 
 
+@outer_modes_off()
 @torch.no_grad()
 def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], batches: Iterable[Any], *,
                 images: int | None = None, shares: Sequence[float] = SHARES, measure: Measure | None = None,

@@ -16,7 +16,7 @@ from ..inputs import precise
 from ..planning.plan import Plan, costed_plan
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.resize import add_biases, takes_bias
-from ..surgery.walk import named_tensors
+from ..surgery.walk import named_tensors, outer_modes_off
 from .constant_propagation import Propagation, propagate
 from .constant_values import NAN, ZERO
 from .layers import Obstacle, Producer, Reader
@@ -41,6 +41,7 @@ class Folded:
         return "\n".join([*lines, *(f"not folded: {g}: {why}" for g, why in self.left.items())])
 
 
+@outer_modes_off()
 def fold(model: nn.Module, plan: Plan) -> Folded:
     """Fold those channels that `plan` removes and that are constant.
 

@@ -14,7 +14,7 @@ from ..planning.plan import Plan
 from ..surgery.attributes import Place, attribute_values, set_attributes
 from ..surgery.copying import duplicate, parameter_like, same_tensors
 from ..surgery.resize import fit, format_of, outputs_dim, slice_tensor
-from ..surgery.walk import named_tensors, pause_collector, tensor_shapes
+from ..surgery.walk import named_tensors, outer_modes_off, pause_collector, tensor_shapes
 from .optimizer import Swap, carry_optimizer, check_optimizer
 
 RECORD = "narrower_record"  # the attribute of a narrow network that holds its NarrowRecord
@@ -31,6 +31,7 @@ class NarrowRecord:
     created: tuple[str, ...] = ()
 
 
+@outer_modes_off()
 @pause_collector()
 def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """A copy of `model` with the channels of `plan` only: ordinary modules of the same classes; `model` is untouched.

@@ -18,7 +18,7 @@ from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
 from ..surgery.copying import independent_copy, moved, same_tensors, where_float64_is
 from ..surgery.resize import slice_tensor
-from ..surgery.walk import in_eval_mode, named_tensors
+from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from .held_out import Measure, checked_inputs, divergences, images_wanted, joined, split
 from .least_squares import choose
 from .patches import as_matrix, as_weight, patches_at, values_at, widened
@@ -95,6 +95,7 @@ class Reconstruction:
         return [*lines, f"{judged}: {found}; kept: {self.kept}"]
 
 
+@outer_modes_off()
 @torch.no_grad()
 def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, images: int | None = None,
                 stream_targets: bool | None = None, measure: Measure | None = None) -> Reconstruction:

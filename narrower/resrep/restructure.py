@@ -17,7 +17,7 @@ from ..narrowing.optimizer import Swap
 from ..surgery.attributes import attribute_values, set_attributes
 from ..surgery.copying import parameter_like
 from ..surgery.resize import fit, format_of, slice_tensor
-from ..surgery.walk import named_tensors
+from ..surgery.walk import named_tensors, outer_modes_off
 from .compactor import NAME, Compactor, diagonal, remove_compactor, row_norms
 from .merging import merge_tensors
 from .placement import Placement, Site, merge_targets
@@ -41,6 +41,7 @@ class Merged(NamedTuple):
     rows: Cut
 
 
+@outer_modes_off()
 @torch.no_grad()
 def restructure(model: nn.Module, placement: Placement, before: Kept, after: Kept, mode: Mode) -> list[Swap]:
     """Reduce `model` (with compactors, in place) from the channels `before` to the channels `after`.

@@ -15,7 +15,7 @@ from ..graph.selection import Keep
 from ..graph.types import ChannelMap, Graph, MapSource, Scores
 from ..inputs import as_float64, samples
 from ..planning.plan import plan
-from ..surgery.walk import in_eval_mode, named_tensors
+from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
 from .matrix_rank import rank
@@ -26,6 +26,7 @@ SETTLED = 0.965  # stop if the plans from half the images and from all of them s
 FIRST_CHECK = 128  # images
 
 
+@outer_modes_off()
 @torch.no_grad()
 def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int | None = None,
           macs: float | None = None, params: float | None = None) -> Scores:

@@ -15,7 +15,7 @@ from ..repair import held_out
 from ..repair.patches import as_matrix
 from ..repair.second_moments import SecondMoments, ridge_factor, second_moments
 from ..surgery.copying import independent_copy, same_tensors, where_float64_is
-from ..surgery.walk import in_eval_mode, named_tensors
+from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from .weights import magnitude
 
 SAMPLES_PER_INPUT = 10  # from few samples, errors look smaller than they are
@@ -23,6 +23,7 @@ PORTION = 16  # one in so many of the channels left goes at a time
 LEAST_VARIANCE = 1e-20  # a layer whose output varies less has nothing to lose
 
 
+@outer_modes_off()
 @torch.no_grad()
 def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int | None = None) -> Scores:
     """The error that is left when a channel and all cheaper ones go and the other weights are repaired optimally.

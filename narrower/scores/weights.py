@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
-from ..inputs import call_model, device_of, map_tensors, paired_inputs, shapes_of
-from ..surgery.walk import in_eval_mode, named_tensors
+from ..inputs import call_model, on_device, paired_inputs, shapes_of
+from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 
 
 def filters(group: ChannelGroup, tensors: dict[str, Tensor]) -> list[tuple[Slice, Tensor]]:
@@ -83,6 +83,7 @@ def bn_scale(model: nn.Module, graph: Graph) -> Scores:
     return out
 
 
+@outer_modes_off()
 def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> Scores:
     """The squared first-order change of the loss if a filter is removed: (sum over the filter of gradient * weight)^2, summed
     over batches and layers (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8).
@@ -93,7 +94,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     tensors = named_tensors(model)
     params = {s.tensor: tensors[s.tensor] for g in graph.free for s in g.slices if s.makes}
     before = {n: t.requires_grad for n, t in params.items()}
-    total, device = {g.name: torch.zeros(g.size) for g in graph.free}, device_of(model)
+    total = {g.name: torch.zeros(g.size) for g in graph.free}
     seen = 0
     with in_eval_mode(model):
         try:
@@ -104,7 +105,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
                     raise DataError("taylor needs labels: each batch must be a pair (inputs, targets), and this one is "
                                     f"{type(batch).__name__} ({shapes_of(batch)}); obs, hrank and magnitude need none")
                 output = call_model(model, paired_inputs(batch, model))
-                value = loss(output, map_tensors(batch[1], lambda t: t.to(device)))
+                value = loss(output, on_device(batch[1], model))
                 grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
                 seen += 1
                 products = {n: torch.zeros_like(t) if grads[n] is None else grads[n] * t for n, t in params.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import PlanError, TraceError
 from ..graph.types import Graph
 from ..inputs import device_of, has_float64, map_tensors
-from .walk import keep_modes, modules_of, named_tensors, tensor_shapes
+from .walk import keep_modes, modules_of, named_tensors, outer_modes_off, tensor_shapes
 
 
 def parameter_like(t: Tensor, new: Tensor) -> Tensor:
@@ -158,6 +158,7 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
                          "permanent first, with torch.nn.utils.remove_weight_norm or prune.remove") from e
 
 
+@outer_modes_off()
 def independent_copy(model: nn.Module) -> nn.Module:
     """A deep copy whose parameters and buffers are fresh: no gradients, no history, nothing shared with `model`."""
     return duplicate(model, {id(t): parameter_like(t, t.detach().clone()) for t in named_tensors(model).values()})

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,6 +15,17 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside. Every module gets its own mode back afterwards."""
     with keep_modes(model):
         model.eval()
+        yield
+
+
+@contextmanager
+def outer_modes_off() -> Iterator[None]:
+    """No inference mode and no autocast of the caller inside. Gradients are recorded, also within `torch.no_grad`.
+
+    In inference mode dispatch modes see composite operators where they see convolutions otherwise, and tensors that are made
+    there can never be trained. Under autocast layers read cast copies of their parameters.
+    """
+    with torch.inference_mode(False), torch._C._DisableAutocast():
         yield
 
 

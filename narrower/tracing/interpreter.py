@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from traceback import walk_stack, walk_tb
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import TraceError
-from ..inputs import call_model, flatten_tensors
+from ..inputs import call_model, device_of, flatten_tensors
 from ..surgery.walk import modules_of
 from .labels import NOTHING, Axes, Axis, Carried, Ids, Label, along
 from .operators.data_dependent import Answer
@@ -231,9 +232,21 @@ def mark_as_given(tensors: Iterable[Tensor]) -> None:
             setattr(t, CARRIED, NOTHING)
 
 
+class OwnPrecision(TorchFunctionMode):
+    """A forward in which autocast does nothing, also where the forward itself turns it on: layers read their parameters, and no
+    cast copies of them. Calls whose operands are of several types are left to it: they may fail without."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kinds = {t.dtype for t in tensors_in((*args, *kwargs.values())) if t.is_floating_point()}
+        with torch._C._DisableAutocast() if len(kinds) < 2 else nullcontext():
+            return func(*args, **kwargs)
+
+
 @torch.no_grad()
 def run_forward(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any]) -> Any:
     """Run one forward under `mode`. Attention is computed as matrix products, so every device runs the same operators."""
     mark_as_given(flatten_tensors(inputs))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), mode:
+    precision = nullcontext() if device_of(model).type == "meta" else OwnPrecision()  # autocast leaves meta tensors alone
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), precision, mode:
         return call_model(model, inputs)

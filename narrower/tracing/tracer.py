@@ -18,7 +18,7 @@ from ..errors import TraceError
 from ..graph.types import Graph
 from ..inputs import shapes_of
 from ..surgery.copying import restore_after, stage
-from ..surgery.walk import modules_of, named_tensors, pause_collector
+from ..surgery.walk import modules_of, named_tensors, outer_modes_off, pause_collector
 from .dense import DenseForwardError
 from .interpreter import run_forward
 from .operators.data_dependent import Answer, AnswerListener
@@ -27,6 +27,7 @@ from .search import Progress, TraceSearch, unrepeatable
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
+@outer_modes_off()
 @pause_collector()
 def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True,
           progress: Callable[[str], None] | None = None) -> Graph:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.tracing.constraints import ConstraintCollector
-from narrower.tracing.interpreter import RuleError
+from narrower.tracing.interpreter import RuleError, run_forward
 from narrower.tracing.labels import Axes
 from narrower.tracing.operators import call_counter
 from narrower.tracing.operators.data_dependent import AnswerListener
@@ -164,3 +164,18 @@ def test_trace_passes_an_error_inside_a_rule_on(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(narrower.NarrowerError, match=r"aten\.tanh .*report") as raised:
         narrower.trace(model, torch.zeros(1, 3, 4, 4))
     assert isinstance(raised.value.__cause__, TypeError)
+
+
+def test_autocast_in_a_forward_works_only_where_operands_differ_in_type() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.first(x)
+                return y, self.second(y.bfloat16())
+
+    first, second = run_forward(Mixed(), torch.randn(2, 3), AnswerListener())
+    assert (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
