@@ -44,6 +44,7 @@ class Tuned:
         return f"{self.steps} steps: {self.measure} on held-out images {self.before:.4f} -> {self.after:.4f}, {which}"
 
 
+@torch.inference_mode(False)  # which records gradients, also within torch.no_grad
 def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, steps: int = 300, lr: float = 2e-5,
          batch_size: int = 32, seed: int = 0, images: int | None = None, measure: Measure | None = None,
          progress: Callable[[str], None] | None = None) -> Tuned:
@@ -69,7 +70,7 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
         progress: takes a line of text after each tenth of the steps.
 
     Raises:
-        ConfigError: a setting is out of range, or the loss is no longer finite.
+        ConfigError: a setting is out of range, no parameter requires gradients, or the loss is no longer finite.
         DataError: too few images, images that are not finite or of different shapes, or outputs that `measure` does not fit.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
@@ -77,6 +78,9 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
             raise ConfigError(f"{name}={value!r}: give a whole number from 1")
     if not 0 < lr < math.inf:
         raise ConfigError(f"lr={lr!r}: give a number above 0")
+    if not any(p.requires_grad for p in small.parameters()):
+        raise ConfigError("no parameter of the network requires gradients, so there is nothing to train: call "
+                          "requires_grad_(True) on it first, or on the layers that are to train")
     inputs = checked_inputs("tune", batches, model, images, 2 * HELD_OUT, "the more the better")
     fit, held_out = split(inputs, HELD_OUT, HELD_OUT_IMAGES)
     tuned = independent_copy(small)

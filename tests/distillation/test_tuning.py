@@ -166,3 +166,21 @@ def test_bad_input_is_named(options: dict[str, Any], error: type[Exception], mes
     with pytest.raises(error, match=message):
         narrower.tune(model, small, plan, BATCHES, **options)
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+
+
+def test_frozen_networks_are_refused_with_what_helps(networks: Any) -> None:
+    model, small, plan = networks
+    frozen = copy.deepcopy(small).requires_grad_(False)
+    with pytest.raises(narrower.ConfigError, match=r"nothing to train: call requires_grad_\(True\)"):
+        narrower.tune(model, frozen, plan, BATCHES)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_in_modes_without_gradients(mode: Any, networks: Any) -> None:
+    model, small, plan = networks
+    want = narrower.tune(model, small, plan, BATCHES, steps=5, lr=1e-3)
+    with mode():
+        images = [x.clone() for x in BATCHES]  # in inference mode tensors that autograd cannot store
+        found = narrower.tune(model, small, plan, images, steps=5, lr=1e-3)
+    found.model.train()(BATCHES[0]).sum().backward()
+    assert (found.before, found.after) == (want.before, want.after)
