@@ -99,8 +99,11 @@ class Compactor(nn.Module):
 
 
 def run_compactor(module: nn.Module, args: object, output: Tensor) -> Tensor:
-    """The forward hook of a site's module."""
-    return getattr(module, NAME)(output)
+    """The forward hook of a site's module. A convolution also takes a single image, without the dimension of the batch."""
+    compactor = getattr(module, NAME)
+    if isinstance(module, nn.modules.conv._ConvNd) and output.dim() < module.weight.dim():
+        return compactor(output[None])[0]
+    return compactor(output)
 
 
 def insert_compactor(module: nn.Module, compactor: Compactor) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from narrower.resrep.compactor import Compactor, diagonal, resrep_gradient, row_norms, rows_at_zero
+from narrower.resrep.compactor import Compactor, diagonal, insert_compactor, resrep_gradient, row_norms, rows_at_zero
 from narrower.resrep.merging import apply_compactor
 from narrower.resrep.placement import Site
 
@@ -81,3 +82,13 @@ def test_the_variance_is_that_of_the_whole_batch() -> None:
     y = torch.randn(70, 6, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 70).view(-1, 1, 1, 1)
     compactor.follow(y)
     torch.testing.assert_close(compactor.variance, 0.75 + 0.25 * y.var((0, 2, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_behind_a_convolution_a_single_image_gives_what_a_batch_gives(kind: str, conv: type[nn.Conv2d]) -> None:
+    layer = conv(3, 6, 1)
+    insert_compactor(layer, compactor := Compactor(KINDS[kind], torch.zeros(1), None))
+    nn.init.normal_(compactor.weight)
+    x = torch.randn(2, 3, *(6,) * (layer.weight.dim() - 2))
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
