@@ -18,12 +18,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
     """Reset the running statistics of every BatchNorm to the average over `batches` (or their first `images` samples).
 
     A batch is the model's input, or a pair (input, target). A BatchNorm that no batch reaches keeps its statistics; all do if
-    an error ends the pass. Returns the number of samples used. Raises DataError if there are no batches.
+    an error ends the pass. A batch in which a BatchNorm reads one value of each channel does not count for it, if others did
+    before. Returns the number of samples used. Raises DataError if there are no batches.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     before = [(m.momentum, {n: t.clone() for n, t in m.named_buffers()}) for m in norms]
+    hooks = [m.register_forward_pre_hook(pass_single_values) for m in norms if not isinstance(m, nn.SyncBatchNorm)]
     seen, done = 0, False
     with in_eval_mode(model):
         try:
@@ -37,6 +39,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
                 seen += count
             done = True
         finally:
+            for hook in hooks:
+                hook.remove()
             for m, (momentum, statistics) in zip(norms, before, strict=True):
                 m.momentum = momentum
                 if not done or untouched(m):
@@ -45,6 +49,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
     if not seen:
         raise DataError("recalibrate got no batches")
     return seen
+
+
+def pass_single_values(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a BatchNorm: one value of each channel, as of the image that `images` leaves of a batch, has no variance. With
+    statistics of other batches the BatchNorm uses these, and keeps them."""
+    for x in args[:1]:
+        norm.train(x.numel() > x.shape[1] or not bool(norm.num_batches_tracked))
 
 
 def untouched(norm: nn.modules.batchnorm._BatchNorm) -> bool:

@@ -104,3 +104,15 @@ def test_an_error_in_the_middle_leaves_all_statistics() -> None:
 
 def test_recalibrate_without_batch_norm_does_nothing() -> None:
     assert narrower.recalibrate(nn.Conv2d(3, 4, 3), batches()) == 0
+
+
+def test_an_image_left_of_a_batch_does_not_count_where_it_has_no_variance() -> None:
+    """Behind a global pooling one image has one value for each channel."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(6))
+    assert narrower.recalibrate(model, batches(), images=5) == 5
+    first, second = (dict(model[k].named_buffers()) for k in (1, 3))
+    assert (int(first["num_batches_tracked"]), int(second["num_batches_tracked"])) == (2, 1)
+    narrower.recalibrate(model, batches(1))
+    assert all(torch.equal(t, model[3].get_buffer(n)) for n, t in second.items()) and not model[3]._forward_pre_hooks
+    with pytest.raises(ValueError, match="more than 1 value"):
+        narrower.recalibrate(model, batches(), images=1)
