@@ -70,3 +70,8 @@ def test_layers_with_too_many_inputs_are_left_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "MOST_INPUTS", 8)
     model = nn.Sequential(nn.Conv2d(2, 2, 2), nn.Conv2d(2, 2, 3))
     assert list(second_moments(model, ["0.weight", "1.weight"], [(torch.randn(4, 2, 6, 6), 4)])) == ["0.weight"]
+
+
+def test_a_fused_kernel_of_an_encoder_layer_hides_no_layer() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 6, batch_first=True)).eval()
+    assert list(second_moments(model, ["0.linear2.weight"], [(torch.randn(4, 5, 8), 4)])) == ["0.linear2.weight"]
