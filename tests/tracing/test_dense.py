@@ -292,7 +292,7 @@ def test_the_batch_is_the_number_of_samples() -> None:
         def forward(self, scale: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x * scale)
 
-    assert run_dense(staged(Scaled(), (torch.tensor(2.0), IMAGES)), {}).batch == 1, "the first input is a number"
+    assert run_dense(staged(Scaled(), (torch.tensor(2.0), IMAGES)), {}).batch == len(IMAGES), "a number has no samples"
 
 
 def test_what_the_forward_stores_in_its_modules_is_taken_back() -> None:
