@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import narrower
 
-from ..data.images import StreamImages
+from ..data.streams import StreamImages
 from ..deployment.module_times import time_modules
 from ..errors import ConfigError, DataError
 from ..models.checkpoints import load_checkpoint

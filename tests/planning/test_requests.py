@@ -64,7 +64,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
                   {"remove": {"conv1": np.float16(0.5)}}):
         found = narrower.plan(graph, scores, **given)
         assert widths(narrower.Plan.from_json(found.to_json(), graph)) == widths(found)
-    assert widths(narrower.plan(graph, scores, macs=np.float32(0.5))) == widths(narrower.plan(graph, scores, macs=0.5))
+    half: Any = np.float32(0.5)
+    assert widths(narrower.plan(graph, scores, macs=half)) == widths(narrower.plan(graph, scores, macs=0.5))
 
 
 def test_a_pattern_without_a_match_suggests_names() -> None:

@@ -159,7 +159,7 @@ def test_the_train_forward_of_one_image_is_traced_with_global_pooling_before_bat
     assert graph.notes == ()
     assert {g.name: g.size for g in graph.free} == {g.name: g.size for g in narrower.trace(model, images).free}
     small = narrower.narrow(model, narrower.plan(graph, narrower.magnitude(model, graph), remove=0.5))
-    assert small.train()(images)[1].shape == (4, 3, 6, 6) and small.aux.weight.shape[1] == 8
+    assert small.train()(images)[1].shape == (4, 3, 6, 6) and small.get_parameter("aux.weight").shape[1] == 8
 
 
 def test_an_auxiliary_head_is_traced_in_the_train_forward() -> None:
