@@ -200,12 +200,12 @@ def grid(found: Comparison) -> Table:
 def papers() -> Table:
     """The shipped settings, with what the authors report: figures before and after, and what share went."""
     table = Table(title="settings of the papers, and what the authors report")
-    for name in ("name", "network", "data", "top-1 %", "MACs, M", "parameters, M", "source"):
-        table.add_column(name, no_wrap=name != "source", min_width=23 if name == "name" else None)
+    for name, least in (("name", 23), ("top-1 %", 8), ("MACs, M", 9), ("params, M", 9), ("source", 12)):
+        table.add_column(name, min_width=least, overflow="fold")
     for name in names():
         found, settings = published(name), read_yaml(config_file(name))
         pairs = (change(found.macs) or f"{settings.get('macs', '')} of the dense", change(found.params))
-        table.add_row(name, settings["model"], found.data, change(found.top1, share=False), *pairs, found.source)
+        table.add_row(f"{name}\n{settings['model']}, {found.data}", change(found.top1, share=False), *pairs, found.source)
     return table
 
 

@@ -243,16 +243,21 @@ def test_an_unknown_name_suggests_a_known_one(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("columns", [80, 220])
 def test_configs_lists_all_with_the_figures_of_the_papers(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "220")
+    """Nothing is cut off where the terminal is narrow."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["configs"]) == 0
-    page = capsys.readouterr().out
-    assert all(name in page for name in names())
-    row = next(line for line in page.splitlines() if "hrank-resnet56-50" in line)
-    parts = ("cifar_resnet56", "CIFAR-10", "93.26 -> 93.17", "125.49 -> 62.72 (-50.0%)", "0.85 -> 0.49")
-    assert all(part in row for part in parts)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(f" {name} " in line for line in lines) for name in names()) and not any("…" in line for line in lines)
+    first = next(k for k, line in enumerate(lines) if "hrank-resnet56-50" in line)
+    cells = zip(*(line.strip("│").split("│") for line in lines[first:first + 3]), strict=True)
+    name, *figures, source = (" ".join(" ".join(cell).split()) for cell in cells)
+    assert name.startswith("hrank-resnet56-50 cifar_resnet56, CIFAR-10") and source.startswith("HRank (CVPR 2020)")
+    for found, wanted in zip(figures, ("93.26 -> 93.17", "125.49 -> 62.72 (-50.0%)", "0.85 -> 0.49"), strict=True):
+        assert found.startswith(wanted)
 
 
 @pytest.mark.parametrize(("name", "images", "batch"), [("resrep-resnet56-53", 50000, 64), ("resrep-resnet50-55", 1281167, 256)])
