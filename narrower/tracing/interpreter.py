@@ -238,6 +238,8 @@ class OwnPrecision(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not torch._C._is_any_autocast_enabled():
+            return func(*args, **kwargs)
         kinds = {t.dtype for t in tensors_in((*args, *kwargs.values())) if t.is_floating_point()}
         with torch._C._DisableAutocast() if len(kinds) < 2 else nullcontext():
             return func(*args, **kwargs)
