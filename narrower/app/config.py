@@ -28,7 +28,7 @@ METHODS_WITH: dict[str, tuple[str, ...]] = {"scope": ("resrep", "centripetal"), 
 SCOPES = ("inner", "all")
 FINE_TUNING = {"epochs": 15, "lr": 0.02, "warmup_epochs": 0.2}
 """Defaults of the training that follows a cut."""
-SET_BY = {"name": "model", "num_classes": "num-classes", "in_channels": "in-chans", "pretrained": "pretrained"}
+SET_BY = {"name": "model", "num_classes": "num_classes", "in_channels": "in_chans", "pretrained": "pretrained"}
 """Arguments of networks that have flags of their own."""
 
 Group = TypeVar("Group")
@@ -66,9 +66,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self, num_classes=(1, inf), in_chans=(1, inf))
-        known = SET_BY if ":" in self.model else {**SET_BY, "model_name": "model", "in_chans": "in-chans"}  # as timm calls them
+        known = SET_BY if ":" in self.model else {**SET_BY, "model_name": "model", "in_chans": "in_chans"}  # as timm calls them
         if taken := next((name for name in known if name in self.model_kwargs), None):
-            raise ConfigError(f"--model-kwargs has {taken}, which has a flag of its own: give --{known[taken]}")
+            raise ConfigError(f"--model-kwargs has {taken}, which has a flag of its own: give {flag(known[taken])}")
         if self.checkpoint and self.pretrained:
             raise ConfigError("give either --checkpoint or --pretrained")
 

@@ -36,8 +36,7 @@ def open_task(given: DataConfig, train: TrainConfig) -> ImageData:
     for item in fields(DataConfig):
         if item.name not in TAKEN and (value := getattr(given, item.name)) != getattr(plain, item.name):
             words = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise ConfigError(f"{flag(item.name)} {words}: --task {name} has images of its own, leave one of "
-                              "them out")
+            raise ConfigError(f"{flag(item.name)} {words}: --task {name} has images of its own, leave one of them out")
     task = make_task(name, given.data_dir)
     if missing := [method for method in METHODS if not callable(getattr(task, method, None))]:
         raise ConfigError(f"--task {name} has no method {missing[0]}: it needs {', '.join(f'{m}()' for m in METHODS)} and "

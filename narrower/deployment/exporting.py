@@ -283,10 +283,11 @@ def expected_outputs(module: nn.Module, inputs: Any, dynamic: bool) -> list[Chec
             raise
         raise ExportError(f"the network takes the example inputs, but not {batch_size(other)} samples: {reason(error)}. "
                           f"{ADVICE}") from error
-    for i, t in enumerate(t for _, outputs in found for t in outputs):
-        if t.numel() and not torch.isfinite(t).any():
-            raise ExportError(f"output {i % len(found[0][1])} of {type(module).__name__} has no finite value for the example "
-                              "inputs, so nothing shows what a file computes: look at its weights, or give other inputs")
+    for _, outputs in found:
+        for i, t in enumerate(outputs):
+            if t.numel() and not torch.isfinite(t).any():
+                raise ExportError(f"output {i} of {type(module).__name__} has no finite value for the example inputs, so "
+                                  "nothing shows what a file computes: look at its weights, or give other inputs")
     return found
 
 

@@ -86,7 +86,7 @@ class TrainConfig:
         if self.sched == "step" and self.decay_epochs is None:
             raise ConfigError("--sched step: give --decay-epochs, the epochs from one fall of the learning rate to the next")
         if self.batch_size == 1 and (found := next((name for name in ("mixup", "cutmix") if getattr(self, name)), None)):
-            raise ConfigError(f"--{found} {getattr(self, found):g} mixes images in pairs: give --batch-size 2 or more")
+            raise ConfigError(f"{flag(found)} {getattr(self, found):g} mixes images in pairs: give --batch-size 2 or more")
         if self.torchcompile and self.torchcompile not in torch.compiler.list_backends(()):
             known = ", ".join(torch.compiler.list_backends())
             raise ConfigError(f"--torchcompile {self.torchcompile}: torch knows {known} here")
