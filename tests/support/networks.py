@@ -785,6 +785,9 @@ TRAPS: dict[str, TrapCase] = {
         lambda: Trap(lambda m, x: x.tanh() / torch.ones(x.shape[1], dtype=x.dtype).norm()), NEXT, {"stem.0": "differs"}),
     "full_of_width": TrapCase(
         lambda: Trap(lambda m, x: x.tanh() / torch.full((1,), float(x.shape[1]), dtype=x.dtype)), NEXT, {"stem.0": "differs"}),
+    "arange_by_width": TrapCase(  # as long as the maps are high: the counts of a norm that is cumulative along them
+        lambda: Trap(lambda m, x: x / torch.arange(x.shape[1], 9 * x.shape[1], x.shape[1], dtype=x.dtype)[:, None]),
+        NEXT, {"stem.0": "differs"}, "arange gets other numbers"),
     "tensor_of_width": TrapCase(
         lambda: Trap(lambda m, x: x.tanh() / torch.sqrt(torch.tensor(float(x.shape[1])))), NEXT, {"stem.0": "differs"}),
     "new_tensor_of_width": TrapCase(

@@ -105,8 +105,7 @@ ROWS: tuple[Operator, ...] = (
     *each("empty zeros ones rand randn new_empty new_zeros new_ones empty_strided new_empty_strided", like, fixed_args=NONE),
     *each("full full_like", like, fixed_args=(1, 2)),
     *each("new_full", like, fixed_args=(2, 3)),
-    *each("arange", fresh, fixed_args=NONE),
-    *each("eye linspace scalar_tensor", fresh),
+    *each("arange eye linspace scalar_tensor", fresh),
 
     # whose output depends on values: what they make of channels is not known
     *each("_local_scalar_dense nonzero nonzero_static argwhere masked_select nms _unique2 unique_dim unique_consecutive equal "
