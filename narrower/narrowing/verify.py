@@ -90,7 +90,9 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
                           f"one alone by {noise:.1e} when its inputs are rounded otherwise: give verify inputs as the network "
                           "was trained on")
     raise VerifyError(f"the narrow network differs from the masked dense one by {worst:.1e} of the output (tolerance "
-                      f"{limit:.0e} in {kind}): it was changed after narrowing, or narrower is at fault: please report it")
+                      f"{limit:.0e} in {kind}): it was changed after narrowing, or its forward branches on the number of "
+                      "channels (as by `if x.shape[1] > 64`: the trace tries moderate widths only), or narrower is at fault: "
+                      "please report it")
 
 
 ROUNDING = 2e-13  # of the largest output, in float64

@@ -59,6 +59,18 @@ def test_verify_notices_another_plan_and_another_shape() -> None:
         narrower.verify(model, small, plan, IMAGES)
 
 
+def blurred_if_wide(m: Any, x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, 1, 1) if x.shape[1] > 3 else x
+
+
+def test_verify_names_a_branch_on_the_number_of_channels() -> None:
+    """The probe keeps at least a third, and does not see what happens below."""
+    model = randomised(networks.Trap(blurred_if_wide)).eval()
+    small, plan = reference.pair(model, remove=0.8)
+    with pytest.raises(narrower.VerifyError, match="branches on the number of channels"):
+        narrower.verify(model, small, plan, IMAGES)
+
+
 def test_verify_says_its_precision_and_leaves_everything_as_it_was() -> None:
     model = Plain()
     small, plan = reference.pair(model)
