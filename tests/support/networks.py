@@ -789,7 +789,8 @@ TRAPS: dict[str, TrapCase] = {
         lambda: Trap(lambda m, x: x / torch.arange(x.shape[1], 9 * x.shape[1], x.shape[1], dtype=x.dtype)[:, None]),
         NEXT, {"stem.0": "differs"}, "arange gets other numbers"),
     "tensor_of_width": TrapCase(
-        lambda: Trap(lambda m, x: x.tanh() / torch.sqrt(torch.tensor(float(x.shape[1])))), NEXT, {"stem.0": "differs"}),
+        lambda: Trap(lambda m, x: x.tanh() / torch.sqrt(torch.tensor(float(x.shape[1])))), NEXT, {"stem.0": "differs"},
+        "torch.tensor makes another number from a width when narrow"),
     "new_tensor_of_width": TrapCase(
         lambda: Trap(lambda m, x: x.tanh() / x.new_tensor(x.shape[1])), NEXT, {"stem.0": "differs"}),
     "power_of_width": TrapCase(lambda: Trap(lambda m, x: x.abs().add(1) ** (1 / x.shape[1])), NEXT, {"stem.0": "differs"}),
