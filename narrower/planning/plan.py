@@ -243,7 +243,7 @@ def check_request(graph: Graph, budget: Budget, remove: float | Mapping[str, flo
     if latency is not None:
         latency.check(graph)
     if not graph.free:
-        why = "; ".join(f"{g.name}: {g.pinned}" for g in graph.groups[:4])
+        why = "; ".join([*(f"{g.name}: {g.pinned}" for g in graph.groups[:4]), *graph.notes])
         raise PlanError(f"nothing is free in this network ({why})")
 
 

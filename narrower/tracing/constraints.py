@@ -37,6 +37,7 @@ class ConstraintCollector(LabelInterpreter):
         self.macs: Counter[str] = Counter()  # by weight
         self.depthwise_calls: set[int] = set()
         self.computed: dict[int, Axis] = {}  # convolutions by number whose weight is computed, and which axis of it they read
+        self.lost: dict[str, str] = {}  # modules whose weight is computed so that its channels could not be followed, and why
         self.maps: dict[int, tuple[str | int | None, int, Ids]] = {}
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
@@ -74,6 +75,8 @@ class ConstraintCollector(LabelInterpreter):
             self.pool_inputs[call.pool] = at_channels(self, label)
         shapes = [tuple(t.shape) for t in outs]
         running = self.running[-1] if self.running else ""
+        if (call.name == "convolution" or call.operator.matrix_product) and not carried[0].weight:
+            self.lost.update({running or self.where(): c.lost for c in self.given if isinstance(c, Carried) and c.lost})
         self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
         self.record(call, outs, any(c.labels for c in carried))
 

@@ -168,12 +168,19 @@ def run_dense(stage: Stage, view_dims: Mapping[str, int], answers: Sequence[Answ
         finally:
             tried |= training.seen
     notes = [f"what only training does could not be traced ({type(error).__name__}: {error})"] if error else []
+    for why in dict.fromkeys(collector.lost.values()):
+        layers = [name for name, lost in collector.lost.items() if lost == why]
+        notes.append(f"their weights are computed in a way that cannot be followed ({why}), so that channels of these layers "
+                     f"are not seen and stay: {first_few(layers)}")
     still = sorted(unused - tried)
     if still:
-        notes.append(f"never used in the forward, left as they are: {', '.join(still[:4])}"
-                     + (f" and {len(still) - 4} more" if len(still) > 4 else ""))
+        notes.append(f"never used in the forward, left as they are: {first_few(still)}")
     return DenseRun(view_dims, collectors, axes, {n: tuple(t.shape) for n, t in stage.tensors.items()}, parameters, batch,
                     [tuple(t.shape) for t in outputs], tuple(notes))
+
+
+def first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:

@@ -117,7 +117,7 @@ class LabelInterpreter(Recorder, RuleContext):
 
     def apply_rule(self, call: Call, outputs: int) -> Sequence[Carried]:
         """What the outputs of a call carry. Without a rule for it: nothing, and the channels that it reads are pinned."""
-        rule, name = call.operator.rule, call.name
+        rule, name, lost = call.operator.rule, call.name, ""
         try:
             if rule is None:
                 raise UnknownForm(f"operator {name if '::' in name else f'aten.{name}'} is not known")
@@ -125,7 +125,7 @@ class LabelInterpreter(Recorder, RuleContext):
         except UnknownForm as unknown:
             labels = [x for t in self.touched for x in self.of(t).labels]
             if labels:
-                self.pin(labels, "operator", str(unknown))
+                self.pin(labels, "operator", lost := str(unknown))
             carried = [NOTHING] * outputs
         except FAULTS as e:
             raise RuleError(f"narrower's rule for the operator aten.{name} fails ({self.where()}): {type(e).__name__}: {e}. "
@@ -136,7 +136,8 @@ class LabelInterpreter(Recorder, RuleContext):
             pool = before if before >= 0 and x.shape[2:].numel() == 1 else call.pool  # single pixels have no rank to tell
             carried = [c._replace(pool=pool) for c in carried]
         if self.given and all(isinstance(c, str) or c.weight for c in self.given):
-            carried = [c._replace(weight=True) for c in carried]
+            lost = next((c.lost for c in self.given if isinstance(c, Carried) and c.lost), lost)
+            carried = [c._replace(weight=True, lost=lost) for c in carried]
         return carried
 
     # -------------------------------------------------------------------------------- what a tensor carries

@@ -48,7 +48,7 @@ class Carried(NamedTuple):
 
     `uniform`: its values are the same everywhere, or random. `view`: it shares memory with another tensor. `pool`: the number
     of the pooling that it comes from, or -1. `even`: dimensions along which its values are equal because it was expanded.
-    `weight`: it is a parameter or buffer, or computed from these alone.
+    `weight`: it is a parameter or buffer, or computed from these alone. `lost`: of such, why channels could not be followed.
     `chosen`: the channels of which its values are the numbers, as those of the second output of `max`.
     """
 
@@ -58,6 +58,7 @@ class Carried(NamedTuple):
     pool: int = -1
     even: tuple[int, ...] = ()
     weight: bool = False
+    lost: str = ""
     chosen: tuple[Label, ...] = ()
 
 

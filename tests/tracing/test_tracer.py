@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks, reference
-from support.networks import IMAGES, PATTERNS, TRAPS, Plain, chain, images, unit
+from support.networks import IMAGES, PATTERNS, TRAPS, Head, Plain, chain, images, unit
 from torch import Tensor, nn
 
 import narrower
@@ -151,6 +152,19 @@ def test_a_training_forward_that_fails_is_noted() -> None:
     assert any("needs targets" in n for n in graph.notes) and "needs targets" in str(graph)
     small: Any = narrower.narrow(model, narrower.plan(graph, narrower.random(graph), remove=0.5))
     assert small.aux[0].weight.shape[0] == 8, "what was not seen is not cut"
+
+
+def test_layers_whose_weights_are_computed_by_unknown_operators_are_noted() -> None:
+    """Channels that no parameter is known to make have no group: without a note the layers would just be missing."""
+    orthogonal = nn.utils.parametrizations.orthogonal
+    model = chain(orthogonal(nn.Conv2d(3, 12, 3)), nn.ReLU(), orthogonal(nn.Conv2d(12, 16, 3)), Head(16))
+    graph = narrower.trace(model, IMAGES)
+    assert not graph.free and len(graph.notes) == 1
+    assert re.search(r"computed in a way .*aten\.tril is not known.* stay: 0, 2$", graph.notes[0])
+    with pytest.raises(narrower.PlanError, match=r"nothing is free.*aten\.tril is not known.*: 0, 2"):
+        narrower.plan(graph, narrower.magnitude(model, graph), macs=0.5)
+    known = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 12, 3)), Head(12))
+    assert not narrower.trace(known, IMAGES).notes
 
 
 def test_layers_that_are_never_used_are_noted_and_left() -> None:
