@@ -313,7 +313,7 @@ def reading_of(settings: Settings) -> Reading:
     """How to read images: from the settings, else what the network expects, else ImageNet's values.
 
     Raises:
-        ConfigError: the number of channels is not 1 or 3, `mean` or `std` have another length, or `std` is not above 0.
+        ConfigError: the number of channels is not 1 or 3, `mean` or `std` have another length or are not of pixels in [0, 1].
     """
     given = settings.data
     expected = expected_images(settings.model.model)
@@ -325,7 +325,10 @@ def reading_of(settings: Settings) -> Reading:
     for name, values in (("mean", given.mean), ("std", given.std)):
         if values is not None and len(values) != channels:
             raise ConfigError(f"--{name} has {len(values)} values, the images {channels} channels")
-    if given.std and not all(value > 0 for value in given.std):
+        if values is not None and not all(0 <= value <= 1 for value in values):
+            raise ConfigError(f"--{name} {' '.join(map(str, values))}: pixels are read as numbers from 0 to 1, give values in "
+                              "that range (for those of 0 to 255: divide by 255)")
+    if given.std and 0 in given.std:
         raise ConfigError(f"--std {' '.join(map(str, given.std))}: pixels are divided by it, give values above 0")
     return replace(
         Reading(**expected),

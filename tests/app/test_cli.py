@@ -537,6 +537,8 @@ BAD: list[tuple[list[str], str, Callable[[Path], object]]] = [
     (["--torchcompile", "foo"], "--torchcompile foo: torch knows", nothing),
     (["-b", "1", "--mixup", "0.2"], "--mixup 0.2 mixes images in pairs: give --batch-size 2 or more", nothing),
     (["--std", "0.2", "0", "0.2"], "--std 0.2 0.0 0.2: pixels are divided by it, give values above 0", nothing),
+    (["--mean", "123.7", "116.3", "103.5"], "--mean 123.7 116.3 103.5: pixels are read as numbers from 0 to 1", nothing),
+    (["--std", "58", "57", "57"], "divide by 255", nothing),
     (["--sched", "step"], "--sched step: give --decay-epochs", nothing),
     (["--clip-grad", "0"], "--clip-grad 0.0: give a value of at least 1e-09", nothing),
     (["--resume", "nowhere"], "no run folder", nothing),
