@@ -18,7 +18,7 @@ from ..errors import ConfigError, PlanError, check_state
 from ..graph.types import ChannelGroup, Graph, Slice
 from ..inputs import precise
 from ..narrowing.narrow import narrow
-from ..narrowing.step_hooks import hook_steps
+from ..narrowing.step_hooks import hook_steps, not_done
 from ..planning.plan import Plan, check_groups, costed_plan
 from ..planning.plan import plan as plan_widths
 from ..planning.requests import excluded
@@ -111,12 +111,16 @@ class CentripetalSGD:
         """The narrow network. With the filters of each cluster identical it computes what the trained one does, to rounding.
 
         `model`: an averaged copy to merge instead. Neither is changed. Warns if filters still differ; their means are taken.
+        Raises ConfigError if they do and no step was made: they then have nothing to do with each other.
         """
         source = self.model if model is None else model
         tensors = named_tensors(source)
         if (left := spread(tensors, places_in(tensors, self.graph, self.clusters))) > IDENTICAL:
-            warnings.warn(f"filters that are merged still differ, by {left:.1e} of their norm: train longer (step {self.step} "
-                          f"of {self.steps})", stacklevel=2)
+            said = f"filters that are merged still differ, by {left:.1e} of their norm: "
+            said += not_done(self.optimizer, self.step, self.steps)
+            if not self.step:
+                raise ConfigError(said)
+            warnings.warn(said, stacklevel=2)
         whole = self.unified(source)
         add_readers(named_tensors(whole), self.graph, self.clusters)
         return narrow(whole, self.plan)

@@ -41,6 +41,13 @@ def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, 
     optimizer.register_step_post_hook(lambda optimizer, args, kwargs: after(optimizer))
 
 
+def not_done(optimizer: torch.optim.Optimizer | None, step: int, steps: int) -> str:
+    """Why a method whose hooks count the steps has not reached its end. `optimizer`: the attached one."""
+    if step:
+        return f"train longer (step {step} of {steps})"
+    return "attach(optimizer) was never called" if optimizer is None else "the attached optimizer has made no step"
+
+
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that makes the steps, where another wraps it as its attribute `optimizer`."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):

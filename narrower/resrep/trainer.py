@@ -23,7 +23,7 @@ from ..graph.types import ChannelMap, Graph, html_table
 from ..inputs import precise
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizers, check_carried
-from ..narrowing.step_hooks import group_of, hook_steps
+from ..narrowing.step_hooks import group_of, hook_steps, not_done
 from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded, restored_scores
 from ..surgery.copying import independent_copy, same_tensors
@@ -212,8 +212,8 @@ class ResRep:
         restructure(small, self.placement, self.kept, kept, "merge")
         for missed in self.candidates.missed(reached):
             rest = "" if kept is reached else "; the channels of the plan that are not zero yet are cut"
-            warnings.warn(f"the budget was not reached: {missed}{rest}; train longer (step {self.step} of {self.steps})",
-                          stacklevel=2)
+            why = not_done(self.optimizer, self.step, self.steps)
+            warnings.warn(f"the budget was not reached: {missed}{rest}; {why}", stacklevel=2)
         record_narrowing(small, kept)
         return small
 

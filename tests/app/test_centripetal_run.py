@@ -35,6 +35,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_meets_the_budget(monkeypa
         at_batch(patch, "centripetal: epoch 1", 3, lambda: signal.raise_signal(signal.SIGINT))
         assert main([*CENTRIPETAL, "--output", "cut"]) == 130
     assert Path("cut", run_folder.MODEL).exists() and main(["prune", "--resume", "cut"]) == 0
+    with monkeypatch.context() as patch:
+        at_batch(patch, "centripetal: epoch 1", 0, lambda: signal.raise_signal(signal.SIGINT))
+        assert main([*CENTRIPETAL, "--output", "early"]) == 130
     whole, again = weights("whole"), weights("cut")
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 

@@ -221,7 +221,14 @@ def test_the_clusters_of_a_state_replace_those_of_the_steps_before() -> None:
 def test_filters_that_still_differ_are_said_and_averaged() -> None:
     model = chain()
     csgd = narrower.CentripetalSGD(model, chain_graph(), macs=0.5, steps=10, clustering="even")
-    with pytest.warns(UserWarning, match="still differ, by .* train longer \\(step 0 of 10\\)"):
+    with pytest.raises(narrower.ConfigError, match="still differ, by .*: attach\\(optimizer\\) was never called"):
+        csgd.merge()
+    optimizer = sgd(model)
+    csgd.attach(optimizer)
+    with pytest.raises(narrower.ConfigError, match="the attached optimizer has made no step"):
+        csgd.merge()
+    train(model, optimizer, X, 1)
+    with pytest.warns(UserWarning, match="still differ, by .* train longer \\(step 1 of 10\\)"):
         small = csgd.merge()
     clusters = csgd.clusters["0.0"]
     first = model.get_parameter("0.0.weight")[clusters == 0].mean(0)
