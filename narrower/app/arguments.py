@@ -86,7 +86,8 @@ class Parser(ArgumentParser):
             option = message.split()[2]
             flags = [key.replace("_", "-") for key in self.hints]
             near = similar(option.split("=")[0].removeprefix("--"), flags, prefix="--")
-            message = f"there is no option {option}{near}"
+            message = (f"there is no option {option}{near}" if option.startswith("-") else
+                       f"unexpected argument {option!r} (quote a path with spaces)")
         message = re.sub(r"required: \w+\.", "required: ", message)
         raise ConfigError(f"{' '.join(message.split())} (all options: {self.prog.replace(' [options]', '')} --help)") from None
 

@@ -46,7 +46,7 @@ from .networks import costs_of, inspect_network, load_dense
 from .oneshot import measure_sensitivity
 from .prune import plan_only, prune, train_dense
 from .reporting import report_at_end, write_reports
-from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder, give_back
+from .run_folder import PREVIOUS, SENSITIVITY, Run, default_folder, give_back, quoted
 from .sharing import push_run
 from .terminal import Terminal, comparison, costs, ending_together, grid, headline_of, papers
 
@@ -88,7 +88,7 @@ def run_prune(settings: Settings, terminal: Terminal, _: Namespace) -> None:
     result = prune(job)
     terminal.print(comparison(result))
     again = "evaluate it again with: narrower eval" if job.data.labelled else "write a file of it with: narrower export"
-    terminal.print(f"saved in {result.folder}; {again} {result.folder}")
+    terminal.print(f"saved in {result.folder}; {again} {quoted(result.folder)}")
     if settings.prune.report and job.run.writes:
         report_at_end(result.folder, terminal.print)
 
@@ -114,7 +114,7 @@ def run_sensitivity(settings: Settings, terminal: Terminal, _: Namespace) -> Non
     job = begin(settings, terminal, "sensitivity")
     measure_sensitivity(job)
     file = job.run.folder / SENSITIVITY
-    terminal.print(f"saved in {file}; plan with it: narrower prune --sensitivity {file} ...")
+    terminal.print(f"saved in {file}; plan with it: narrower prune --sensitivity {quoted(file)} ...")
 
 
 def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
@@ -301,4 +301,4 @@ def hint(run: Run | None) -> str:
     if run is None or not (run.claimed or run.resume):
         return ""
     before = f"; the run that it replaces is in {run.folder / PREVIOUS} until then" if (run.folder / PREVIOUS).exists() else ""
-    return f"; what was done is in {run.folder}, go on with --resume {run.folder}{before}"
+    return f"; what was done is in {run.folder}, go on with --resume {quoted(run.folder)}{before}"

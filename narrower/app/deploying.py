@@ -110,6 +110,8 @@ def bench_networks(
                 modules["dense"] = dense_network(config)
             modules[name] = read_run(folder, config)
         else:
+            if ":" not in name and Path(name).name != name and not name.startswith("torchvision/"):
+                raise ConfigError(f"there is no run folder {name}, and no network is called so")
             config = replace(config, model=name)
             modules[name] = dense_network(config)
         kinds[name] = input_size(config, size, folder)

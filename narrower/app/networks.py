@@ -175,7 +175,8 @@ def read_run(folder: Path, config: ModelConfig) -> nn.Module:
     run_folder.read_settings(folder)
     if not (folder / run_folder.MODEL).exists():
         command = run_folder.Run(folder, resume=True, writes=False).last(run_folder.START).get("command", "prune")
-        raise ConfigError(f"the run in {folder} has no network yet: go on with it by narrower {command} --resume {folder}")
+        raise ConfigError(f"the run in {folder} has no network yet: go on with it by narrower {command} --resume "
+                          f"{run_folder.quoted(folder)}")
     if (folder / run_folder.NARROW).exists():
         return narrower.load(folder, lambda: dense_network(config))
     return load_checkpoint(dense_network(config), folder / run_folder.MODEL)

@@ -98,7 +98,8 @@ def ended_run(folder: Path) -> tuple[dict[str, Any], run_folder.Run]:
         command = run.last(run_folder.START).get("command", "prune")
         if command == "sensitivity":
             raise ConfigError(f"{folder} is a measurement of damage, not a run that narrowed or trained: nothing to report")
-        raise ConfigError(f"the run in {folder} has not ended: go on with it by narrower {command} --resume {folder}")
+        raise ConfigError(f"the run in {folder} has not ended: go on with it by narrower {command} --resume "
+                          f"{run_folder.quoted(folder)}")
     return settings, run
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..training.config import flag
 from .config import TRAINED
-from .run_folder import START, Run, read_settings
+from .run_folder import CONFIG, START, Run, quoted, read_settings
 
 WHERE = ("device", "workers", "amp", "channels_last", "data_dir", "dataset_download", "cache_dir", "checkpoint", "amp_dtype",
          "torchcompile", "report")
@@ -41,7 +41,8 @@ def changes(run: Run, settings: Mapping[str, Any]) -> Changes:
     if refused := [key for key in changed if key not in may]:
         raise ConfigError(
             f"a run goes on with its own settings: {named(changed, refused)} cannot change (of this run can: "
-            f"{', '.join(flag(name) for name in may)}); for another run give --config {run.folder}/config.yaml and --output"
+            f"{', '.join(flag(name) for name in may)}); for another run give --config {quoted(run.folder / CONFIG)} and "
+            "--output"
         )
     late = [key for key in changed if key in TRAINING]
     before_epochs, epochs = changed.get("epochs", (0, 0))

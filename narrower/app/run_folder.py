@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -95,7 +96,8 @@ class Run:
                 raise ConfigError(f"there is no run to go on with in {folder} (no {CONFIG})")
             began = self.last(START).get("command", command)
             if command not in ("", began):
-                raise ConfigError(f"{folder} is a run of `narrower {began}`: go on by narrower {began} --resume {folder}")
+                raise ConfigError(f"{folder} is a run of `narrower {began}`: go on by narrower {began} --resume "
+                                  f"{quoted(folder)}")
         self.overwrite = overwrite
         self._check_free()
         self._replaces = False
@@ -241,7 +243,7 @@ class Run:
                 file.write(text)
         except OSError as error:
             raise StorageError(f"cannot write {self.folder / name}: {error.strerror}; when it can be, go on with --resume "
-                               f"{self.folder}") from error
+                               f"{quoted(self.folder)}") from error
 
     def _end_line(self, name: str) -> None:
         """End the last line of a file where a process was killed while it wrote there."""
@@ -282,6 +284,11 @@ def give_back(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
         folder.parent.rmdir()
+
+
+def quoted(path: Path) -> str:
+    """A path as a word of a command that is shown: it may have spaces."""
+    return shlex.quote(str(path))
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from .comparing import Comparison
 from .job import Reporter
 from .networks import Costs
 from .prune import Result
-from .run_folder import Run, read_yaml
+from .run_folder import Run, quoted, read_yaml
 from .shipped import config_file, names, published
 from .timing import Timed
 
@@ -95,7 +95,7 @@ def ending_together(terminal: Terminal) -> Iterator[None]:
         terminal.silent = not tells()
         if is_of_another(error):
             run = terminal.run
-            more = f"; go on with --resume {run.folder}" if run is not None and run.started else ""
+            more = f"; go on with --resume {quoted(run.folder)}" if run is not None and run.started else ""
             raise ConfigError(LOST + more) from error
         raise
 

@@ -62,7 +62,7 @@ def test_flags_have_the_types_of_their_settings(arguments: str, group: str, fiel
     ("--mcs 0.5", "there is no option --mcs; did you mean --macs? (all options: narrower prune --help)"),
     ("--batchsize=3", "there is no option --batchsize=3; did you mean --batch-size?"),
     ("--nonsense", "there is no option --nonsense (all"),
-    ("run surplus", "there is no option surplus (all"),
+    ("run surplus", "unexpected argument 'surplus' (quote a path with spaces) (all"),
     ("surplus", "surplus is no run folder"),
     (__file__, "(no config.yaml); the weights in a file are given by --checkpoint, the network by --model"),
     ("--steps 2 --remove 0.5", "--steps goes towards a budget"),

@@ -161,6 +161,7 @@ def test_a_run_on_wide_images_is_inspected_timed_reported_and_exported_with_such
     (["run", "--threads", "0"], "--threads must be numbers from 1"),
     (["run", "cifar_resnet20"], "take images of different sizes (run: 3x8x8, cifar_resnet20: 3x32x32): give --img-size"),
     (["nowhere_net"], "no network is called 'nowhere_net'"),
+    (["runs/nope"], "there is no run folder runs/nope, and no network is called so"),
 ])
 def test_what_cannot_be_timed_is_said(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *arguments]) == 2

@@ -13,8 +13,11 @@ pytest.importorskip("accelerate")
 
 from torch import nn
 
-from narrower.app.config import PruneConfig
+from narrower.app.cli import hint
+from narrower.app.config import ModelConfig, PruneConfig
 from narrower.app.job import Settings
+from narrower.app.networks import read_run
+from narrower.app.reporting import ended_run
 from narrower.app.resuming import TRAINING, WHERE, changes, check_start, fingerprint
 from narrower.app.run_folder import Run
 from narrower.errors import ConfigError
@@ -39,6 +42,24 @@ def test_every_setting_may_change_or_is_refused_by_name(tmp_path: Path) -> None:
         else:
             with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .*cannot change"):
                 changes(run, now)
+
+
+def test_commands_in_messages_are_words_of_a_shell_where_folders_have_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "my runs"
+    run = begun(folder, workers=3)
+    with pytest.raises(ConfigError) as caught:
+        changes(run, SETTINGS | {"macs": 0.9})
+    assert f"--config '{folder}/config.yaml' and" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        Run(folder, command="train", resume=True)
+    assert f"narrower prune --resume '{folder}'" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        read_run(folder, ModelConfig())
+    assert f"narrower prune --resume '{folder}'" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        ended_run(folder)
+    assert f"narrower prune --resume '{folder}'" in str(caught.value)
+    assert hint(run).endswith(f"--resume '{folder}'")
 
 
 def test_the_length_of_resrep_stays(tmp_path: Path) -> None:
