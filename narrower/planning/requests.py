@@ -41,7 +41,12 @@ class Budget:
             value = plain(value)
             if kind == "latency_ms" and isinstance(value, str):
                 value = fraction_of(value, dense[kind])
-            if not (isinstance(value, (int, float)) and math.isfinite(value)) or value <= 0 or value == 1:
+            if isinstance(value, str):
+                raise PlanError(f"{kind}={value!r} is text: give a number, such as 0.5 for one half")
+            if value == 1:
+                raise PlanError(f"{kind}={value} is the whole network, and nothing would go: give a fraction below 1, or an "
+                                "absolute number above 1")
+            if not (isinstance(value, (int, float)) and math.isfinite(value)) or value <= 0:
                 raise PlanError(f"{kind}={value}: give a fraction between 0 and 1, or an absolute number above 1")
             out[kind] = value * dense[kind] if value < 1 else float(value)
             if out[kind] >= dense[kind]:

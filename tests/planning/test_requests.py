@@ -92,8 +92,10 @@ def test_a_budget_is_absolute_above_one_and_a_fraction_below() -> None:
     dense: dict[CostKind, float] = {"macs": 1000.0, "params": 50.0}
     assert Budget(macs=0.5).targets(dense) == {"macs": 500.0}
     assert Budget(macs=300, params=0.1).targets(dense) == {"macs": 300.0, "params": 5.0}
-    for bad in (0, 1, -1, math.inf, math.nan, 1000, "half"):
-        with pytest.raises(narrower.PlanError, match="macs"):
+    for bad, says in ((0, "macs=0: give a fraction between 0 and 1"), (-1, "between 0 and 1"), (math.inf, "between 0 and 1"),
+                      (math.nan, "between 0 and 1"), (1000, "macs=1000 is no less than"), ("50%", "macs='50%' is text"),
+                      (1, "macs=1 is the whole network"), (1.0, "macs=1.0 is the whole network")):
+        with pytest.raises(narrower.PlanError, match=says):
             Budget(macs=bad).targets(dense)  # type: ignore[arg-type]
 
 
