@@ -149,6 +149,8 @@ def _check(own: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str, ne
             "(with narrower.json) is read by `narrower eval FOLDER`, and in Python by narrower.load"
         )
     if any(parts):
+        if not missing and not unexpected and (classes := other_outputs(own, found)):
+            parts.append(f"only the number of outputs differs: give --num-classes {classes}")
         lines = "\n".join(f"  {part}" for part in parts if part)
         raise StorageError(f"checkpoint {path} is of another network (nothing was loaded) than the {network} that it is for "
                            f"(--model):\n{lines}")
@@ -168,6 +170,16 @@ def is_narrow(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:
     if any(len(a) != len(b) or any(x > y for x, y in zip(a, b, strict=True)) for a, b in shapes):
         return False
     return any(len(a) > 1 and a[1] < b[1] for a, b in shapes)
+
+
+def other_outputs(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> int | None:
+    """The number of outputs of `found`, where nothing else differs from `own`: nothing reads these channels.
+
+    There may be several heads, of the same number.
+    """
+    shapes = [(found[key].shape, t.shape) for key, t in own.items() if found[key].shape != t.shape]
+    numbers = {(a[:1], b[:1]) for a, b in shapes}
+    return shapes[0][0][0] if len(numbers) == 1 and all(a[1:] == b[1:] and len(a) and len(b) for a, b in shapes) else None
 
 
 def _some(label: str, names: list[str], separator: str = ", ", limit: int = 5) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_a_first_name_is_taken_off_only_where_the_network_then_has_all_others(tm
     torch.save(prefixed(nn.Sequential(nn.Linear(2, 2)).state_dict(), "0."), tmp_path / "weights.pt")
     with pytest.raises(StorageError, match="another network"):
         load_checkpoint(nn.ModuleDict({"a": nn.Linear(2, 2)}), tmp_path / "weights.pt")
+
+
+def test_another_number_of_classes_alone_is_said_by_its_flag(tmp_path: Path) -> None:
+    """Whichever has more, and with several heads; not where other layers differ too."""
+
+    def made(classes: int, width: int = 4) -> Any:
+        heads = {name: nn.Linear(width, classes) for name in ("head", "aux")}
+        return nn.Sequential(OrderedDict(body=nn.Linear(3, width), **heads))
+
+    for saved, own, says in ((made(10), made(2), True), (made(2), made(10), True), (made(10, 8), made(2), False)):
+        torch.save(saved.state_dict(), tmp_path / "weights.pt")
+        with pytest.raises(StorageError, match="of another network") as caught:
+            load_checkpoint(own, tmp_path / "weights.pt")
+        assert (f"only the number of outputs differs: give --num-classes {len(saved.head.weight)}" in str(caught.value)) == says
 
 
 def test_safetensors_load(tmp_path: Path) -> None:
