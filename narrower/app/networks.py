@@ -226,11 +226,17 @@ def inspect_network(
     settings: Settings, report: Reporter | None = None
 ) -> tuple[narrower.Graph, Costs]:
     """`narrower inspect`: the groups and costs of a network. Needs no images."""
-    given = settings.model
+    given, report = settings.model, report or Reporter()
     accelerator = make_accelerator(settings.run.device)
-    model = with_weights(given)
+    try:
+        model = with_weights(given)
+    except ConfigError as error:
+        if not given.pretrained:
+            raise
+        model = dense_network(given)  # raises where it was not about the weights
+        report.note(f"without published weights, which inspect does not need: {error}")
     example = torch.zeros(1, *input_size(given, settings.data.img_size, run_of(given)), device=accelerator.device)
-    graph = narrower.trace(model.to(accelerator.device), example, progress=(report or Reporter()).note)
+    graph = narrower.trace(model.to(accelerator.device), example, progress=report.note)
     return graph, costs_of(example, model)[0]
 
 

@@ -579,6 +579,17 @@ def test_inspect_opens_the_checkpoint(capsys: pytest.CaptureFixture[str]) -> Non
         assert says in capsys.readouterr().err
 
 
+def test_inspect_goes_on_without_published_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text("import net\ndef own(pretrained=False):\n    if pretrained:\n        raise OSError('away')\n"
+                                "    return net.Net()\n")
+    assert cli.main(["inspect", "--model", "own.py:own", "--img-size", "8", "--device", "cpu", "--pretrained"]) == 0
+    shown = capsys.readouterr()
+    assert "channels free" in shown.out and "without published weights, which inspect does not need: own.py:own" in shown.err
+    assert cli.main(["inspect", "--model", "cifar_resnet21", "--device", "cpu", "--pretrained"]) == 2
+    shown = capsys.readouterr()
+    assert "did you mean cifar_resnet" in shown.err and "without published weights" not in shown.err
+
+
 def test_an_unreadable_image_met_while_training_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Large images are opened by other processes, whose tracebacks do not reach the user."""
     unreadable(folder, size=80)
