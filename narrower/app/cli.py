@@ -120,7 +120,7 @@ def run_sensitivity(settings: Settings, terminal: Terminal, _: Namespace) -> Non
 def run_eval(settings: Settings, terminal: Terminal, given: Namespace) -> None:
     accelerator = make_accelerator(settings.run.device)
     terminal.quiet = not accelerator.is_main_process
-    job = open_job(settings, Run(Path(), overwrite=True, writes=False), accelerator, terminal)
+    job = open_job(settings, Run(Path(), overwrite=True, writes=False), accelerator, terminal, val_alone=True)
     if not job.data.labelled:
         raise ConfigError(f"the images of {job.data.name} have no classes: there is no accuracy to evaluate")
     if not (settings.model.checkpoint or settings.model.pretrained):

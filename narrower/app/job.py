@@ -204,15 +204,17 @@ class Job:
         return headline(facts)
 
 
-def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Reporter) -> Job:
+def open_job(settings: Settings, run: Run, accelerator: Accelerator, report: Reporter, *, val_alone: bool = False) -> Job:
     """Open the images, and complete the settings from them and from the network. Paths become absolute.
+
+    `val_alone`: a folder without training images will do.
 
     Raises:
         ConfigError: settings contradict each other, or those of a run that goes on, or the run would replace its own start.
         DataError: there are no images that can be read.
     """
     check_output(settings, run)
-    data, reading = open_images(settings, report)
+    data, reading = open_images(settings, report, val_alone)
     check_classes(settings.model.num_classes, data, report)
     if not settings.data.dataset:
         note_order(data.classes, report)
@@ -348,7 +350,7 @@ OF_DATASETS = ("train_split", "val_split", "input_key", "target_key", "dataset_d
 """Settings that only data sets of timm have."""
 
 
-def open_images(settings: Settings, report: Reporter) -> tuple[ImageData, Reading | None]:
+def open_images(settings: Settings, report: Reporter, val_alone: bool = False) -> tuple[ImageData, Reading | None]:
     """The images that the settings name, and how they are read where no task does that. The default is the digits."""
     given = settings.data
     if given.task:
@@ -358,7 +360,8 @@ def open_images(settings: Settings, report: Reporter) -> tuple[ImageData, Readin
     if dataset in ("", "folder", "digits") and unread:
         raise ConfigError(f"{flag(unread[0])} is for a data set of timm (--dataset), and the images are "
                           f"{'the digits' if dataset == 'digits' else f'those in {given.data_dir}'}")
-    reading, parts = reading_of(settings), Parts(given.train_split, given.val_split, given.input_key, given.target_key)
+    parts = Parts(given.train_split, given.val_split, given.input_key, given.target_key, val_alone)
+    reading = reading_of(settings)
     return open_data(
         dataset, given.data_dir, reading, parts=parts,
         download=given.dataset_download, num_classes=settings.model.num_classes, watch=report.watch,

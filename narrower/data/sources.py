@@ -77,12 +77,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a data set of timm calls its splits, and its columns of images and labels (None: timm's names for them)."""
+    """What a data set of timm calls its splits, and its columns of images and labels (None: timm's names for them).
+
+    `val_alone`: a folder of images without `train` will do.
+    """
 
     train: str = "train"
     val: str = "validation"
     images: str | None = None
     labels: str | None = None
+    val_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def open_data(
         dataset: "digits", or "" or "folder" for the folder `root`, else a name of timm such as "torch/cifar10".
         root: the folder with the images. For a name of timm, where the data are stored or downloaded to.
         reading: size, channels and normalisation of the images.
-        parts: splits and columns of a data set of timm.
+        parts: splits and columns of a data set of timm; whether a folder needs `train`.
         download: let timm download the data.
         num_classes: needed if the data set does not tell it.
         watch: shows the progress of decoding.
@@ -140,7 +144,7 @@ def open_data(
         MissingExtraError: a package is missing.
         ConfigError: a setting is missing, or there is a folder for the digits.
     """
-    reading = reading or Reading()
+    reading, parts = reading or Reading(), parts or Parts()
     if dataset == "digits":
         if root is not None:
             raise ConfigError(f"the digits are embedded, they do not come from --data-dir {root}: give --dataset folder for "
@@ -151,8 +155,8 @@ def open_data(
     if dataset in ("", "folder"):
         if root is None:
             raise ConfigError("say where the images are (--data-dir), or take the embedded ones (--dataset digits)")
-        return folder(Path(root), reading, watch)
-    return from_timm(dataset, root, reading, parts=parts or Parts(), download=download, num_classes=num_classes, watch=watch)
+        return folder(Path(root), reading, watch, parts.val_alone)
+    return from_timm(dataset, root, reading, parts=parts, download=download, num_classes=num_classes, watch=watch)
 
 
 def digits(
@@ -180,32 +184,38 @@ def digits(
     return ImageData("digits", 10, (channels, size, size), read)
 
 
-def folder(root: Path, reading: Reading, watch: Watch = silent) -> ImageData:
+def folder(root: Path, reading: Reading, watch: Watch = silent, val_alone: bool = False) -> ImageData:
     """Images under `root/train/<class>/` and `root/val/<class>/` (or validation, valid, test, eval), also in folders in there.
 
-    Images that lie directly in `root`, or in `root/train` and `root/val`, have no classes.
+    Images that lie directly in `root`, or in `root/train` and `root/val`, have no classes. With `val_alone` there may be no
+    training images; there is then no `train` to read.
     """
     if not root.is_dir():
         raise DataError(f"data folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
     if (unlabelled := unlabelled_files(root, reading.mode, FOLDERS)) is not None:
         return replace(_image_data(str(root), 0, unlabelled, reading, watch), labelled=False)
-    found = {split: _scan(root, split, reading.mode) for split in FOLDERS}
-    (train, classes), (val, val_classes) = found["train"], found["val"]
+    splits = ["val"] if val_alone and _place(root, "train") is None else list(FOLDERS)
+    found = {split: _scan(root, split, reading.mode) for split in splits}
+    (_, classes), (_, val_classes) = found[splits[0]], found["val"]
     if classes != val_classes:
         only = [f"only under train: {name!r}" for name in classes if name not in val_classes]
         only += [f"only under val: {name!r}" for name in val_classes if name not in classes]
         raise DataError(f"train and val of {root} have different classes; " + ", ".join(only[:8]))
-    return replace(_image_data(str(root), len(classes), {"train": train, "val": val}, reading, watch), classes=tuple(classes))
+    parts = {split: files for split, (files, _) in found.items()}
+    return replace(_image_data(str(root), len(classes), parts, reading, watch), classes=tuple(classes))
+
+
+def _place(root: Path, split: str) -> Path | None:
+    """The folder of a split, if there is one."""
+    return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), None)
 
 
 def _scan(root: Path, split: str, mode: str) -> tuple[Files, list[str]]:
     """The images of one split, and its classes in timm's natural order (2 before 10)."""
     natural_key = optional("timm.utils.misc").natural_key
-    names = FOLDERS[split]
-    place = next((root / name for name in names if (root / name).is_dir()), None)
-    if place is None:
+    if (place := _place(root, split)) is None:
         inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
-        raise DataError(f"{root} has no folder {' or '.join(names)} (found: {inside}); expected train/<class>/<image>")
+        raise DataError(f"{root} has no folder {' or '.join(FOLDERS[split])} (found: {inside}); expected train/<class>/<image>")
     reader = optional("timm.data.readers.reader_image_folder")
     samples, _ = reader.find_images_and_targets(str(place), types=SUFFIXES)  # its classes are the innermost folders
     start = len(str(place))
@@ -275,8 +285,9 @@ def _count_classes(dataset: Any) -> int | None:
 
 def _image_data(name: str, num_classes: int, parts: dict[str, Any], reading: Reading, watch: Watch) -> ImageData:
     """Keep small images in memory, read large ones file by file, and iterate over streams."""
-    stream = isinstance(parts["train"], IterableDataset)
-    size = (reading.size, reading.size) if reading.size else _size(parts["train"], stream, reading.large)
+    first = next(iter(parts.values()))
+    stream = isinstance(first, IterableDataset)
+    size = (reading.size, reading.size) if reading.size else _size(first, stream, reading.large)
     height, width = size
 
     def read(split: str) -> Images:

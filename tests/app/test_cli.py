@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -588,6 +589,20 @@ def test_inspect_goes_on_without_published_weights(capsys: pytest.CaptureFixture
     assert cli.main(["inspect", "--model", "cifar_resnet21", "--device", "cpu", "--pretrained"]) == 2
     shown = capsys.readouterr()
     assert "did you mean cifar_resnet" in shown.err and "without published weights" not in shown.err
+
+
+def test_eval_needs_no_training_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_images(folder / "images", 8)
+    assert cli.main(["train", *SMALL, "--data-dir", "images", "--epochs", "0", "--output", "dense"]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", "dense", "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    shutil.rmtree(folder / "images" / "train")
+    assert cli.main(["eval", "dense", "--json"]) == 0
+    assert {**json.loads(capsys.readouterr().out), "latency_ms": 0} == {**both, "latency_ms": 0}
+    assert cli.main(["eval", *SMALL, "--checkpoint", "dense/model.safetensors", "--data-dir", "images"]) == 0
+    assert cli.main(["train", "dense", "--epochs", "0", "--output", "more"]) == 2
+    assert "images has no folder train or training (found: val)" in capsys.readouterr().err
 
 
 def test_an_unreadable_image_met_while_training_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
