@@ -20,8 +20,9 @@ def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, 
     is handed its loss. The hooks are those of the optimizer inside a wrapper such as accelerate's.
 
     Raises:
-        ConfigError: the optimizer is torch's LBFGS, or its step calls no hooks. Another that calls its closure more than once
-            fails so in its first step, and one that unscales gradients within its step too, if there is a `before`.
+        ConfigError: the optimizer is torch's LBFGS, or its step calls no hooks. With a `before`, three others fail so in their
+            first step: those that call their closure more than once, that change weights or clear gradients ahead of it (as
+            sharpness-aware minimisation does), or that unscale gradients within the step.
     """
     optimizer = unwrapped(optimizer)
     if not getattr(type(optimizer).step, "hooked", False):  # set where torch makes `step` call the hooks
@@ -34,9 +35,7 @@ def hook_steps(optimizer: torch.optim.Optimizer, *, before: Hook | None = None, 
             if getattr(optimizer, "found_inf", None) is not None:  # GradScaler's word to a fused optimizer
                 raise ConfigError(f"{type(optimizer).__name__} with fused=True unscales gradients inside its step, where the "
                                   "rule cannot see them: make it with fused=False to use a GradScaler")
-            found = run_closure(optimizer, args, kwargs)
-            before(optimizer)
-            return found
+            return run_closure(optimizer, args, kwargs, before)
         optimizer.register_step_pre_hook(gradients_first)
     optimizer.register_step_post_hook(lambda optimizer, args, kwargs: after(optimizer))
 
@@ -60,22 +59,34 @@ def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
     return next(g for g in reversed(optimizer.param_groups) if any(p is q for q in g["params"]))
 
 
-def run_closure(optimizer: torch.optim.Optimizer, args: tuple[Any, ...],
-                kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run the closure among the arguments of `step`, the first of which is the optimizer. Returns the arguments with another
-    in its place, which gives the same loss once."""
+def run_closure(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any],
+                before: Hook) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the closure among the arguments of `step`, the first of which is the optimizer, and then `before`. Returns the
+    arguments with another closure in its place, which gives the same loss once, for the same weights and gradients."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
+        before(optimizer)
         return args, kwargs
     with torch.enable_grad():
         losses = [closure()]
+    before(optimizer)
+    left = versions(optimizer)
 
     def again() -> Any:
         if not losses:
             raise ConfigError(several_calls(optimizer))
+        now = versions(optimizer)
+        if len(now) != len(left) or any(t is not u or v != w for (t, v), (u, w) in zip(now, left, strict=True)):
+            raise ConfigError(f"{type(optimizer).__name__} changes weights or clears gradients inside its step before it calls "
+                              "its closure, which was called already: attach to its base optimizer (optimizer.base_optimizer)")
         return losses.pop()
 
     return (args, {**kwargs, "closure": again}) if "closure" in kwargs else ((args[0], again, *args[2:]), kwargs)
+
+
+def versions(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, int]]:
+    """The parameters of an optimizer and their gradients, each with the number of times that it was changed in place."""
+    return [(t, t._version) for group in optimizer.param_groups for p in group["params"] for t in (p, p.grad) if t is not None]
 
 
 def several_calls(optimizer: torch.optim.Optimizer) -> str:

@@ -60,6 +60,47 @@ def test_an_optimizer_that_calls_its_closure_again_is_refused_by_name() -> None:
         optimizer.step(lambda: square(optimizer))
 
 
+class Sharpness(torch.optim.SGD):
+    """Sharpness-aware minimisation: from the gradients that are there it goes up, and calls its closure once, at that place."""
+
+    def __init__(self, params: Any, *, to_none: bool, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.to_none = to_none
+        self.base_optimizer = torch.optim.SGD(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        old = [p.clone() for p in parameters]
+        for p in parameters:
+            p.data = p + 0.05 * p.grad  # unseen by the weight's own count of changes
+        self.zero_grad(set_to_none=self.to_none)
+        torch.enable_grad()(closure)()
+        for p, value in zip(parameters, old, strict=True):
+            p.data = value
+        self.base_optimizer.step()
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_an_optimizer_that_clears_gradients_before_its_closure_is_refused_and_its_base_is_taken(to_none: bool) -> None:
+    """The closure has run before: a second gradient, of the place that the step has gone to, never comes."""
+    w, seen = torch.nn.Parameter(torch.tensor([1.0, 2.0])), list[Any]()
+    optimizer = Sharpness([w], to_none=to_none, lr=0.5)
+    hook_steps(optimizer, before=print, after=seen.append)
+    w.square().sum().backward()
+    with pytest.raises(narrower.ConfigError, match=r"Sharpness .*clears gradients .*optimizer\.base_optimizer"):
+        optimizer.step(lambda: w.square().sum().backward())
+    assert not seen
+
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = Sharpness([w], to_none=to_none, lr=0.5)
+    hook_steps(optimizer.base_optimizer, before=lambda given: seen.append(w.grad.tolist()), after=seen.append)  # type: ignore
+    w.square().sum().backward()
+    optimizer.step(lambda: w.square().sum().backward())
+    assert seen[0] == pytest.approx([2.2, 4.4]) and seen[1:] == [optimizer.base_optimizer]
+
+
 class Wrapper(torch.optim.Optimizer):
     """Wraps an optimizer without the constructor of its base, as accelerate's and timm's Lookahead do, under some name."""
 
