@@ -40,6 +40,7 @@ class Compactor(nn.Module):
         self.rows = self.columns = np.arange(site.size)
         self.following = True  # whether the next forward in train mode updates `variance`
         self.shrinking = False  # whether there are chosen rows, known without a device sync
+        self.reached = False  # whether it has had a gradient
         self.frozen = False  # merged already: the identity, which no longer trains
         ones = torch.ones(site.size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
         self.weight = nn.Parameter(diagonal(ones, site))

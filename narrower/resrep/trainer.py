@@ -28,6 +28,7 @@ from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded, restored_scores
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
+from .checks import check_gradients, check_optimizer, check_reached
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
 from .placement import Scope, prepare, without_groups
 from .ranking import Candidates, priors, tied_parts, wanted_by
@@ -148,18 +149,12 @@ class ResRep:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Apply ResRep's gradient rule in every step of `optimizer`, by hooks; `step(closure)` works too.
 
-        Raises ConfigError if it lacks a compactor or decays one, if it calls a closure several times in a step as LBFGS does,
-        if its step calls no hooks, or if an optimizer was attached before.
+        Raises ConfigError if it lacks a compactor or decays one, if one is frozen, if it calls a closure several times in a step
+        as LBFGS does, if its step calls no hooks, or if an optimizer was attached before.
         """
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a ResRep has one optimizer")
-        group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-        for name, c in self.compactors().items():
-            if id(c.weight) not in group_of:
-                raise ConfigError(f"the optimizer lacks the compactor of {name}: make it of resrep.param_groups(lr=...)")
-            if group_of[id(c.weight)].get("weight_decay"):
-                raise ConfigError(f"the optimizer decays the compactor of {name}: give the compactors weight_decay=0, "
-                                  "as resrep.param_groups does")
+        check_optimizer(optimizer, self.compactors())
         hook_steps(optimizer, before=self.before_step, after=self.after_step)
         self.optimizer = optimizer
 
@@ -285,7 +280,7 @@ class ResRep:
         for name, c in self.compactors().items():
             c.gone.copy_(saved[name]["gone"])
             c.choose(saved[name]["chosen"])
-            c.following = self.step % self.follow_every == 0
+            c.following, c.reached = self.step % self.follow_every == 0, c.shrinking
             if self.phase == "frozen":
                 c.freeze()
 
@@ -297,15 +292,13 @@ class ResRep:
         if self.phase == "frozen":
             return
         s, compactors = self.settings, self.compactors()
-        grads = [c.weight.grad for c in compactors.values() if c.weight.grad is not None]
-        if not grads:
-            raise ConfigError("no gradient has reached the compactors: run the model that ResRep was given, then backward()")
-        if not bool(torch.stack([g.sum() for g in grads]).isfinite().all()):
-            raise ConfigError(f"the gradients are not finite at step {self.step}: the step was not made, the weights are "
-                              "those of the last good one; try a lower learning rate")
+        check_gradients(compactors.values(), self.step)
+        for c in compactors.values():
+            c.reached |= c.weight.grad is not None
         due = self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0  # type: ignore[operator]
         if due and self.phase == "forgetting":
             self.update_masks()
+            check_reached(compactors)
         decoupled = decouples_penalty(optimizer)
         for name, c in compactors.items():
             w, chosen = c.weight, c.chosen.bool()

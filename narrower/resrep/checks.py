@@ -1,0 +1,49 @@
+"""What ResRep asks of an optimizer, and of the gradients that its compactors get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..errors import ConfigError
+from .compactor import Compactor
+
+NOT_RUN = ("run the model that ResRep was given, then backward(). If it was compiled and had run before, call "
+           "torch.compiler.reset(); call SyncBatchNorm.convert_sync_batchnorm before ResRep is made, as it drops hooks")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, compactors: Mapping[str, Compactor]) -> None:
+    """Raise ConfigError if an optimizer lacks a compactor or decays one, or if one is frozen."""
+    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    for name, c in compactors.items():
+        if id(c.weight) not in group_of:
+            raise ConfigError(f"the optimizer lacks the compactor of {name}: make it of resrep.param_groups(lr=...)")
+        if group_of[id(c.weight)].get("weight_decay"):
+            raise ConfigError(f"the optimizer decays the compactor of {name}: give the compactors weight_decay=0, "
+                              "as resrep.param_groups does")
+    if frozen := [name for name, c in compactors.items() if not (c.frozen or c.weight.requires_grad)]:
+        raise ConfigError(f"compactors do not train, as they have requires_grad=False: {some(frozen)}; exclude= their groups, "
+                          "or freeze layers before ResRep is made, which leaves compactors trainable")
+
+
+def check_gradients(compactors: Iterable[Compactor], step: int) -> None:
+    """Raise ConfigError if no compactor has a gradient, or one is not finite."""
+    grads = [c.weight.grad for c in compactors if c.weight.grad is not None]
+    if not grads:
+        raise ConfigError(f"no gradient has reached the compactors: {NOT_RUN}")
+    if not bool(torch.stack([g.sum() for g in grads]).isfinite().all()):
+        raise ConfigError(f"the gradients are not finite at step {step}: the step was not made, the weights are "
+                          "those of the last good one; try a lower learning rate")
+
+
+def check_reached(compactors: Mapping[str, Compactor]) -> None:
+    """Raise ConfigError if compactors of chosen rows have never had a gradient: their rows would not shrink."""
+    if missed := [name for name, c in compactors.items() if c.shrinking and not c.reached]:
+        raise ConfigError(f"rows are to shrink in compactors that no gradient has reached: {some(missed)}; {NOT_RUN}. exclude= "
+                          "the groups of frozen layers")
+
+
+def some(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,74 @@
+"""What would keep compactors from training is said by name, before rows are chosen in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.resrep_training import X, chain, chain_graph, sgd, train
+from torch import nn
+
+import narrower
+from narrower.errors import ConfigError
+
+
+def compacted(model: nn.Module | None = None, steps: int = 24) -> narrower.ResRep:
+    return narrower.ResRep(chain() if model is None else model, chain_graph(), macs=0.6, steps=steps)
+
+
+def test_frozen_compactors_are_refused_by_name_and_layers_frozen_before_are_compacted() -> None:
+    resrep = compacted()
+    resrep.model.get_submodule("0").requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"requires_grad=False: 0\.1; exclude= their groups, or freeze layers before"):
+        sgd(resrep)
+    model = chain()
+    model.get_submodule("0").requires_grad_(False)
+    resrep = compacted(model)
+    train(resrep, sgd(resrep), X, 24)
+    assert resrep.remaining().cuts and len(resrep.remaining().keep["0.0"]) < 12
+    assert resrep.reached() <= 0.6
+
+
+def converted(model: nn.Module, name: str) -> None:
+    """One part of a model with SyncBatchNorm, to which compactors go over, but not their hooks."""
+    setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(name)))
+
+
+def test_compactors_that_lost_their_hook_are_named_when_rows_are_chosen() -> None:
+    resrep = compacted()
+    optimizer = sgd(resrep)
+    converted(resrep.model, "1")
+    with pytest.raises(ConfigError, match=r"rows are to shrink .* no gradient has reached: 1\.1; .*convert_sync_batchnorm"):
+        train(resrep, optimizer, X, 24)
+    assert 0 < resrep.step < 12
+
+
+def as_compiled_before() -> tuple[narrower.ResRep, Callable[[torch.Tensor], torch.Tensor]]:
+    model = chain().train()
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    return compacted(model), compiled
+
+
+def test_a_model_that_ran_compiled_before_it_had_compactors_is_told_to_reset() -> None:
+    torch.compiler.reset()
+    resrep, compiled = as_compiled_before()
+    optimizer = sgd(resrep)
+    compiled(X).sum().backward()
+    with pytest.raises(ConfigError, match=r"no gradient has reached the compactors: .*torch\.compiler\.reset\(\)"):
+        optimizer.step()
+    torch.compiler.reset()
+    compiled(X).sum().backward()
+    optimizer.step()
+
+
+def test_a_compactor_that_a_step_leaves_out_has_had_its_gradient_before() -> None:
+    """As where a network skips layers at random."""
+    resrep = compacted()
+    optimizer = sgd(resrep)
+    train(resrep, optimizer, X, 1)
+    skipped = resrep.compactors()["1.1"].weight
+    skipped.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
+    train(resrep, optimizer, X, 10)
+    assert resrep.chosen_channels()["1.0"].any() and skipped.grad is None
