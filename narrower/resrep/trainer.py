@@ -327,6 +327,7 @@ class ResRep:
                 w.copy_(old)
                 continue
             if decoupled and w.grad is not None:
+                w.copy_(torch.where(rows_like(c.chosen.bool(), w), old, w))  # an optimizer that takes signs outruns every pull
                 w.sub_(rows_like(self.strengths(c, group_of(optimizer, w), decoupled), w) * unit_rows(old))
             c.gone.masked_fill_(rows_at_zero(w, old, c.chosen.bool(), self.settings.threshold), 1)
             zero = rows_like(c.gone.bool(), w)

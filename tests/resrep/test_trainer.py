@@ -226,6 +226,35 @@ def test_optimizers(kind: str) -> None:
     assert difference(before, outputs(resrep.merge(), IMAGES)) < 1e-10
 
 
+class Signs(torch.optim.Optimizer):
+    """As Lion: every step has the same size, however small its momentum is."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.sub_(group["lr"] * (0.9 * momentum + 0.1 * p.grad).sign())
+                momentum.lerp_(p.grad, 0.01)
+
+
+def test_chosen_rows_shrink_as_said_under_an_optimizer_whose_steps_are_larger_than_the_pull() -> None:
+    settings = narrower.Forgetting(warmup_steps=10, forget_steps=100, mask_interval=1000, rows_per_update=1000.0)
+    resrep, _ = made(small_resnet, IMAGES, 0.6, steps=200, scope="inner", settings=settings)
+    optimizer = Signs(resrep.param_groups(lr=5e-3))
+    resrep.attach(optimizer)
+    resrep_training.train(resrep, optimizer, IMAGES, 11)
+    rows = {name: c.chosen.bool() for name, c in resrep.compactors().items()}
+    before = {name: c.weight.detach().norm(dim=1)[rows[name]] for name, c in resrep.compactors().items()}
+    resrep_training.train(resrep, optimizer, IMAGES, 20)
+    assert sum(map(len, before.values())) > 5
+    for name, c in resrep.compactors().items():
+        torch.testing.assert_close(c.weight.detach().norm(dim=1)[rows[name]], before[name] - 0.2)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_maximizing_the_negative_loss_is_the_same_training(kind: Any) -> None:
     found = []
