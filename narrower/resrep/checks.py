@@ -14,7 +14,7 @@ NOT_RUN = ("run the model that ResRep was given, then backward(). If it was comp
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, compactors: Mapping[str, Compactor]) -> None:
-    """Raise ConfigError if an optimizer lacks a compactor or decays one, or if one is frozen."""
+    """Raise ConfigError if an optimizer lacks a compactor, decays or dampens one, or if one is frozen."""
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     for name, c in compactors.items():
         if id(c.weight) not in group_of:
@@ -22,14 +22,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer, compactors: Mapping[str, C
         if group_of[id(c.weight)].get("weight_decay"):
             raise ConfigError(f"the optimizer decays the compactor of {name}: give the compactors weight_decay=0, "
                               "as resrep.param_groups does")
+        if group_of[id(c.weight)].get("dampening"):
+            raise ConfigError(f"the optimizer dampens the compactor of {name}, so its rows would shrink too slowly: give it "
+                              "dampening=0 and a learning rate that is lower by as much")
     if frozen := [name for name, c in compactors.items() if not (c.frozen or c.weight.requires_grad)]:
         raise ConfigError(f"compactors do not train, as they have requires_grad=False: {some(frozen)}; exclude= their groups, "
                           "or freeze layers before ResRep is made, which leaves compactors trainable")
 
 
 def check_gradients(compactors: Iterable[Compactor], step: int) -> None:
-    """Raise ConfigError if no compactor has a gradient, or one is not finite."""
-    grads = [c.weight.grad for c in compactors if c.weight.grad is not None]
+    """Raise ConfigError if no compactor has a gradient, or one is not finite. Those that have one are marked as reached."""
+    grads = []
+    for c in compactors:
+        if c.weight.grad is not None:
+            grads.append(c.weight.grad)
+            c.reached = True
     if not grads:
         raise ConfigError(f"no gradient has reached the compactors: {NOT_RUN}")
     if not bool(torch.stack([g.sum() for g in grads]).isfinite().all()):

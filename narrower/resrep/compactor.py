@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +81,16 @@ class Compactor(nn.Module):
         """Choose these rows (bool, `(K,)`). Rows that are zero already stay chosen."""
         self.chosen.copy_(rows.to(self.chosen.device) | self.gone.bool())
         self.shrinking |= bool(self.chosen.any())
+
+    def settle(self, old: Tensor, threshold: float, state: Mapping[str, Any]) -> None:
+        """After a step from the weight `old`: chosen rows that have reached zero stay there, in the optimizer's `state` too."""
+        w = self.weight
+        self.gone.masked_fill_(rows_at_zero(w, old, self.chosen.bool(), threshold), 1)
+        zero = rows_like(self.gone.bool(), w)
+        w.masked_fill_(zero, 0)
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == w.shape:
+                value.masked_fill_(zero, 0)
 
     def restrict(self, rows: np.ndarray, columns: np.ndarray, weight: Tensor | None = None) -> Swap:
         """Keep only these dense `rows` and `columns`. `weight`: the new weight (None: the part of the old one)."""

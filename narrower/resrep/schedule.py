@@ -9,6 +9,8 @@ import torch
 
 Ranking = Literal["share", "norm"]
 
+JUMP = 1.1  # learning rates of one step and the next, of which no warm-up reaches the ratio once rows are chosen
+
 
 @dataclass(frozen=True)
 class Forgetting:
@@ -18,8 +20,8 @@ class Forgetting:
     - warmup_steps: steps before the first choice.
     - mask_interval: steps between choices.
     - rows_per_update: how many more channels each choice may take (theta of the paper).
-    - forget_steps: steps in which a chosen row shrinks from norm one to zero, at any learning rate. 0: `strength` alone shrinks
-      it, as published.
+    - forget_steps: steps in which a chosen row shrinks from norm one to zero, at any learning rate, also where it jumps up. 0:
+      `strength` alone shrinks it, as published.
     - momentum: of the compactors, for SGD.
     - lr_scale: learning rate of the compactors relative to the network's. None: they move as fast as the network's weights
       despite their higher momentum. Ten times that, as published, is too fast for short trainings.
@@ -69,6 +71,14 @@ class Forgetting:
         unit = lr if decoupled else 1.0
         slow = self.strength * unit
         return slow, max(slow, unit * (1 - momentum) / (lr * self.forget_steps)) if self.forget_steps else slow
+
+    def share_of_momentum(self, lr: float, before: float) -> float:
+        """What the momentum of chosen rows is multiplied by at a learning rate, after a step at another.
+
+        It pulls with the strength that was due at the one before, so where rates jump up, as at a restart of a cosine, it would
+        take rows to zero at once.
+        """
+        return max(before, 1e-12) / lr if self.forget_steps and lr > JUMP * max(before, 1e-12) else 1.0
 
 
 def decouples_penalty(optimizer: torch.optim.Optimizer) -> bool:

@@ -29,7 +29,7 @@ from ..planning.requests import Budget, excluded, restored_scores
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .checks import check_gradients, check_optimizer, check_reached
-from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_at_zero, rows_like, unit_rows
+from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_like, unit_rows
 from .placement import Scope, prepare, without_groups
 from .ranking import Candidates, priors, tied_parts, wanted_by
 from .restructure import Mode, compactor_at, largest_cut, restore_shapes, restructure
@@ -95,6 +95,7 @@ class ResRep:
         self.kept = Kept(self.graph, {g.name: np.arange(g.size) for g in self.graph.free})
         self.optimizer: torch.optim.Optimizer | None = None
         self.before: dict[str, Tensor] = {}  # weights of compactors before the step
+        self.rates: dict[str, float] = {}  # learning rates of compactors in the last step
         self.insert_compactors()
 
     def find_places(self, graph: Graph, scope: Scope, exclude: Sequence[str]) -> tuple[CostModel, list[Component]]:
@@ -149,8 +150,8 @@ class ResRep:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Apply ResRep's gradient rule in every step of `optimizer`, by hooks; `step(closure)` works too.
 
-        Raises ConfigError if it lacks a compactor or decays one, if one is frozen, if it calls a closure several times in a step
-        as LBFGS does, if its step calls no hooks, or if an optimizer was attached before.
+        Raises ConfigError if it lacks a compactor, decays or dampens one, if one is frozen, if it calls a closure several times
+        in a step as LBFGS does, if its step calls no hooks, or if an optimizer was attached before.
         """
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a ResRep has one optimizer")
@@ -255,7 +256,7 @@ class ResRep:
         """Schedule, counters, masks and current shapes, as tensors and plain values. Weights are in the model's own state dict,
         momentum in the optimizer's."""
         return self.run_settings() | {
-            "step": self.step, "phase": self.phase, "masked": dict(self.masked),
+            "step": self.step, "phase": self.phase, "masked": dict(self.masked), "rates": dict(self.rates),
             "scores": {n: s.tolist() for n, s in self.prior.items()},
             "keep": {n: k.tolist() for n, k in self.kept.keep.items()},
             "compactors": {n: {"rows": c.rows.tolist(), "columns": c.columns.tolist(),
@@ -277,6 +278,7 @@ class ResRep:
         swaps = restore_shapes(self.model, self.placement, kept, rows, columns)
         carry_optimizers([self.optimizer], swaps, self.model)
         self.kept, self.step, self.phase, self.masked = kept, state["step"], state["phase"], dict(state["masked"])
+        self.rates = dict(state.get("rates", {}))
         for name, c in self.compactors().items():
             c.gone.copy_(saved[name]["gone"])
             c.choose(saved[name]["chosen"])
@@ -293,8 +295,6 @@ class ResRep:
             return
         s, compactors = self.settings, self.compactors()
         check_gradients(compactors.values(), self.step)
-        for c in compactors.values():
-            c.reached |= c.weight.grad is not None
         due = self.step >= s.warmup_steps and (self.step - s.warmup_steps) % s.mask_interval == 0  # type: ignore[operator]
         if due and self.phase == "forgetting":
             self.update_masks()
@@ -311,6 +311,7 @@ class ResRep:
             elif decoupled:
                 w.grad.masked_fill_(rows_like(chosen, w), 0)
             else:
+                self.follow_rate(optimizer, name, c)
                 w.grad.copy_(resrep_gradient(w.grad, w, chosen, self.strengths(c, group_of(optimizer, w), decoupled)))
 
     @torch.no_grad()
@@ -329,12 +330,15 @@ class ResRep:
             if decoupled and w.grad is not None:
                 w.copy_(torch.where(rows_like(c.chosen.bool(), w), old, w))  # an optimizer that takes signs outruns every pull
                 w.sub_(rows_like(self.strengths(c, group_of(optimizer, w), decoupled), w) * unit_rows(old))
-            c.gone.masked_fill_(rows_at_zero(w, old, c.chosen.bool(), self.settings.threshold), 1)
-            zero = rows_like(c.gone.bool(), w)
-            w.masked_fill_(zero, 0)
-            for value in optimizer.state.get(w, {}).values():
-                if isinstance(value, Tensor) and value.shape == w.shape:
-                    value.masked_fill_(zero, 0)
+            c.settle(old, self.settings.threshold, optimizer.state.get(w, {}))
+
+    def follow_rate(self, optimizer: torch.optim.Optimizer, name: str, c: Compactor) -> None:
+        """Where SGD's learning rate has jumped up since the last step, scale the momentum of chosen rows down."""
+        lr, momentum = float(group_of(optimizer, c.weight)["lr"]), optimizer.state.get(c.weight, {}).get("momentum_buffer")
+        share = self.settings.share_of_momentum(lr, self.rates.get(name, lr))
+        self.rates[name] = lr
+        if share < 1 and c.shrinking and momentum is not None:
+            momentum.mul_(torch.where(rows_like(c.chosen.bool(), momentum), share, 1.0))
 
     def strengths(self, c: Compactor, group: Mapping[str, Any], decoupled: bool) -> Tensor:
         """The penalty of each row `(K,)`. If `decoupled` from the gradient: the norm that the row loses in one step."""

@@ -30,6 +30,13 @@ def test_frozen_compactors_are_refused_by_name_and_layers_frozen_before_are_comp
     assert resrep.reached() <= 0.6
 
 
+def test_dampening_is_refused() -> None:
+    """It makes the pull weaker by as much, and rows would not be zero in time."""
+    resrep = compacted()
+    with pytest.raises(ConfigError, match=r"dampens the compactor of 0\.1, .* dampening=0"):
+        resrep.attach(torch.optim.SGD(resrep.param_groups(lr=0.1, momentum=0.9, dampening=0.9)))
+
+
 def converted(model: nn.Module, name: str) -> None:
     """One part of a model with SyncBatchNorm, to which compactors go over, but not their hooks."""
     setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(name)))

@@ -22,6 +22,14 @@ def test_a_chosen_row_goes_from_one_to_zero_in_forget_steps(decoupled: bool) -> 
     assert 50 * fast * (1.0 if decoupled else 0.01) == pytest.approx(1)
 
 
+def test_momentum_is_scaled_where_learning_rates_jump_up_and_nowhere_else() -> None:
+    settings = narrower.Forgetting().over(1000, 100)
+    assert settings.share_of_momentum(0.1, 0.01) == pytest.approx(0.1)
+    assert settings.share_of_momentum(0.1, 0.0) == pytest.approx(1e-11)
+    assert {settings.share_of_momentum(lr, 0.1) for lr in (0.0, 0.01, 0.1, 0.105)} == {1.0}
+    assert narrower.Forgetting.published(9).over(1000, 100).share_of_momentum(0.1, 0.01) == 1
+
+
 def test_the_penalty_is_decoupled_for_adaptive_optimizers_only() -> None:
     w = [torch.nn.Parameter(torch.zeros(1))]
     assert not decouples_penalty(torch.optim.SGD(w)) and decouples_penalty(torch.optim.AdamW(w))

@@ -255,6 +255,39 @@ def test_chosen_rows_shrink_as_said_under_an_optimizer_whose_steps_are_larger_th
         torch.testing.assert_close(c.weight.detach().norm(dim=1)[rows[name]], before[name] - 0.2)
 
 
+@pytest.mark.parametrize("make", [
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=20),
+    lambda o: torch.optim.lr_scheduler.CyclicLR(o, [0, 0], [g["lr"] for g in o.param_groups], 10, cycle_momentum=False),
+], ids=["restarts", "cyclic"])  # fmt: skip
+def test_chosen_rows_take_their_time_where_learning_rates_jump(make: Any) -> None:
+    """Also in a run that goes on just before a jump."""
+    def start() -> tuple[narrower.ResRep, torch.optim.Optimizer, Any]:
+        settings = narrower.Forgetting(warmup_steps=5, forget_steps=100, mask_interval=1000, rows_per_update=1000.0)
+        resrep, _ = made(small_resnet, IMAGES, 0.6, steps=200, scope="inner", settings=settings)
+        optimizer = sgd(resrep)
+        return resrep, optimizer, make(optimizer)
+
+    def norms(resrep: narrower.ResRep) -> dict[str, Tensor]:
+        return {name: c.weight.detach().norm(dim=1)[c.chosen.bool()] for name, c in resrep.compactors().items()}
+
+    parts = start()
+    before: dict[str, Tensor] = {}
+    for step in range(50):
+        resrep, optimizer, schedule = parts
+        resrep_training.train(resrep, optimizer, IMAGES, 1, seed=step)
+        if step > 5:
+            for name, now in norms(resrep).items():
+                assert (before[name] - now).abs().max() < 0.04  # 0.01 in the long run
+        schedule.step()
+        before = norms(resrep)
+        if step == 19:
+            states = [copy.deepcopy(part.state_dict()) for part in (resrep, resrep.model, optimizer, schedule)]
+            parts = start()
+            for part, state in zip((parts[0], parts[0].model, *parts[1:]), states, strict=True):
+                part.load_state_dict(state)
+    assert sum(map(len, before.values())) > 5 and min(float(n.min()) for n in before.values()) > 0.3
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_maximizing_the_negative_loss_is_the_same_training(kind: Any) -> None:
     found = []
