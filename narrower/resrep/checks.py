@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from .compactor import Compactor
@@ -49,6 +50,23 @@ def check_reached(compactors: Mapping[str, Compactor]) -> None:
     if missed := [name for name, c in compactors.items() if c.shrinking and not c.reached]:
         raise ConfigError(f"rows are to shrink in compactors that no gradient has reached: {some(missed)}; {NOT_RUN}. exclude= "
                           "the groups of frozen layers")
+
+
+def used_gradients(compactors: Mapping[str, Compactor]) -> dict[str, tuple[Tensor | None, int]]:
+    """The gradients that a step has used, each with the number of times that it was changed in place."""
+    grads = {name: c.weight.grad for name, c in compactors.items()}
+    return {name: (g, 0 if g is None else g._version) for name, g in grads.items()}
+
+
+def check_used(compactors: Mapping[str, Compactor], used: Mapping[str, tuple[Tensor | None, int]]) -> None:
+    """Raise ConfigError if gradients are there that no step has used. Those that a GradScaler has skipped are not finite."""
+    for name, (grad, version) in used_gradients(compactors).items():
+        old, old_version = used.get(name, (None, 0))
+        if grad is None or (grad is old and version == old_version):
+            continue
+        if bool(grad.isfinite().all() & grad.any()):
+            raise ConfigError("gradients are there that no step has used, and shrink would drop them: call it after "
+                              "optimizer.step(), not while gradients accumulate, or call zero_grad() first")
 
 
 def some(names: list[str]) -> str:

@@ -28,7 +28,7 @@ from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded, restored_scores
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
-from .checks import check_gradients, check_optimizer, check_reached
+from .checks import check_gradients, check_optimizer, check_reached, check_used, used_gradients
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_like, unit_rows
 from .placement import Scope, prepare, without_groups
 from .ranking import Candidates, priors, tied_parts, wanted_by
@@ -96,6 +96,7 @@ class ResRep:
         self.optimizer: torch.optim.Optimizer | None = None
         self.before: dict[str, Tensor] = {}  # weights of compactors before the step
         self.rates: dict[str, float] = {}  # learning rates of compactors in the last step
+        self.used = used_gradients({})
         self.insert_compactors()
 
     def find_places(self, graph: Graph, scope: Scope, exclude: Sequence[str]) -> tuple[CostModel, list[Component]]:
@@ -112,9 +113,8 @@ class ResRep:
         """Insert each compactor as a submodule of the module whose output it takes."""
         named = named_tensors(self.model)
         for name, site in self.placement.sites.items():
-            variance = None
-            if site.norm is not None and site.kind != "diagonal":
-                variance = precise(named[f"{site.norm}.weight"].detach()) ** 2
+            norm = None if site.kind == "diagonal" else site.norm
+            variance = None if norm is None else precise(named[f"{norm}.weight"].detach()) ** 2
             insert_compactor(self.model.get_submodule(name), Compactor(site, named[site.rows[0]], variance))
         for name, rows in self.row_maps():
             compactor_at(self.model, name).penalised[rows.positions] = 1
@@ -150,8 +150,8 @@ class ResRep:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Apply ResRep's gradient rule in every step of `optimizer`, by hooks; `step(closure)` works too.
 
-        Raises ConfigError if it lacks a compactor, decays or dampens one, if one is frozen, if it calls a closure several times
-        in a step as LBFGS does, if its step calls no hooks, or if an optimizer was attached before.
+        Raises ConfigError if it lacks a compactor, decays or dampens one, calls a closure several times in a step (as LBFGS) or
+        calls no hooks in its step, if a compactor is frozen, or if an optimizer was attached before.
         """
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a ResRep has one optimizer")
@@ -162,7 +162,7 @@ class ResRep:
     def shrink(self, *, fold: bool = True, ema: Sequence[nn.Module] = (),
                optimizers: Sequence[torch.optim.Optimizer] = ()) -> float:
         """Remove the channels whose rows are zero from the network in training. Returns the remaining share of the dense MACs
-        (or parameters). Call it between steps, while no autograd graph is held.
+        (or parameters). Call it between steps, while no autograd graph is held and no gradients are accumulated.
 
         With `fold`, compactors are merged into their layers and start again as diagonals of their row norms, so these layers
         get narrower too. Once the budget is reached, all are merged for good. Outputs in eval mode stay the same. In train mode
@@ -176,6 +176,7 @@ class ResRep:
         """
         for optimizer in optimizers:
             check_carried(optimizer)
+        check_used(self.compactors(), self.used)
         kept = self.remaining()
         mode: Mode = "cut" if not fold else "freeze" if self.phase == "resting" else "fold"
         if mode == "freeze" or any(len(kept.keep[n]) < len(k) for n, k in self.kept.keep.items()):
@@ -318,8 +319,9 @@ class ResRep:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step: a chosen row that the step has reversed or made tiny is zero from now on."""
         self.step += 1
-        decoupled = decouples_penalty(optimizer)
-        for name, c in self.compactors().items() if self.phase != "frozen" else ():
+        decoupled, compactors = decouples_penalty(optimizer), self.compactors() if self.phase != "frozen" else {}
+        self.used = used_gradients(compactors)
+        for name, c in compactors.items():
             c.following = self.step % self.follow_every == 0
             w, old = c.weight, self.before.pop(name, None)
             if old is None:

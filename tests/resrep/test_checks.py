@@ -13,8 +13,8 @@ import narrower
 from narrower.errors import ConfigError
 
 
-def compacted(model: nn.Module | None = None, steps: int = 24) -> narrower.ResRep:
-    return narrower.ResRep(chain() if model is None else model, chain_graph(), macs=0.6, steps=steps)
+def compacted(model: nn.Module | None = None) -> narrower.ResRep:
+    return narrower.ResRep(chain() if model is None else model, chain_graph(), macs=0.6, steps=24)
 
 
 def test_frozen_compactors_are_refused_by_name_and_layers_frozen_before_are_compacted() -> None:
@@ -79,3 +79,34 @@ def test_a_compactor_that_a_step_leaves_out_has_had_its_gradient_before() -> Non
     skipped.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
     train(resrep, optimizer, X, 10)
     assert resrep.chosen_channels()["1.0"].any() and skipped.grad is None
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_a_shrink_refuses_gradients_that_no_step_has_used(to_none: bool) -> None:
+    """It would drop those of most parameters. What a step has used may stay, as loops clear gradients before or after it."""
+    resrep = narrower.ResRep(chain(), chain_graph(), macs=0.6, steps=24, settings=narrower.Forgetting(rest=False))
+    optimizer = sgd(resrep)
+
+    def backward(scale: float = 1.0) -> None:
+        (resrep.model(X).square().mean() * scale).backward()
+
+    def refused() -> None:
+        with pytest.raises(ConfigError, match="gradients are there that no step has used"):
+            resrep.shrink()
+
+    for _ in range(11):
+        optimizer.zero_grad(set_to_none=to_none)
+        backward()
+        refused()
+        backward()
+        refused()
+        optimizer.step()
+    assert resrep.progress()["zero"]
+    assert resrep.shrink(fold=False) < 1
+    backward()
+    refused()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=to_none)
+    resrep.shrink()
+    backward(float("inf"))  # a GradScaler skips the step
+    resrep.shrink()
