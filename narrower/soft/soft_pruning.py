@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 from typing import Any, Literal
 
@@ -112,13 +112,35 @@ class SoftPruning:
     # ------------------------------------------------------------------------------------------------ the user's side
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep hard channels at zero between steps, by a hook on `optimizer`. From `harden` on, the training then is that of
-        the narrow network. Raises ConfigError for LBFGS, which has no zeros within its steps, for an optimizer whose step calls
-        no hooks, or if one was attached before."""
+        """Keep hard channels at zero between steps, by hooks on `optimizer` and on the weights that read them. From `harden`
+        on, the training then is that of the narrow network. Raises ConfigError for LBFGS, which has no zeros within its steps,
+        for an optimizer whose step calls no hooks, or if one was attached before."""
         if self.optimizer is not None:
             raise ConfigError("attach was called before: a SoftPruning has one optimizer")
         hook_steps(optimizer, after=lambda optimizer: self.zero_hard())
+        self.hook_gradients()
         self.optimizer = optimizer
+
+    def hook_gradients(self) -> None:
+        """Keep the gradients of what reads a hard channel at zero, by hooks on the weights; `attach` does so too.
+
+        They would move nothing, as these weights return to zero, but clipping would count them and scale down the others.
+        """
+        tensors, names = named_tensors(self.model), dict[Tensor, list[str]]()
+        for (name, _), slices in self.graph.by_axis.items() if self.harden is not None else ():
+            if slices[0].reads and tensors[name].requires_grad:
+                names.setdefault(tensors[name], []).append(name)
+        for t, own in names.items():
+            t.register_post_accumulate_grad_hook(partial(self.zero_gradient, own))
+
+    @torch.no_grad()
+    def zero_gradient(self, names: Sequence[str], t: Tensor) -> None:
+        """Set the gradient of a weight with these names to zero where it reads a hard channel."""
+        if self.zeros is None or any(name in names and factors.device != t.device for name, factors in self.zeros):
+            self.zeros = reader_factors(named_tensors(self.model), kept_without(self.graph, self.hard), 0.0)
+        for name, factors in self.zeros:
+            if name in names and t.grad is not None:
+                t.grad.mul_(factors)
 
     def step(self) -> float:
         """Choose the channels to mask anew, and multiply the weights that read them, in place. Returns the factor. Call it

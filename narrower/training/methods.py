@@ -51,6 +51,8 @@ class Methods(NamedTuple):
         for method in (self.resrep, self.centripetal):
             if method is not None:
                 method.attach(optimizer)
+        if self.soft is not None:
+            self.soft.hook_gradients()
 
     def notes(self) -> dict[str, Any]:
         """What was noted since the last time, for a row of the metrics."""

@@ -78,6 +78,27 @@ def test_hard_pruning_trains_as_the_narrow_network_does(make: Any) -> None:
     assert difference(outputs(model, X), outputs(small, X)) < 1e-10
 
 
+def test_clipped_hard_pruning_trains_as_the_narrow_network_does_from_the_first_step_of_a_resumed_run_on() -> None:
+    """What reads a hard channel has gradients that are not zero, which must not count, from one batch and the next."""
+    begun = soft_pruning(chain(), **HARD)
+    begun.step()
+    model = copy.deepcopy(begun.model)
+    soft = soft_pruning(model, **HARD)
+    wide = sgd(model)
+    soft.attach(wide)
+    soft.load_state_dict(begun.state_dict())
+    small = soft.narrow()
+    for network, optimizer in ((model, wide), (small, sgd(small))):
+        for step in range(4):
+            optimizer.zero_grad()
+            for images in (X + step, X - step):
+                network.train()(images).square().sum().backward()
+            assert nn.utils.clip_grad_norm_(network.parameters(), 0.01) > 1
+            optimizer.step()
+    assert difference(outputs(model, X), outputs(small, X)) < 1e-10
+    assert difference(outputs(begun.model, X), outputs(small, X)) > 1e-5
+
+
 def test_a_factor_of_one_prunes_nothing() -> None:
     model = chain()
     before = copy.deepcopy(model.state_dict())
