@@ -68,7 +68,7 @@ class Distillation:
 
         Raises:
             ConfigError: outputs differ in number or shape, or are not those of the student's last forward, whose features are
-                compared.
+                compared, or the student runs under a reentrant checkpoint, where features have no gradient.
         """
         if self.taps:
             self.check_watched(outputs)
@@ -82,12 +82,16 @@ class Distillation:
         return total + self.features * self.feature_error(watching.take(), self.watched.take()) if self.taps else total
 
     def check_watched(self, outputs: Any) -> None:
-        """Raise ConfigError if the features that were kept are not those of the forward that gave these outputs."""
+        """Raise ConfigError if the features that were kept are not those of the forward that gave these outputs, or have lost
+        their gradient."""
         if any(tap.module not in self.watched.inputs for tap in self.taps):
             raise ConfigError("there are no features to compare: run the student before each loss, once for every loss")
         if not self.watched.returned(outputs):
             raise ConfigError("these outputs are not those of the student's last forward, whose features would be compared: "
                               "call loss before the student, or a copy of it, runs again")
+        if blind := self.watched.without_gradients(outputs):
+            raise ConfigError(f"the features that {', '.join(blind)} reads carry no gradient, as checkpoint() ran it without "
+                              "one: call it with use_reentrant=False")
 
     def feature_error(self, dense: dict[str, Tensor], narrow: dict[str, Tensor]) -> Tensor:
         """The squared difference of the features, relative to the variance of the dense ones; the mean over taps.

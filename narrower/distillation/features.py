@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +59,9 @@ class Watched:
 
     def __init__(self, model: nn.Module, taps: list[Tap]) -> None:
         self.inputs: dict[str, Tensor] = {}
+        self.blind: set[str] = set()  # the modules whose input was kept under `no_grad`
         self.outputs: list[Tensor] = []
-        self.handles = [model.get_submodule(t.module).register_forward_pre_hook(keep_input(self.inputs, t.module))
+        self.handles = [model.get_submodule(t.module).register_forward_pre_hook(keep_input(self.inputs, self.blind, t.module))
                         for t in taps]
         if taps:
             self.handles.append(model.register_forward_hook(keep_outputs(self.outputs)))
@@ -74,28 +76,41 @@ class Watched:
     def returned(self, outputs: Any) -> bool:
         """Whether these outputs, or what they were computed from, are those of the last forward. Without gradients nobody can
         tell, and a part of the network may have run alone: then it is taken to be so."""
-        waiting = [t.grad_fn for t in flatten_tensors(outputs) if t.grad_fn is not None]
-        if not waiting or not self.outputs:
+        if not self.outputs or all(t.grad_fn is None for t in flatten_tensors(outputs)):
             return True
-        last, seen = {t.grad_fn for t in self.outputs}, set(waiting)
-        while waiting:
-            node = waiting.pop(0)
-            if node in last:
-                return True
-            before = {n for n, _ in node.next_functions if n is not None} - seen
-            seen |= before
-            waiting += before
-        return False
+        last = {t.grad_fn for t in self.outputs}
+        return any(node in last for node in nodes_before(outputs))
+
+    def without_gradients(self, outputs: Any) -> list[str]:
+        """The tapped modules that ran without gradients where these outputs have them, as torch's reentrant checkpoint does it:
+        backward runs them again, but what they read then is not what was kept. A part that the network itself runs under
+        `no_grad` has no gradient to lose."""
+        if self.blind and any(node.name().endswith("CheckpointFunctionBackward") for node in nodes_before(outputs)):
+            return sorted(self.blind)
+        return []
 
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
 
 
-def keep_input(inputs: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def nodes_before(outputs: Any) -> Iterator[Any]:
+    """The nodes of the autograd graph that outputs were computed by, the last first."""
+    waiting = deque(t.grad_fn for t in flatten_tensors(outputs) if t.grad_fn is not None)
+    seen = set(waiting)
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        before = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= before
+        waiting += before
+
+
+def keep_input(inputs: dict[str, Tensor], blind: set[str], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     """A hook. A plain function over a dict: a copy of the network must not copy the other network with it."""
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[name] = args[0]
+        (blind.discard if torch.is_grad_enabled() or args[0].requires_grad else blind.add)(name)
     return hook
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support.networks import Head, unit
 from support.resrep_training import randomised
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import narrower
 from narrower.distillation.distill import divergence
@@ -128,6 +129,38 @@ def test_features_of_another_forward_than_that_of_the_outputs_are_refused() -> N
         distillation.loss(X, first)
     with torch.no_grad():
         distillation.loss(X, small(X))
+
+
+class Checkpointed(nn.Module):
+    """Runs all but the first and last layers again in backward, to save memory."""
+
+    def __init__(self, layers: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.layers, self.reentrant = layers, reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, *middle, last = self.layers.children()
+        return last(checkpoint(nn.Sequential(*middle), first(x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_features_that_a_reentrant_checkpoint_leaves_without_a_gradient_are_refused() -> None:
+    def run(reentrant: bool) -> list[torch.Tensor | None]:
+        torch.manual_seed(0)
+        layers = [unit(3, 12), unit(12, 10), unit(10, 10, stride=2), Head(10)]
+        dense = Checkpointed(randomised(nn.Sequential(*layers)), reentrant).eval()
+        graph = narrower.trace(dense, X[:1])
+        plan = narrower.plan(graph, narrower.magnitude(dense, graph), remove=0.4)
+        student = narrower.narrow(dense, plan)
+        distillation = narrower.Distillation(dense, student, plan, features=1.0, weight=0.0)
+        with torch.no_grad():
+            distillation.loss(X, student(X))
+        distillation.loss(X, student(X)).backward()
+        return [p.grad for p in student.parameters()]
+
+    assert all(grad is not None for grad in run(reentrant=False)[:3])
+    with pytest.raises(narrower.ConfigError, match=r"layers\.2\.0 reads carry no gradient.*use_reentrant=False"):
+        run(reentrant=True)
 
 
 def test_divergence_of_other_outputs_is_relative_to_their_variance() -> None:
