@@ -123,11 +123,10 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
 
 def without_inputs(weight: Tensor, dim: int, removed: np.ndarray) -> Tensor:
     """A weight that is zero for the `removed` inputs along `dim`: bool, of a grouped convolution for each group."""
-    stay = torch.as_tensor(~removed, device=weight.device)
-    if dim:
-        rows = stay.view(-1, weight.shape[1])
-        stay = rows.repeat_interleave(len(weight) // len(rows), 0)
-    return weight * stay.view(*stay.shape, *(1,) * (weight.ndim - stay.ndim))
+    along = [1] * weight.ndim
+    along[dim] = weight.shape[dim]
+    stay = torch.as_tensor(~removed, device=weight.device).view(-1, *along)  # of each group
+    return (weight.unflatten(0, (len(stay), -1)) * stay).view_as(weight)
 
 
 def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tuple[Any, int]], measure: Measure | None,

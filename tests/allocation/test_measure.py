@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support.networks import PATTERNS, Head, unit
+from support.networks import PATTERNS, Head, Trap, modulated, unit
 from support.resrep_training import randomised
 from torch import Tensor, nn
 
@@ -209,6 +209,7 @@ MIXING: dict[str, nn.Module] = {
     "matrix product": Attends(),
     "computed linear weight": LowRank(),
     "tied autoencoder": Tied(),
+    "modulated weight": Trap(modulated, 8, style=nn.Linear(12, 12), weight=nn.Parameter(torch.randn(1, 8, 12, 3, 3))),
 }
 
 
