@@ -208,7 +208,9 @@ def plain(args: Any) -> tuple[Any, ...]:
 def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim: int, what: str) -> tuple[Label, ...]:
     """Labels of an elementwise result. Operands that are free in the same dimension are united there.
 
-    If an operand has a size but no channels in that dimension, the channels of the others are pinned.
+    If an operand has a size but no channels in that dimension, the channels of the others are pinned. Labels keep the axis of a
+    parameter, unless an activation has all these dimensions: the result is an activation then, no weight. A style that
+    multiplies the inputs of a weight is broadcast over its outputs, so that the product is a weight still.
     """
     found: dict[int, list[Label]] = {}
     order = sorted(operands, key=lambda o: -len(o[1])) if len(operands) > 1 else operands
@@ -216,6 +218,8 @@ def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim
         for label in carried.labels:
             label = aligned(label, ndim)
             found.setdefault(label.free, []).append(label)
+    activation = any(is_activation(c) and all(len(shape) >= ndim - dim and shape[dim - ndim] > 1 for dim in found)
+                     for c, shape in operands)
     out: list[Label] = []
     for dim, labels in found.items():
         for other in labels[1:]:
@@ -226,8 +230,13 @@ def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim
             if d >= 0 and shape[d] > 1 and not carried.uniform and d not in carried.even and not free_at(carried, d):
                 r.pin(labels, "operand", f"{what} with a tensor whose {shape[d]} entries cannot shrink")
                 break
-        out.append(labels[0])
+        out.append(labels[0]._replace(axis=None) if activation else labels[0])
     return tuple(out)
+
+
+def is_activation(c: Carried) -> bool:
+    """Whether channels are carried, and by no parameter nor by what is made of one."""
+    return bool(c.labels) and not c.weight and not any(x.axis for x in c.labels)
 
 
 def piece(label: Label, dim: int, start: int, stop: int, step: int = 1) -> Label:

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.operators import C, codes, collected, pinned, units
-from torch import Tensor
+from torch import Tensor, nn
 
+import narrower
 from narrower.tracing.constraints import ConstraintCollector
-from narrower.tracing.labels import Carried, Label, along
+from narrower.tracing.labels import Axis, Carried, Label, along
 from narrower.tracing.operators.interface import (
     Operator,
     at_channels,
@@ -105,6 +106,29 @@ def test_an_operand_with_a_size_but_no_channels_pins_unless_its_values_are_even(
     r = collector()
     meet(r, [(flat(0, 6, 1, 3), (2, 6, 4)), (other, shape)], 3, "add")
     assert pinned(r) == (set(range(6)) if pins else set()) and codes(r) == ({"operand"} if pins else set())
+
+
+@pytest.mark.parametrize("scale", [(6,), (1, 1, 6), (1, 4, 6)])
+def test_a_parameter_that_multiplies_an_activation_is_no_weight_of_the_next_layer(scale: tuple[int, ...]) -> None:
+    """Wherever it stands, and with as many dimensions as the activation."""
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.next, self.scale = nn.Linear(3, 6), nn.Linear(6, 2), nn.Parameter(torch.ones(scale))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.next(self.scale * self.first(x))
+
+    roles = {s.tensor: s.role for s in narrower.trace(Scaled(), torch.randn(2, 4, 3))["first"].slices}
+    assert roles == {"first.weight": "out", "first.bias": "along", "scale": "along", "next.weight": "in"}
+
+
+def test_a_weight_times_a_style_is_a_weight_still() -> None:
+    """The style has the inputs of the weight only."""
+    outputs, inputs = flat(0, 4, 1, 3).labels[0], flat(4, 6, 2, 3).labels[0]
+    weight = Carried((outputs._replace(axis=Axis("w", 1)), inputs._replace(axis=Axis("w", 2))))
+    labels = meet(collector(), [(weight, (1, 4, 6)), (flat(0, 6, 2, 3), (5, 1, 6))], 3, "mul")
+    assert [x.axis for x in labels] == [Axis("w", 1), Axis("w", 2)]
 
 
 def test_labels_are_told_by_their_free_dimension() -> None:
