@@ -21,7 +21,7 @@ def outline(recorder: Recorder, outputs: Sequence[Tensor]) -> tuple[list[Any], l
     """
     counters = [n for n, t in recorder.alive.items() if t.ndim == 0 and not t.is_floating_point()]
     calls: list[Any] = []
-    made: dict[Any, Any] = dict.fromkeys(counters, NOISE)
+    made: dict[Any, Any] = {**recorder.constants, **dict.fromkeys(counters, NOISE)}
     for step in recorder.steps:
         inputs = [made.get(i, i) for i in step.inputs if i is not None]
         real = [i for i in inputs if i != NOISE]

@@ -36,6 +36,9 @@ class Recorder(TorchDispatchMode):
         self.tensors = {id(t): name for name, t in reversed(self.alive.items())}
         self.counter = CallCounter(self.alive.values())
         self.steps: list[Step] = []
+        # The tensors that no step made, by number, and what is known of them: that of a constant is another in each forward.
+        self.constants: dict[int, tuple[Any, ...]] = {}
+        self.made: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = self.counter.count(func, args, kwargs)
@@ -57,12 +60,21 @@ class Recorder(TorchDispatchMode):
         """Add a call to `steps`. Its outputs `outs` get their numbers."""
         inputs: list[int | str | None] = []
         for a in call.args:
-            inputs += [self.numbered(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.numbered(a)]
+            inputs += [self.read(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.read(a)]
         for t in outs:
             setattr(t, NUMBER, self.axes.number())
         options = tuple((k, v) for k, v in call.kwargs.items() if not isinstance(v, Tensor))
         made = tuple(getattr(t, NUMBER) for t in outs)
+        self.made.update(made)
         self.steps.append(Step(call.name, tuple(inputs), plain(call.args), options, made, labelled))
+
+    def read(self, t: Any) -> int | str | None:
+        """`numbered`, of what a step reads. What no step made is noted, with its values if they may be indices."""
+        number = self.numbered(t)
+        if isinstance(number, int) and number not in self.made and number not in self.constants:
+            indices = not (t.is_meta or t.is_floating_point() or t.is_complex())
+            self.constants[number] = (t.dtype, t.shape, t.tolist() if indices else None)
+        return number
 
     def numbered(self, t: Any) -> int | str | None:
         """The name of a parameter or buffer, the number of an activation, or None for other arguments."""

@@ -98,6 +98,16 @@ def test_channels_that_are_returned_in_training_only_are_pinned() -> None:
     assert np.array_equal(np.unique(dense.unit_of[ids]), dense.units_of(Axis("first.weight", 0)))
 
 
+def test_constants_do_not_hide_what_only_training_returns() -> None:
+    class Returning(Plain):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+            return (y, y) if self.training else y
+
+    dense = run_dense(stage(Returning(), torch.randn(2, 3, 8, 8), "real"), {})
+    assert [*dense.collectors] == ["eval", "train"] and dense.notes == ()
+
+
 def test_a_buffer_that_only_training_reads_goes_with_the_channels() -> None:
     class Scaled(Sum):
         def __init__(self) -> None:

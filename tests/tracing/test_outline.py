@@ -44,6 +44,8 @@ SAME: dict[str, Callable[[Any, Tensor], Any]] = {
     "dropped path": lambda m, x: x + dropped_path(m, m.conv(x)),
     "noise": lambda m, x: m.conv(x + torch.randn_like(x) * 0.1 if m.training else x),
     "noise on the input": lambda m, x: m.conv(x if not m.training else x * torch.rand(3, 1, 1, device="meta").floor()),
+    "a constant": lambda m, x: m.conv(x) * torch.tensor(0.5),
+    "indices": lambda m, x: m.conv(x[:, torch.tensor([2, 1, 0])]),
 }
 OTHER: dict[str, Callable[[Any, Tensor], Any]] = {
     "returns more": lambda m, x: (y := m.conv(x), y) if m.training else m.conv(x),
@@ -52,6 +54,7 @@ OTHER: dict[str, Callable[[Any, Tensor], Any]] = {
     "another layer": lambda m, x: m.other(x) if m.training else m.conv(x),
     "another input": lambda m, x: (y := m.conv(x), m.other(y if m.training else x))[1],
     "other numbers": lambda m, x: m.conv(x).mean((2, 3) if m.training else (1, 2)),
+    "other indices": lambda m, x: m.conv(x[:, torch.tensor([2, 1, 0] if m.training else [0, 1, 2])]),
     "other options": lambda m, x: torch.add(x, m.conv(x), alpha=2 if m.training else 1),
 }
 
