@@ -59,9 +59,9 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     if kind == torch.float64:
         model, small = where_float64_is(model), where_float64_is(small)
     inputs = map_tensors(example_inputs, partial(as_input, kind=kind, device=device_of(model)))
-    reference = mask_consumers(model, kept).to(kind).eval()
+    reference = in_precision(mask_consumers(model, kept), kind)
     memo = {id(t): t.detach().clone() for t in small.buffers()}
-    candidate = duplicate(small, memo).to(kind).eval()
+    candidate = in_precision(duplicate(small, memo), kind)
     outs = []
     modes: list[tuple[str, nn.Module, AbstractContextManager[Any]]] = [
         ("dense", reference, Survivors(kept, named_tensors(reference).values())), ("narrow", candidate, nullcontext())]
@@ -127,7 +127,18 @@ def largest_difference(want: Sequence[Tensor], have: Sequence[Tensor]) -> float:
 
 def as_input(t: Tensor, kind: torch.dtype, device: torch.device) -> Tensor:
     """A tensor for a model of that floating dtype, on its device if its own has no float64."""
-    t = ordinary(t).detach() if has_float64(t.device) else t.detach().to(device)
+    return cast(ordinary(t).detach() if has_float64(t.device) else t.detach().to(device), kind)
+
+
+def in_precision(model: nn.Module, kind: torch.dtype) -> nn.Module:
+    """The model, whose tensors are cast in place, in eval mode."""
+    return model._apply(partial(cast, kind=kind)).eval()  # .to(kind) would drop imaginary parts
+
+
+def cast(t: Tensor, kind: torch.dtype) -> Tensor:
+    """A tensor in a floating dtype, or the complex one of that precision. Whole numbers and masks stay."""
+    if t.is_complex():
+        return t.to(torch.complex128 if kind == torch.float64 else torch.complex64)
     return t.to(kind) if t.is_floating_point() else t
 
 

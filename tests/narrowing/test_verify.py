@@ -227,6 +227,34 @@ def test_verify_compares_whole_numbers() -> None:
         narrower.verify(model, small, plan, IMAGES)
 
 
+class Filtered(nn.Module):
+    """A filter in the frequency domain, and one that mixes channels there (Fourier neural operators)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.next, self.head = networks.unit(3, 6), networks.unit(6, 8), networks.Head(8)
+        self.filter = nn.Parameter(torch.randn(8, 5, dtype=torch.cfloat))
+        self.mixing = nn.Parameter(torch.randn(6, 6, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.fft.rfft2(self.stem(x))
+        maps = torch.einsum("bihw,io->bohw", maps, self.mixing) * self.filter
+        out: Tensor = self.head(self.next(torch.fft.irfft2(maps, s=x.shape[-2:])))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_complex_parameters_stay_complex(dtype: torch.dtype | None) -> None:
+    model, x = randomised(Filtered()).eval(), torch.randn(4, 3, 8, 8)
+    small, plan = reference.pair(model, x)
+    found = narrower.verify(model, small, plan, x, dtype=dtype)
+    assert found.error <= found.tolerance
+    with torch.no_grad():
+        small.filter.imag.mul_(-3)
+    with pytest.raises(narrower.VerifyError, match="differs"):
+        narrower.verify(model, small, plan, x, dtype=dtype)
+
+
 def test_verify_says_where_rounding_alone_changes_the_output() -> None:
     model = networks.Trap(lambda m, x: torch.sin(1e13 * x)).eval()
     small, plan = reference.pair(model)
