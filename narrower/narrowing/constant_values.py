@@ -82,9 +82,9 @@ def product(first: Tensor, *others: Tensor) -> Tensor:
 
 
 def computed(step: Step, numbers: Sequence[Tensor]) -> Tensor:
-    """What the elementwise operator of a step makes of numbers; nan if it needs tensors of another kind."""
+    """What the elementwise operator of a step makes of numbers; nan if it needs or makes tensors of another kind."""
     try:
         out = getattr(torch.ops.aten, step.name)(*numbers, *step.rest, **dict(step.options))
     except (AttributeError, RuntimeError, TypeError, IndexError):
         return NAN
-    return out.double() if isinstance(out, Tensor) else NAN
+    return out.double() if isinstance(out, Tensor) and not out.is_complex() else NAN

@@ -69,8 +69,6 @@ class ConstraintCollector(LabelInterpreter):
             self.returned.setdefault(number, self.modules[id(module)])
 
     def on_call(self, call: Call, outs: Sequence[Tensor], carried: Sequence[Carried]) -> None:
-        if call.name == "convolution" and self.is_depthwise(call):
-            self.depthwise_calls.add(call.place)
         for label in free_at(self.of(call.args[0]), 1)[:1] if call.pool >= 0 else []:
             self.pool_inputs[call.pool] = at_channels(self, label)
         shapes = [tuple(t.shape) for t in outs]
@@ -131,7 +129,9 @@ class ConstraintCollector(LabelInterpreter):
             self.map_alive.append(source)
 
     def is_depthwise(self, call: Call) -> bool:
-        return bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1])
+        if depthwise := bool(call.args[8] > 1 and call.args[8] == call.args[0].shape[1]):
+            self.depthwise_calls.add(call.place)
+        return depthwise
 
     def padding_ids(self, call: Call, size: int, part: int) -> Ids:
         return self.axes.ids(PaddingAxis(call.name, call.number, part), size)

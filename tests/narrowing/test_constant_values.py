@@ -23,6 +23,7 @@ Known = Literal["all", "zero", "none"]  # of which constants it is known what be
 
 OPERATORS: dict[str, tuple[Callable[[Tensor], Tensor], Known]] = {
     "relu": (F.relu, "all"),
+    "complex": (lambda x: (x + 1j).abs(), "none"),
     "sigmoid": (torch.sigmoid, "all"),
     "hardswish": (F.hardswish, "all"),
     "softplus": (lambda x: F.softplus(x, beta=2.0), "all"),

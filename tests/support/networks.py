@@ -696,6 +696,19 @@ def channels_to_batch(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(x.reshape(b * c, 1, h, w), kernel, padding=1).view(b, c, h, w)
 
 
+def filtered(m: Any, x: Tensor) -> Tensor:
+    """A filter for each channel in the frequencies (GFNet), and parts of complex numbers (fast Fourier convolution)."""
+    spectrum = torch.fft.rfft2(x.permute(0, 2, 3, 1), dim=(1, 2)) * torch.view_as_complex(m.filter)
+    return torch.fft.irfft2(torch.complex(spectrum.real, spectrum.imag.relu()), s=(8, 8), dim=(1, 2)).permute(0, 3, 1, 2)
+
+
+def involution(m: Any, x: Tensor) -> Tensor:
+    """A kernel for each pixel and each of three groups of channels, made from the channels."""
+    b, c, h, w = x.shape
+    kernel = m.span(x).view(b, 3, 1, 9, h, w)
+    return (kernel * F.unfold(x, 3, padding=1).view(b, 3, c // 3, 9, h, w)).sum(3).view(b, c, h, w)
+
+
 class TrapCase(NamedTuple):
     """A network with a trap, the groups that must be free, with their sizes, and why others are pinned (`PinReason.code`).
 
@@ -755,7 +768,10 @@ TRAPS: dict[str, TrapCase] = {
     "einsum_gate": TrapCase(lambda: Trap(lambda m, x: torch.einsum("bchw,bc->bchw", x, x.mean((2, 3)))), BOTH),
     "sorted": TrapCase(lambda: Trap(lambda m, x: x.sort(1).values), NEXT, {"stem.0": "operator"}, "sort"),
     "cosine": TrapCase(lambda: Trap(lambda m, x: x * F.cosine_similarity(x, x.roll(1, 2), dim=2).unsqueeze(2)), BOTH),
-    "complex": TrapCase(lambda: Trap(lambda m, x: torch.fft.rfft2(x).abs()), NEXT, {"stem.0": "operator"}, "fft"),
+    "complex": TrapCase(lambda: Trap(lambda m, x: torch.fft.rfft2(x).abs()), BOTH),
+    "filtered": TrapCase(lambda: Trap(filtered, filter=nn.Parameter(torch.randn(8, 5, 12, 2))), BOTH),
+    "transformed_channels": TrapCase(
+        lambda: Trap(lambda m, x: torch.fft.fft(x, dim=1).real), NEXT, {"stem.0": "operator"}, "Fourier"),
     "half_activated": TrapCase(lambda: Trap(half_activated), NEXT, {"stem.0": "differs"}),
     "uneven_chunks": TrapCase(lambda: Trap(uneven_chunks), BOTH),
     "split_by_size": TrapCase(lambda: Trap(split_by_size), NEXT, {"stem.0": "differs"}),
@@ -868,11 +884,30 @@ TRAPS: dict[str, TrapCase] = {
         {"stem.0": 12, "trick.fc": 7, "next.0": 9}),
     "positions": TrapCase(lambda: Trap(lambda m, x: x + m.table, table=torch.randn(1, 12, 8, 8)), BOTH),
     "unfolded": TrapCase(
-        lambda: Trap(lambda m, x: F.unfold(x, 3, padding=1).view(len(x), 108, 8, 8), 108),
-        NEXT, {"stem.0": "operator"}, "im2col"),
+        lambda: Trap(lambda m, x: F.unfold(x, 3, padding=1).view(len(x), -1, 8, 8), 108), BOTH),
+    "unfolded_and_folded": TrapCase(
+        lambda: Trap(lambda m, x: F.fold(F.unfold(x, 3, padding=1).relu(), (8, 8), 3, padding=1)), BOTH),
+    "folded": TrapCase(
+        lambda: Trap(lambda m, x: F.fold(x[..., ::2, ::2].flatten(2), (8, 8), 2, stride=2), 3), {"stem.0": 3, "next.0": 9}),
+    "involution": TrapCase(
+        lambda: Trap(involution, span=nn.Conv2d(12, 27, 1)),
+        {"stem.0": 12, "next.0": 9}, {"trick.span": "operand"}),
+    "windows": TrapCase(lambda: Trap(lambda m, x: x.unfold(2, 2, 2).unfold(3, 3, 2).amax((4, 5))), BOTH),
+    "sorted_rows": TrapCase(lambda: Trap(lambda m, x: x.sort(3, descending=True)[0] + x.cummax(2)[0]), BOTH),
+    "largest_pixels": TrapCase(
+        lambda: Trap(lambda m, x: x * x.flatten(2).topk(3)[0].mean(2)[:, :, None, None]
+                     - x.flatten(2).median(2, keepdim=True)[0][..., None]), BOTH),
+    "places_of_the_largest": TrapCase(
+        lambda: Trap(lambda m, x: x * (x.flatten(2).topk(3)[1].sum(2) % 3)[:, :, None, None]), BOTH),
+    "diagonal": TrapCase(
+        lambda: Trap(lambda m, x: (torch.diag_embed(x.mean((2, 3))) @ x.flatten(2)).view(x.shape)), BOTH),
+    "spectral_norm": TrapCase(
+        lambda: Trap(lambda m, x: F.conv2d(x, m.weight / torch.dot(m.u, m.weight.flatten(1) @ m.v)), 7,
+                     weight=nn.Parameter(torch.randn(7, 12, 1, 1)), u=torch.randn(7), v=torch.randn(12)),
+        BOTH, {"trick": "operator"}, "spectral norm"),
     "lstm": TrapCase(
         lambda: Trap(lambda m, x: m.rnn(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unsqueeze(3), 7,
-                     rnn=nn.LSTM(12, 7, batch_first=True)), NEXT, {"stem.0": "fails", "trick.rnn": "operator"}),
+                     rnn=nn.LSTM(12, 7, batch_first=True)), NEXT, {"stem.0": "fails", "trick.rnn": "operator"}, "gates"),
     "gathered": TrapCase(lambda: Trap(lambda m, x: x.gather(1, x.argsort(1))), NEXT, {"stem.0": "operator"}),
     "topk": TrapCase(lambda: Trap(lambda m, x: x.topk(6, 1).values, 6), NEXT, {"stem.0": "operator"}, "topk"),
     "scattered": TrapCase(

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ..labels import Carried, Label, along, collapsed
-from .interface import Call, RuleContext, at_channels, except_free_at, free_at, meet
+from .interface import Call, RuleContext, UnknownForm, at_channels, except_free_at, free_at, meet
 
 
 def convolution(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -62,6 +62,25 @@ def convolution(r: RuleContext, call: Call) -> Sequence[Carried]:
         else:
             r.pin([label], "position", "convolution along the channels")
     return [Carried(tuple(labels))]
+
+
+def deformable(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """torchvision's deform_conv2d(x, w, offset, mask, bias, 2 strides, 2 paddings, 2 dilations, groups, offset groups, ...).
+
+    It reads x as a convolution does. Each offset group moves equally many of the channels. Offsets and masks have a channel for
+    each entry of the kernel.
+    """
+    x, w, offset, mask, bias = call.args[:5]
+    groups, offset_groups = call.args[11:13]
+    c = r.of(x)
+    where = [label for t in (offset, mask) for label in r.of(t).labels]
+    r.pin(where, "position", "they say where a deformable convolution reads")
+    if except_free_at(c, [0, 1]):
+        raise UnknownForm("deform_conv2d along the channels")
+    for label in free_at(c, 1) if offset_groups > 1 else ():
+        r.tie(Label(at_channels(r, label).reshape(offset_groups, -1), 1))
+    sizes = [list(call.args[k:k + 2]) for k in (5, 7, 9)]
+    return convolution(r, call._replace(args=(x, w, bias, *sizes, False, [0, 0], groups)))
 
 
 def weight_labels(r: RuleContext, w: Tensor, blocks: int, transposed: bool) -> tuple[Label | None, Label | None]:

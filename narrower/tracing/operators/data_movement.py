@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,11 @@ def split(r: RuleContext, call: Call) -> Sequence[Carried]:
             r.tie(Label(np.stack([piece(label, dim, end - sizes[0], end).ids for end in ends]), dim + 1))
     return [c._replace(labels=tuple(piece(label, dim, end - size, end) for label in c.labels), view=True)
             for size, end in zip(sizes, ends, strict=True)]
+
+
+def gates(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """unsafe_split, by which torch's recurrent layers part their gates."""
+    raise UnknownForm("the gates of an LSTM or GRU, whose hidden size stays")
 
 
 def unbind(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -216,6 +222,92 @@ def pixel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:
             flat = flat.repeat(factor * factor)
         out.append(Label(along(flat, x.ndim, channel), channel))
     return [Carried(tuple(out))]
+
+
+def im2col(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """im2col(x, kernel, ...), F.unfold: (C, H, W) -> (C k, positions); each channel becomes a block of the kernel's size."""
+    x, block = call.args[0], prod(call.args[1])
+    channel = x.ndim - 3
+    out = []
+    for label in r.of(x).labels:
+        if label.free > channel:
+            r.pin([label], "operator", "im2col along the channels")
+            continue
+        ids = collapsed(label, [x.ndim - 2, x.ndim - 1], r.unite).ids[..., 0]
+        out.append(Label(ids.repeat(block, axis=channel) if ids.shape[channel] > 1 else ids, label.free))
+    return [Carried(tuple(out))]
+
+
+def col2im(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """col2im(x, size, kernel, ...), F.fold: (C k, positions) -> (C, H, W); the channels of one block live and die together."""
+    x, block = call.args[0], prod(call.args[2])
+    channel = x.ndim - 2
+    out = []
+    for label in r.of(x).labels:
+        if label.free > channel:
+            r.pin([label], "operator", "col2im along the channels")
+            continue
+        ids = collapsed(label, [x.ndim - 1], r.unite).ids
+        if ids.shape[channel] > 1:
+            rows = ids.reshape(*ids.shape[:channel], -1, block)
+            r.unite(rows[..., :1], rows)
+            ids = rows[..., :1]
+        out.append(Label(ids[..., None], label.free))
+    return [Carried(tuple(out))]
+
+
+def unfold(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """unfold(x, dim, size, step), run on the ids themselves: windows along `dim`, their entries along a new last dimension."""
+    x, dim, size, step = call.args
+    dim = normal(dim, x.ndim)
+    out = []
+    for label in r.of(x).labels:
+        if label.free == dim:
+            r.pin([label], "operator", "unfold along the channels")
+            continue
+        ids = label.ids[..., None]
+        if ids.shape[dim] > 1:
+            ids = np.lib.stride_tricks.sliding_window_view(label.ids, size, axis=dim)
+            ids = ids[(*[slice(None)] * dim, slice(None, None, step))]
+        out.append(Label(ids, label.free))
+    return [Carried(tuple(out), view=True)]
+
+
+def diag_embed(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """diag_embed(x, offset, dim1, dim2): a diagonal matrix, with the same channels along its rows and its columns."""
+    x, rest = call.args[0], [0, -2, -1]
+    rest[:len(call.args) - 1] = call.args[1:]
+    if rest[0]:
+        raise UnknownForm("diag_embed beside the diagonal")
+    row, column = normal(rest[1], x.ndim + 1), normal(rest[2], x.ndim + 1)
+    places = [d for d in range(x.ndim + 1) if d not in (row, column)]  # of the dimensions before the last
+
+    def spread(label: Label, *ends: int) -> Ids:
+        return np.moveaxis(label.ids[..., None], range(x.ndim + 1), [*places, *ends])
+
+    out = []
+    for label in r.of(x).labels:
+        if label.free < x.ndim - 1:
+            out.append(Label(spread(collapsed(label, [x.ndim - 1], r.unite), row, column), places[label.free]))
+        else:
+            out += [Label(spread(label, row, column), row), Label(spread(label, column, row), column)]
+    return [Carried(tuple(out))]
+
+
+def view_as_real(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """Complex numbers as a last dimension of two."""
+    return [Carried(tuple(Label(label.ids[..., None], label.free) for label in r.of(call.args[0]).labels), view=True)]
+
+
+def view_as_complex(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """A last dimension of two as complex numbers. It has no channels, unless it is that of a parameter."""
+    x, out = call.args[0], []
+    for label in r.of(x).labels:
+        if label.free == x.ndim - 1:
+            r.pin([label], "position", "the parts of complex numbers")
+        else:
+            out.append(Label(collapsed(label, [x.ndim - 1], r.unite).ids[..., 0], label.free))
+    return [Carried(tuple(out), view=True)]
 
 
 def channel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..labels import Carried, Label, collapsed
-from .interface import Call, RuleContext, dims_of, meet, normal, piece, tensors_in
+from .interface import Call, RuleContext, UnknownForm, dims_of, meet, normal, piece, tensors_in
 
 
 def reduce(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -62,6 +62,41 @@ def softmax(r: RuleContext, call: Call) -> Sequence[Carried]:
             label = collapsed(label, [dim], r.unite)
         labels.append(label)
     return [Carried(tuple(labels))]
+
+
+def ordered(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """sort, topk, median and their kin along one dimension, not that of the channels: values and their places."""
+    x, outs = call.args[0], tensors_in((call.out,))
+    at = 2 if call.name in ("topk", "kthvalue") else 1
+    if len(outs) < 2:
+        raise UnknownForm(f"{call.name} of all entries")
+    dim = normal(call.args[at] if len(call.args) > at else call.kwargs.get("dim", -1), x.ndim)
+    labels = []
+    for label in r.of(x).labels:
+        if label.free == dim:
+            r.pin([label], "operator", f"{call.name} along the channels")
+            continue
+        ids = collapsed(label, [dim], r.unite).ids
+        gone = outs[0].ndim < x.ndim
+        labels.append(Label(ids.squeeze(dim), label.free - (dim < label.free)) if gone else Label(ids, label.free))
+    return [Carried(tuple(labels))] * len(outs)
+
+
+def fourier(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """Fourier transforms over dimensions without channels."""
+    x, dims = call.args[0], dims_of(call.args[1], call.args[0].ndim)
+    labels = []
+    for label in r.of(x).labels:
+        if label.free in dims:
+            r.pin([label], "operator", "a Fourier transform along the channels")
+            continue
+        labels.append(Label(collapsed(label, dims, r.unite).ids, label.free))
+    return [Carried(tuple(labels))]
+
+
+def scalar_product(r: RuleContext, call: Call) -> Sequence[Carried]:
+    """dot and vdot: one number from all channels of two vectors."""
+    raise UnknownForm(f"{call.name} makes one number of all channels, as that by which spectral norm divides a weight")
 
 
 def unpool(r: RuleContext, call: Call) -> Sequence[Carried]:

@@ -34,6 +34,7 @@ ROWS: tuple[Operator, ...] = (
     *each("select", data_movement.select, constants="kept"),
     *each("split split_with_sizes", data_movement.split, fixed_args=NONE, constants="kept"),
     *each("split_with_sizes_copy", data_movement.split, constants="kept"),
+    *each("unsafe_split", data_movement.gates),
     *each("unbind", data_movement.unbind, constants="kept"),
     *each("cat concat", data_movement.cat, constants="kept"),
     *each("stack", data_movement.stack, constants="kept"),
@@ -41,6 +42,12 @@ ROWS: tuple[Operator, ...] = (
     *each("flip roll", data_movement.reorder, constants="kept"),
     *each("repeat", data_movement.repeat, fixed_args=NONE, constants="kept"),
     *each("pixel_shuffle pixel_unshuffle", data_movement.pixel_shuffle, constants="kept"),
+    *each("im2col", data_movement.im2col, compared="shape", constants="zero"),
+    *each("col2im", data_movement.col2im, compared="shape", constants="zero"),
+    *each("unfold", data_movement.unfold, compared="shape", constants="kept"),
+    *each("diag_embed", data_movement.diag_embed, compared="shape", constants="zero"),
+    *each("view_as_real", data_movement.view_as_real, constants="zero"),
+    *each("view_as_complex", data_movement.view_as_complex, constants="zero"),
     *each("channel_shuffle native_channel_shuffle", data_movement.channel_shuffle, constants="kept"),
     *each("index_put", data_movement.index_put, shape_rule=shapes.index_put),
     *each("index", data_movement.index, data_dependent="by mask"),
@@ -48,6 +55,7 @@ ROWS: tuple[Operator, ...] = (
 
     # layers
     *each("convolution", convolutions.convolution, fixed_args=(3, 8), shape_rule=shapes.convolution),
+    *each("deform_conv2d", convolutions.deformable, fixed_args=(5, 11)),  # torchvision's
     *each("mm", matmuls.matmul, matrix_product=True, shape_rule=shapes.mm),
     *each("addmm", matmuls.matmul, matrix_product=True, shape_rule=shapes.addmm),
     *each("bmm baddbmm", matmuls.matmul, matrix_product=True, constants="product"),
@@ -70,6 +78,9 @@ ROWS: tuple[Operator, ...] = (
     *each("prod logsumexp any all", reductions.reduce, compared="shape"),
     *each("glu", reductions.glu),
     *each("_softmax _log_softmax _safe_softmax cumsum cumprod", reductions.softmax),
+    *each("sort topk median nanmedian kthvalue mode cummax cummin", reductions.ordered, compared="shape"),
+    *each("_fft_r2c _fft_c2c _fft_c2r", reductions.fourier, compared="shape", constants="zero"),
+    *each("dot vdot", reductions.scalar_product),
     *each("avg_pool1d avg_pool2d avg_pool3d", reductions.spatial, constants="zero if padded", pools="always"),
     *each("max_pool2d_with_indices max_pool3d_with_indices max_pool2d adaptive_max_pool2d adaptive_max_pool3d "
           "_adaptive_avg_pool2d _adaptive_avg_pool3d fractional_max_pool2d", reductions.spatial, constants="kept",
@@ -90,6 +101,7 @@ ROWS: tuple[Operator, ...] = (
     *each("mul", elementwise, constants="product", shape_rule=shapes.binary),
     *each("div", elementwise, constants="quotient", shape_rule=shapes.binary),
     *each("prelu _prelu_kernel", elementwise, constants="zero"),
+    *each("complex polar", elementwise),
     *each("where maximum minimum addcmul addcdiv lerp relu6 glu_backward threshold clamp pow rsub", elementwise,
           constants="pointwise"),
 

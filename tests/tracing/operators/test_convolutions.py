@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import reference
+from support.networks import IMAGES, Trap
 from support.operators import C, assert_pinned, collected
 from torch import Tensor, nn
 
+import narrower
 from narrower.tracing.constraints import ConstraintCollector
 from narrower.tracing.labels import Axes, Axis
 
@@ -72,3 +75,34 @@ def test_a_kernel_of_one_row_over_the_channels_mixes_them() -> None:
     """As in efficient channel attention, where channels are laid along space."""
     collector, _ = collected(lambda x: F.conv1d(x.mean((2, 3)).unsqueeze(1), torch.zeros(1, 1, 3, device="meta"), padding=1))
     assert [m[0] for m in collector.mixers] == ["convolution"] and not collector.pins
+
+
+def deformed(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.conv(x, m.offset(x), torch.sigmoid(m.mask(x)) if hasattr(m, "mask") else None))
+
+
+@pytest.mark.parametrize(("out", "groups", "offset_groups", "masked", "ties"), [
+    (7, 1, 1, True, []), (8, 4, 2, False, [(2, 6), (4, 3), (4, 2)]), (12, 12, 3, True, [(3, 4)]), (24, 12, 1, True, [])])
+def test_deformable_convolutions_read_as_others_and_keep_their_offsets(
+        out: int, groups: int, offset_groups: int, masked: bool, ties: list[tuple[int, int]]) -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    held = {"conv": ops.DeformConv2d(12, out, 3, padding=1, groups=groups), "offset": nn.Conv2d(12, 18 * offset_groups, 1)}
+    if masked:
+        held["mask"] = nn.Conv2d(12, 9 * offset_groups, 1)
+    model = Trap(deformed, out, **held).eval()
+    graph = narrower.trace(model, IMAGES)
+    fixed = {g.name: g.pinned.code for g in graph if g.pinned and g.pinned.code != "output"}
+    assert fixed == {f"trick.{n}": "position" for n in held if n != "conv"}
+    made = {} if groups == 12 else {"trick.conv": out}
+    assert {g.name: g.size for g in graph.free} == {"stem.0": 12, **made, "next.0": 9}
+    assert sorted((len(t.blocks), sum(map(len, t.blocks[0].values()))) for t in graph.ties) == sorted(ties)
+    for seed in range(2):
+        plan = narrower.plan(graph, narrower.random(graph, seed=seed), remove=0.5)
+        reference.exact(model, plan, IMAGES)
+        narrower.verify(model, narrower.narrow(model, plan), plan, IMAGES)
+
+
+def test_a_deformable_convolution_along_the_channels_pins() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    assert_pinned(lambda x: ops.deform_conv2d(x.transpose(1, 2), torch.zeros(2, 18, C, 6, device="meta"),
+                                              torch.zeros(5, 4, 3, 3, device="meta"), padding=1), "operator")

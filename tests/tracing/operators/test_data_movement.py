@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.operators import C, assert_moved, assert_pinned, collected, pinned, units
+from support.operators import C, assert_moved, assert_pinned, codes, collected, pinned, units
 from torch import Tensor
 
 SWAP = torch.tensor([1, 0])
@@ -60,6 +60,15 @@ MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "windows": lambda x: x.view(2, C, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(12, C, 2, 2),
     "tokens": lambda x: x.flatten(2).transpose(1, 2),
     "heads": lambda x: x.flatten(2).transpose(1, 2).reshape(2, 24, 3, 4).transpose(1, 2),
+    "blocks": lambda x: F.unfold(x, 2, dilation=(3, 2)),
+    "blocks of one image": lambda x: F.unfold(x[0], (2, 3), stride=2),
+    "blocks of the batch": lambda x: F.unfold(x.transpose(0, 1), 3),
+    "blocks folded": lambda x: F.fold(x.flatten(2)[..., :6], (4, 6), 2, stride=2),
+    "blocks folded of one image": lambda x: F.fold(x[0].flatten(1)[:, :8], (2, 8), (1, 2), stride=(1, 2)),
+    "unfolded and folded": lambda x: F.fold(F.unfold(x, 2, stride=2), (4, 6), 2, stride=2),
+    "windows over rows": lambda x: x.unfold(2, 2, 1).unfold(3, 3, 2),
+    "windows over what changes": lambda x: x.transpose(1, 2).reshape(2, 4, 3, 4, 6).unfold(2, 2, 1),
+    "parts of complex numbers": lambda x: torch.view_as_real(torch.view_as_complex(x.view(2, C, 4, 3, 2).contiguous())),
     "channels in the batch": lambda x: x.reshape(2 * C, 1, 4, 6),
 }
 
@@ -124,6 +133,11 @@ PINNED: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "concatenated in space": ("operand", lambda x: torch.cat([x, torch.zeros(2, C, 4, 1, device="meta")], 3)),
     "stacked": ("operand", lambda x: torch.stack([x, torch.zeros(2, C, 4, 6, device="meta")])),
     "scattered": ("position", lambda x: x[SWAP, :, SWAP]),
+    "blocks of channels": ("operator", lambda x: F.unfold(x.transpose(1, 2), 3)),
+    "blocks that are channels": ("operator", lambda x: F.fold(x.flatten(2).transpose(1, 2), (4, 5), 2)),
+    "windows over channels": ("operator", lambda x: x.unfold(1, 3, 3)),
+    "beside the diagonal": ("operator", lambda x: torch.diag_embed(x.mean((2, 3)), 1)),
+    "gates of a recurrent layer": ("operator", lambda x: x.unsafe_chunk(4, 1)),
     "rolled flat": ("operator", lambda x: x.roll(1)),
     "shuffled pixels of rows": ("position", lambda x: F.pixel_shuffle(x.transpose(1, 2), 2)),
 }
@@ -175,3 +189,23 @@ def test_a_uniform_tensor_is_no_longer_uniform_once_single_entries_are_set() -> 
 
     assert_pinned(masked, "operand")
     assert not collected(lambda x: x * torch.ones(1, C, 1, 1, device="meta"))[0].pins
+
+
+@pytest.mark.parametrize(("dims", "shape"), [((-2, -1), (2, C, C)), ((2, 0), (C, 2, C)), ((0, 1), (C, C, 2))])
+def test_a_diagonal_matrix_has_its_channels_along_both_dimensions(dims: tuple[int, int], shape: tuple[int, ...]) -> None:
+    collector, out = collected(lambda x: torch.diag_embed(x.mean((2, 3)), 0, *dims))
+    labels = collector.of(out).labels
+    assert out.shape == shape and sorted(x.free for x in labels) == sorted(d % 3 for d in dims) and not collector.pins
+    assert all(x.ids.reshape(-1).tolist() == list(range(C)) and x.ids.shape[x.free] == C for x in labels)
+
+
+def test_a_diagonal_matrix_of_rows_has_the_channels_of_the_rows() -> None:
+    collector, out = collected(lambda x: torch.diag_embed(x.mean(2), 0, 0, 2))
+    (label,) = collector.of(out).labels
+    assert tuple(out.shape) == (6, 2, 6, C) and label.free == 3 and label.ids.reshape(-1).tolist() == list(range(C))
+
+
+def test_the_two_parts_of_a_complex_parameter_stay() -> None:
+    """One laid as (2, channels) too: the last dimension has no channels."""
+    collector, out = collected(lambda x: torch.view_as_complex(x.view(2, 6, 2, 24).transpose(2, 3).contiguous()))
+    assert codes(collector) == {"position"} and not collector.of(out).labels

@@ -23,6 +23,12 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "reflected": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "sampled": lambda x: F.grid_sample(x, torch.zeros(2, 3, 3, 2, device="meta"), align_corners=False),
     "unpooled": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]),
+    "sorted": lambda x: x.sort(3, descending=True)[0] + torch.sort(x, dim=2, stable=True)[0],
+    "largest": lambda x: x.flatten(2).topk(3)[0] + x.flatten(2).topk(3, 2)[1],
+    "median": lambda x: x.flatten(2).median(2)[0] + x.nanmedian(3)[0].median(2, keepdim=True)[0].squeeze(2),
+    "third": lambda x: x.kthvalue(3, 2)[0] + x.kthvalue(2, -2)[1] + x.mode(2)[0],
+    "largest so far": lambda x: x.cummax(2)[0] + x.cummin(3)[0],
+    "transformed": lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 2, s=(4, 6)) + torch.fft.fft(x, dim=2).real.abs(),
     "pooled rows": lambda x: F.avg_pool1d(x.flatten(2), 3),
 }
 MIXED: dict[str, Callable[[Tensor], Any]] = {
@@ -60,6 +66,21 @@ def test_channels_whose_numbers_are_used_are_pinned(name: str) -> None:
 def test_numbers_of_places_say_nothing_of_the_channels() -> None:
     collector, out = collected(lambda x: (x.flatten(2).argmax(2), x.max(3)[1] + 1))
     assert not collector.pins and all(collector.of(t).labels for t in out)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.sort(1), lambda x: x.topk(2, 1), lambda x: x.transpose(1, 3).topk(2), lambda x: x.median(1),
+    lambda x: x.median(), lambda x: x.kthvalue(2, 1), lambda x: x.cummax(1), lambda x: torch.fft.fft(x, dim=1),
+    lambda x: torch.fft.rfft2(x.transpose(1, 2)), lambda x: x.mean((0, 2, 3)).dot(torch.zeros(C, device="meta"))])
+def test_an_order_or_a_transform_along_channels_pins(function: Callable[[Tensor], Any]) -> None:
+    assert_pinned(function, "operator")
+
+
+def test_what_changes_along_an_order_or_a_transform_is_united() -> None:
+    """Channels in two dimensions, of which one is sorted: each of its values may come from any of the others."""
+    for function in (lambda x: x.view(2, 3, 4, 4, 6).sort(1)[0], lambda x: torch.fft.fft(x.view(2, 3, 4, 4, 6), dim=1)):
+        find = units(collected(function)[0])
+        assert all(find(k) == find(k + 4) for k in range(8)) and len({find(k) for k in range(C)}) == 4
 
 
 @pytest.mark.parametrize("name", PINNED)

@@ -10,7 +10,7 @@ from narrower.tracing.operators.elementwise import elementwise
 from narrower.tracing.operators.interface import Operator
 from narrower.tracing.operators.table import ROWS, TABLE, operator_of, row_of
 
-TORCHVISION = {"roi_align", "roi_pool", "nms"}
+TORCHVISION = {"roi_align", "roi_pool", "nms", "deform_conv2d"}
 LATER = {"_safe_softmax"}  # not in the oldest torch that is promised
 
 
@@ -48,7 +48,8 @@ def test_operators_whose_output_depends_on_values_are_those_that_torch_tags() ->
 def test_names_of_operators() -> None:
     aten = torch.ops.aten
     assert operator_of(aten.add_.Tensor) is TABLE["add"] and operator_of(aten.exp_.default).rule is elementwise
-    assert operator_of(aten.sort.default) == Operator("sort") and operator_of(aten.as_strided_.default) is TABLE["as_strided_"]
+    assert operator_of(aten.gather.default) == Operator("gather")
+    assert operator_of(aten.as_strided_.default) is TABLE["as_strided_"]
     assert row_of("exp").constants == "pointwise" and row_of("cat") is TABLE["cat"]
 
 
@@ -86,6 +87,7 @@ ON_ZEROS: dict[str, tuple[object, ...]] = {  # further arguments of operators th
     "sum": (), "mean": (), "amax": (), "std": (), "linalg_vector_norm": (), "clone": (), "argmax": (), "max": (),
     "_adaptive_avg_pool2d": ([2, 2],), "avg_pool2d": ([2, 2],), "flip": ([1],), "pixel_shuffle": (2,),
     "repeat": ([1, 1, 2, 1],), "roll": ([1], [1]), "upsample_bicubic2d": ([8, 8], True), "upsample_nearest2d": ([8, 8],),
+    "im2col": ([2, 2], [1, 1], [0, 0], [1, 1]), "unfold": (1, 2, 1), "diag_embed": (),
     "reflection_pad2d": ([1, 1, 1, 1],), "fake_quantize_per_tensor_affine": (0.1, 0, -8, 7),
 }
 
