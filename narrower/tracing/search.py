@@ -90,6 +90,8 @@ class TraceSearch:
                 hypotheses = refine(hypotheses, failure, self.diagnose(state, failure))
             elif not hypotheses.spare_ends and any(map(indexes_channels, dense.collectors.values())):
                 hypotheses = replace(hypotheses, spare_ends=True)  # the other trial pattern
+            elif refused := self.refused_steps(state):
+                hypotheses = refine(hypotheses, *refused)
             else:
                 return state
 
@@ -110,6 +112,22 @@ class TraceSearch:
             raise unrepeatable(failure.reason)
         mending = self.mend(state, failure)
         return mending if mending.stored_sizes else self.blame(state, failure, mending.failed_attempts)
+
+    def refused_steps(self, state: State) -> tuple[Failure, Diagnosis] | None:
+        """Of views that are not read as at first, the groups whose smallest steps of narrowing fail, and the first failure.
+
+        Such code may ask for multiples of four, as the channel shuffle of ShuffleNetV2 does, which a trial may meet by chance.
+        """
+        hypotheses, dense, solution = state
+        reread = {g.name for c in dense.collectors.values() for _, ids, where in c.splits.values()
+                  if where in hypotheses.view_dims for g in solution.groups_of(dense.unit_of[ids])}
+        failures: dict[str, Failure] = {}
+        for part in components(solution.graph):
+            for step in part.moves() if reread & {c.group for c in part.cells} else ():
+                removed = [(c.group, c.channels[:n]) for c, n in zip(part.cells, step, strict=True)]
+                if (step < part.sizes).all() and (failure := self.probe(state, Kept.without(solution.graph, removed))):
+                    failures |= dict.fromkeys((c.group for c in part.cells), failure)
+        return (next(iter(failures.values())), Diagnosis(groups=tuple(failures))) if failures else None
 
     def mend(self, state: State, failure: Failure) -> Diagnosis:
         """Let numbers that the failing module stores follow the widths, where that takes the probe further."""

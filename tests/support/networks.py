@@ -696,6 +696,18 @@ def channels_to_batch(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(x.reshape(b * c, 1, h, w), kernel, padding=1).view(b, c, h, w)
 
 
+def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The shuffle of ShuffleNetV2 as its authors wrote it."""
+    b, c, h, w = x.shape
+    x = x.reshape(b * c // 2, 2, h * w).permute(1, 0, 2).reshape(2, -1, c // 2, h, w)
+    return x[0], x[1]
+
+
+def of_fours(x: Tensor) -> Tensor:
+    assert x.shape[1] % 4 == 0
+    return x
+
+
 def filtered(m: Any, x: Tensor) -> Tensor:
     """A filter for each channel in the frequencies (GFNet), and parts of complex numbers (fast Fourier convolution)."""
     spectrum = torch.fft.rfft2(x.permute(0, 2, 3, 1), dim=(1, 2)) * torch.view_as_complex(m.filter)
@@ -741,6 +753,26 @@ TRAPS: dict[str, TrapCase] = {
     "first_three": TrapCase(lambda: Trap(lambda m, x: x[:, :3], 3), {"stem.0#2": 9, "next.0": 9}, {"stem.0": "differs"}),
     "one_channel": TrapCase(lambda: Trap(lambda m, x: x[:, 3:4] * x), NEXT, {"stem.0": "together"}),
     "selected_channel": TrapCase(lambda: Trap(lambda m, x: x[:, 3].unsqueeze(1) + x), NEXT, {"stem.0": "index"}, "one channel"),
+    "selected_of_pairs": TrapCase(
+        lambda: Trap(lambda m, x: x.view(len(x), -1, 2, 8, 8)[:, :, 0] - x.view(len(x), -1, 2, 8, 8)[:, :, 1].relu(), 6),
+        {"stem.0": 6, "next.0": 9}),
+    "unbound_pairs": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat([t * (k + 1) for k, t in enumerate(x.view(len(x), -1, 2, 8, 8).unbind(2))], 1)),
+        {"stem.0": 6, "next.0": 9}),
+    "unbound_halves": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat(x.view(len(x), 2, -1, 8, 8).flip(1).unbind(1), 1)), BOTH),
+    "first_of_each_four": TrapCase(
+        lambda: Trap(lambda m, x: x.view(len(x), -1, 4, 8, 8)[:, :, ::3].flatten(1, 2), 6), {"stem.0": 3, "next.0": 9}),
+    "first_of_six_pairs": TrapCase(
+        lambda: Trap(lambda m, x: x.view(len(x), 6, 2, 8, 8)[:, :, 0], 6), NEXT, {"stem.0": "position"}, "one channel"),
+    "neighbours": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat([neighbours(x)[0], neighbours(x)[1].relu()], 1)), {"stem.0": 6, "next.0": 9}),
+    "neighbours_of_fours": TrapCase(
+        lambda: Trap(lambda m, x: torch.cat([neighbours(of_fours(x))[0], neighbours(x)[1].relu()], 1)),
+        NEXT, {"stem.0": "position"}, "one channel"),
+    "pairs_of_fours": TrapCase(
+        lambda: Trap(lambda m, x: of_fours(x).view(len(x), -1, 2, 8, 8).softmax(2).reshape(len(x), -1, 8, 8)),
+        NEXT, {"stem.0": "fails"}, "AssertionError"),
     "odd_channels": TrapCase(lambda: Trap(lambda m, x: x[:, 1::2], 6), NEXT, {"stem.0": "index", "stem.0#2": "index"}),
     "picked_by_list": TrapCase(lambda: Trap(lambda m, x: x[:, [3, 1, 2, 0]], 4), NEXT, {"stem.0": "index"}, "index"),
     "picked_by_buffer": TrapCase(

@@ -106,7 +106,16 @@ def test_a_view_that_splits_the_other_way_is_found_by_its_failure() -> None:
     assert free(search) == TRAPS["view_minus_one_4"].free
     ((where, dim),) = search.traced[1].view_dims.items()
     assert dim == 1 and where.startswith("trick, ")
-    assert len(search.traced) == len(search.probed) == 2
+    assert len(search.traced) == 2 and [f is None for f in search.probed] == [False, True, True], "the last: one row less"
+
+
+def test_the_smallest_steps_are_tried_of_views_that_are_read_otherwise() -> None:
+    """The trial keeps 8 of 12 channels: a multiple of four, by chance."""
+    search = Recorded(TRAPS["pairs_of_fours"].make())
+    ((_, _, where),) = search.first_state().dense.collectors["eval"].splits.values()
+    state = search.settle(Hypotheses(view_dims={where: 1}))
+    assert {name: reason.code for name, reason in state.hypotheses.pins.items()} == {"stem.0": "fails"}
+    assert [f is None for f in search.probed] == [True, False, True], "the trial, one pair less, and what is left"
 
 
 def weighted_fours(m: Any, x: Tensor) -> Tensor:

@@ -70,8 +70,18 @@ def cut(r: RuleContext, call: Call) -> Sequence[Carried]:
     if end - start == x.shape[dim] and step == 1:
         return [c._replace(view=True)]
     if step > 1:
-        r.pin(free_at(c, dim), "index", f"one channel in {step} taken")
+        pin_taken(r, free_at(c, dim), f"one channel in {step} taken")
     return [c._replace(labels=tuple(piece(label, dim, start, end, step) for label in c.labels), view=True)]
+
+
+def pin_taken(r: RuleContext, labels: Sequence[Label], text: str) -> None:
+    """Pin channels of which the code takes some by their numbers.
+
+    If a view has laid them in rows, and some of each row are taken, perhaps another dimension of the view shrinks: the code
+    "position" lets the search try it.
+    """
+    for label in labels:
+        r.pin([label], "index" if label.ids.size == label.ids.shape[label.free] else "position", text)
 
 
 def select(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -81,7 +91,7 @@ def select(r: RuleContext, call: Call) -> Sequence[Carried]:
     c = r.of(x)
     for label in c.labels:
         if label.free == dim:
-            r.pin([label], "index", "one channel taken by its number")
+            pin_taken(r, [label], "one channel taken by its number")
             continue
         ids = piece(label, dim, index, index + 1).ids
         out.append(Label(ids.squeeze(dim), label.free - (label.free > dim)))
@@ -360,7 +370,7 @@ def index(r: RuleContext, call: Call) -> Sequence[Carried]:
     for label in r.of(x).labels:
         if label.free in used:
             if label.axis is None or call.name == "index":
-                r.pin([label], "index", f"{call.name} along the channels")
+                pin_taken(r, [label], f"{call.name} along the channels")
             else:
                 r.pin([label], "index", "rows of a table")
             continue
