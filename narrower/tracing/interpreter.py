@@ -145,8 +145,8 @@ class LabelInterpreter(Recorder, RuleContext):
     def of(self, t: Any) -> Carried:
         carried: Carried | None = getattr(t, CARRIED, None)
         if carried is not None:
-            if carried.uniform and self.written and address(t) in self.written:
-                return carried._replace(uniform=False)
+            if (carried.uniform or carried.even) and self.written and address(t) in self.written:
+                return carried._replace(uniform=False, even=())
             return carried
         if id(t) not in self.tensors or not isinstance(t, Tensor):
             return NOTHING

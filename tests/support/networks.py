@@ -634,6 +634,25 @@ def blurred(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(x, m.kernel.to(x.dtype).repeat(x.shape[1], 1, 1, 1), padding=1, groups=x.shape[1])
 
 
+def blurred_in_part(m: Any, x: Tensor) -> Tensor:
+    """The first four maps less."""
+    kernel = m.kernel.to(x.dtype).expand(x.shape[1], 1, 3, 3).clone()
+    kernel[:4] *= 0.5
+    return F.conv2d(x, kernel, padding=1, groups=x.shape[1])
+
+
+def edges(m: Any, x: Tensor) -> Tensor:
+    """Two filters for each channel, one after the other."""
+    return F.conv2d(x, m.kernel.to(x.dtype).repeat(x.shape[1], 1, 1, 1), padding=1, groups=x.shape[1])
+
+
+def smoothed(m: Any, x: Tensor) -> Tensor:
+    """One learned filter in each direction for all channels, over its sum, and a second one that doubles the channels."""
+    c, kernel = x.shape[1], (m.kernel.exp() / m.kernel.exp().sum()).view(1, 1, 3)
+    x = F.conv2d(x, kernel[..., None].expand(c, -1, -1, -1), torch.ones(c, dtype=x.dtype), padding=(1, 0), groups=c)
+    return F.conv_transpose2d(x, kernel[:, :, None].repeat(c, 2, 1, 1), padding=(0, 1), groups=c)
+
+
 def modulated(m: Any, x: Tensor) -> Tensor:
     """StyleGAN2: a filter for each sample, normalised over what it reads, as one grouped convolution."""
     b, c, h, w = x.shape
@@ -863,7 +882,15 @@ TRAPS: dict[str, TrapCase] = {
     "looked_up_by_channel": TrapCase(
         lambda: Trap(lambda m, x: x * m.table(torch.arange(x.shape[1])).view(1, -1, 1, 1), table=nn.Embedding(12, 1)),
         NEXT, {"stem.0": "operand"}),
-    "blurred": TrapCase(lambda: Trap(blurred, kernel=torch.rand(1, 1, 3, 3)), NEXT, {"stem.0": "operand"}),
+    "blurred": TrapCase(lambda: Trap(blurred, kernel=torch.rand(1, 1, 3, 3)), BOTH),
+    "blurred_by_ones": TrapCase(
+        lambda: Trap(lambda m, x: F.conv2d(x, x.new_ones(x.shape[1], 1, 3, 3) / 9, groups=x.shape[1])), BOTH),
+    "blurred_at_fixed_width": TrapCase(
+        lambda: Trap(lambda m, x: F.conv2d(x, m.kernel.expand(12, 1, 3, 3), groups=12), kernel=torch.rand(1, 1, 3, 3)),
+        NEXT, {"stem.0": "fails"}),
+    "blurred_in_part": TrapCase(lambda: Trap(blurred_in_part, kernel=torch.rand(1, 1, 3, 3)), NEXT, {"stem.0": "operand"}),
+    "smoothed": TrapCase(lambda: Trap(smoothed, 24, kernel=nn.Parameter(torch.randn(3))), BOTH),
+    "edges": TrapCase(lambda: Trap(edges, 24, kernel=torch.randn(2, 1, 3, 3)), NEXT, {"stem.0": "together"}),
     "blurred_by_buffer": TrapCase(
         lambda: Trap(lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=len(m.kernel)), kernel=torch.rand(12, 1, 3, 3)),
         BOTH),

@@ -21,6 +21,8 @@ def convolution(r: RuleContext, call: Call) -> Sequence[Carried]:
     into = at_channels(r, inputs[0]) if inputs else None
     depthwise = r.is_depthwise(call)
     ids_out = None if w_out is None else w_out.ids.reshape(-1)
+    if depthwise and into is not None and w_out is None and (r.of(w).uniform or 0 in r.of(w).even):
+        ids_out = into.repeat(out.shape[1] // groups)  # the same filter for every channel, as in blurring
     r.use_axis(call, w_out, "out")
     r.use_weight(w_out, (x if transposed else out).numel() * w[0].numel())
     if depthwise:
@@ -47,7 +49,7 @@ def convolution(r: RuleContext, call: Call) -> Sequence[Carried]:
             if ids_out is not None:
                 r.tie(Label(ids_out.reshape(groups, -1), 1))
     labels = []
-    if w_out is not None and ids_out is not None and not r.is_single(w_out):
+    if ids_out is not None and (w_out is None or not r.is_single(w_out)):
         labels.append(Label(along(ids_out, out.ndim, 1), 1))
         if bias is not None:
             meet(r, [(Carried((Label(ids_out, 0),)), (out.shape[1],)), (r.of(bias), bias.shape)], 1, "bias")

@@ -206,12 +206,13 @@ def reorder(r: RuleContext, call: Call) -> Sequence[Carried]:
 
 def repeat(r: RuleContext, call: Call) -> Sequence[Carried]:
     x, times = call.args[0], list(call.args[1])
-    labels = []
-    for label in r.of(x).labels:
+    c, new, labels = r.of(x), len(times) - x.ndim, []
+    for label in c.labels:
         label = aligned(label, len(times))
         reps = [n if label.ids.shape[d] > 1 else 1 for d, n in enumerate(times)]
         labels.append(Label(np.tile(label.ids, reps), label.free))
-    return [Carried(tuple(labels))]
+    even = [d for d, n in enumerate(times) if d - new in c.even or (n > 1 and (d < new or x.shape[d - new] == 1))]
+    return [Carried(tuple(labels), even=tuple(even))]
 
 
 def pixel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -343,7 +344,7 @@ def index_put(r: RuleContext, call: Call) -> Sequence[Carried]:
     labels = [aligned(v, inner + x.ndim - used) for v in written.labels]
     if any(i is None for i in where) or any(v.free < inner for v in labels) or any(v.free < used for v in before.labels):
         r.pin([*before.labels, *written.labels], "index", "index_put along the channels")
-        return [before._replace(uniform=False)]
+        return [before._replace(uniform=False, even=())]
     moved = []
     for v in labels:
         ids = collapsed(v, range(inner), r.unite).ids

@@ -61,10 +61,32 @@ def test_groups_keep_equally_many() -> None:
 
 @pytest.mark.parametrize("function", [
     lambda x: F.conv2d(x, torch.zeros(5, C, 1, 1, device="meta")),
-    lambda x: F.conv2d(x, torch.zeros(C, 1, 3, 3, device="meta"), groups=C),
+    lambda x: F.conv2d(x, torch.arange(9.0 * C, device="meta").view(C, 1, 3, 3), groups=C),
 ])
 def test_a_weight_that_cannot_shrink_pins(function: Callable[[Tensor], Any]) -> None:
     assert_pinned(function, "operand")
+
+
+@pytest.mark.parametrize("filters", [
+    lambda kernel: kernel.expand(C, 1, 3, 3), lambda kernel: kernel.repeat(C, 1, 1, 1),
+    lambda kernel: torch.ones(C, 1, 3, 3, device="meta")])
+def test_the_same_filter_for_every_channel_is_as_wide_as_they_are(filters: Callable[[Tensor], Tensor]) -> None:
+    collector, out = collected(lambda x: F.conv2d(x, filters(torch.zeros(1, 1, 3, 3, device="meta")), groups=C))
+    assert collector.of(out).labels[0].ids.reshape(-1).tolist() == list(range(C)) and not collector.pins
+
+
+def test_the_same_filters_for_every_channel_make_several_of_each() -> None:
+    collector, out = collected(lambda x: F.conv2d(x, torch.zeros(1, 1, 3, 3, device="meta").expand(2 * C, 1, 3, 3), groups=C))
+    assert collector.of(out).labels[0].ids.reshape(-1).tolist() == [k // 2 for k in range(2 * C)]
+
+
+def test_filters_of_which_some_are_written_are_not_the_same() -> None:
+    def written(x: Tensor) -> Tensor:
+        kernel = torch.zeros(1, 1, 3, 3, device="meta").expand(C, 1, 3, 3).clone()
+        kernel[:4] *= 2
+        return F.conv2d(x, kernel, groups=C)
+
+    assert_pinned(written, "operand")
 
 
 def test_a_convolution_along_the_channels_pins() -> None:
