@@ -191,15 +191,18 @@ class LabelInterpreter(Recorder, RuleContext):
         return label.axis is not None and self.axes.size[label.axis] == 1
 
     def numbers(self, call: Call) -> tuple[Any, ...]:
-        """All of a call that must not depend on widths, except output shapes: plain arguments, and the shape or the values of a
-        first input without channels."""
+        """All of a call that must not depend on widths, except output shapes: plain arguments, and `Operator.compared`."""
         extra: tuple[Any, ...] = ()
-        if call.operator.compared != "nothing" and isinstance(x := call.args[0], Tensor) and not self.of(x).labels:
-            if call.operator.compared == "shape":
-                extra = tuple(x.shape)
-            elif x.is_meta:
+        compared = call.operator.compared
+        x = None if compared == "nothing" else tensors_in(call.args)[-2] if call.operator.matrix_product else call.args[0]
+        if isinstance(x, Tensor):
+            c = self.of(x)
+            if compared != "values":
+                extra = tuple(n for d, n in enumerate(x.shape)
+                              if d in c.even or (not c.labels and (c.uniform or compared == "shape")))
+            elif x.is_meta and not c.labels:
                 raise Unseen("a tensor made from numbers")
-            else:
+            elif not c.labels:
                 extra = tuple(x.flatten()[:16].tolist())
         named = (v for v in call.kwargs.values() if type(v) in (int, float, complex))
         return *extra, *plain(call.args[slice(*call.operator.fixed_args)]), *named

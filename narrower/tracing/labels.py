@@ -174,6 +174,15 @@ def faster_dims(label: Label, old: tuple[int, ...], new: tuple[int, ...]) -> lis
     return []
 
 
+def even_dims(even: Sequence[int], old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a view from shape `old` to `new` the dimensions along which values are equal, if those of `old` are `even`."""
+    out: list[int] = []
+    for i0, i1, j0, j1 in matching_blocks(old, new) if even else ():
+        varies = varying_dims(old[i0:i1], tuple(d not in even for d in range(i0, i1)), new[j0:j1])
+        out += [j for j, v in zip(range(j0, j1), varies, strict=True) if not v and new[j] > 1]
+    return tuple(out)
+
+
 def joined(parts: Sequence[Ids], dim: int, sizes: Sequence[int]) -> Ids:
     """Ids of a concatenation along `dim`. `sizes`: the real sizes of the parts there."""
     full = [expanded(p, dim, n) for p, n in zip(parts, sizes, strict=True)]

@@ -158,9 +158,9 @@ class Probe(LabelInterpreter):
         for t, now, shape, was in zip(outs, carried, event.shapes, event.carried, strict=False):
             if now.uniform and was.uniform and not now.labels:
                 continue
-            free = {x.free for x in was.labels}
+            free = {x.free for x in was.labels} | (set(now.even) & set(was.even))
             if len(t.shape) != len(shape) or any(
-                a != b and d not in free and d not in now.even for d, (a, b) in enumerate(zip(t.shape, shape, strict=True))
+                a != b and d not in free for d, (a, b) in enumerate(zip(t.shape, shape, strict=True))
             ):
                 raise wrong(f"{call.name} gives another shape")
             # a dimension that is left with one channel may have lost its label in a view

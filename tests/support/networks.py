@@ -653,6 +653,21 @@ def smoothed(m: Any, x: Tensor) -> Tensor:
     return F.conv_transpose2d(x, kernel[:, :, None].repeat(c, 2, 1, 1), padding=(0, 1), groups=c)
 
 
+def gate(m: Any, x: Tensor) -> Tensor:
+    return torch.sigmoid(m.gate(x))
+
+
+def gated_twice(m: Any, x: Tensor) -> Tensor:
+    """A map repeated for each channel, times its mean, expanded; the channels last."""
+    wide = gate(m, x).repeat(1, x.shape[1], 1, 1) + gate(m, x).mean((2, 3), keepdim=True).expand_as(x)
+    return (x.permute(0, 2, 3, 1) * wide.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def gated_coarsely(m: Any, x: Tensor) -> Tensor:
+    """A map put side by side as often as there are channels, pooled and enlarged."""
+    return x * F.interpolate(F.max_pool2d(torch.cat([gate(m, x)] * x.shape[1], 1), 2), scale_factor=2)
+
+
 def modulated(m: Any, x: Tensor) -> Tensor:
     """StyleGAN2: a filter for each sample, normalised over what it reads, as one grouped convolution."""
     b, c, h, w = x.shape
@@ -890,6 +905,24 @@ TRAPS: dict[str, TrapCase] = {
         NEXT, {"stem.0": "fails"}),
     "blurred_in_part": TrapCase(lambda: Trap(blurred_in_part, kernel=torch.rand(1, 1, 3, 3)), NEXT, {"stem.0": "operand"}),
     "smoothed": TrapCase(lambda: Trap(smoothed, 24, kernel=nn.Parameter(torch.randn(3))), BOTH),
+    "gated_twice": TrapCase(lambda: Trap(gated_twice, gate=nn.Conv2d(12, 1, 1)), BOTH, {"trick.gate": "together"}),
+    "gated_coarsely": TrapCase(lambda: Trap(gated_coarsely, gate=nn.Conv2d(12, 1, 1)), BOTH, {"trick.gate": "together"}),
+    "gated_in_part": TrapCase(
+        lambda: Trap(lambda m, x: x * torch.cat([gate(m, x).repeat(1, x.shape[1], 1, 1)[:, 4:], x[:, :4]], 1),
+                     gate=nn.Conv2d(12, 1, 1)), NEXT, {"stem.0": "padding", "stem.0#2": "padding", "trick.gate": "together"}),
+    "summed_by_product": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() * (gate(m, x).mean((2, 3)).expand(-1, x.shape[1])
+                                              @ x.new_ones(x.shape[1], 1)).view(-1, 1, 1, 1),
+                     gate=nn.Conv2d(12, 1, 1)), NEXT, {"stem.0": "differs", "trick.gate": "together"}),
+    "summed_ones_by_product": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() * (x.new_ones(1, x.shape[1]) @ x.new_ones(x.shape[1], 1))),
+        NEXT, {"stem.0": "differs"}),
+    "summed_by_convolution": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() * F.conv2d(gate(m, x).expand_as(x), x.new_ones(1, x.shape[1], 1, 1)),
+                     gate=nn.Conv2d(12, 1, 1)), NEXT, {"stem.0": "differs", "trick.gate": "together"}),
+    "summed_beside_the_channels": TrapCase(
+        lambda: Trap(lambda m, x: x.tanh() * x.mean((2, 3)).unsqueeze(2).expand(-1, -1, x.shape[1]).sum(2)[..., None, None]),
+        NEXT, {"stem.0": "differs"}),
     "edges": TrapCase(lambda: Trap(edges, 24, kernel=torch.randn(2, 1, 3, 3)), NEXT, {"stem.0": "together"}),
     "blurred_by_buffer": TrapCase(
         lambda: Trap(lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=len(m.kernel)), kernel=torch.rand(12, 1, 3, 3)),

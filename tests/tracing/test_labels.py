@@ -15,6 +15,7 @@ from narrower.tracing.labels import (
     aligned,
     along,
     collapsed,
+    even_dims,
     expanded,
     faster_dims,
     fibres,
@@ -88,6 +89,16 @@ def test_varying_dims(old: tuple[int, ...], data: st.DataObject) -> None:
     full = np.broadcast_to(np.arange(prod(small)).reshape(small), old).reshape(new)
     for d, v in enumerate(found):
         assert v == bool((full != full.take([0], axis=d)).any())
+
+
+@given(shapes, st.data())
+def test_dimensions_along_which_a_view_is_even(old: tuple[int, ...], data: st.DataObject) -> None:
+    """They are those along which the numbers of an expanded tensor do not change."""
+    even = [d for d in range(len(old)) if data.draw(st.booleans())]
+    small = [1 if d in even else n for d, n in enumerate(old)]
+    new = regrouped(old, data)
+    x = np.broadcast_to(np.arange(prod(small)).reshape(small), old).reshape(new)
+    assert even_dims(even, old, new) == tuple(d for d, n in enumerate(new) if n > 1 and not np.diff(x, axis=d).any() and even)
 
 
 @given(labels(), st.data())

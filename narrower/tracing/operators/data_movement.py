@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..labels import Carried, Ids, Label, aligned, along, collapsed, faster_dims, joined, permuted, reshaped
+from ..labels import Carried, Ids, Label, aligned, along, collapsed, even_dims, faster_dims, joined, permuted, reshaped
 from .interface import Call, RuleContext, UnknownForm, dims_of, free_at, is_mask, meet, normal, piece
 
 
@@ -18,8 +18,9 @@ def view(r: RuleContext, call: Call) -> Sequence[Carried]:
     x = call.args[0]
     old, new = tuple(x.shape), tuple(call.out.shape)
     c = r.of(x)
+    even = even_dims(c.even, old, new)
     if old == new or not c.labels:
-        return [c._replace(view=True, even=c.even if old == new else ())]
+        return [c._replace(view=True, even=even)]
     out = []
     for label in c.labels:
         # merged with a faster dimension, channels would change places unless the same ones go at each of its indices
@@ -36,7 +37,7 @@ def view(r: RuleContext, call: Call) -> Sequence[Carried]:
             r.tie(moved)
         if moved.free >= 0:
             out.append(moved)
-    return [c._replace(labels=tuple(out), view=True, even=())]
+    return [c._replace(labels=tuple(out), view=True, even=even)]
 
 
 def permute(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -50,13 +51,15 @@ def permute(r: RuleContext, call: Call) -> Sequence[Carried]:
         a, b = normal(call.args[1], x.ndim), normal(call.args[2], x.ndim)
         order[a], order[b] = order[b], order[a]
     c = r.of(x)
-    return [c._replace(labels=tuple(permuted(label, order) for label in c.labels), view=True, even=())]
+    return [c._replace(labels=tuple(permuted(label, order) for label in c.labels), view=True,
+                       even=tuple(order.index(d) for d in c.even))]
 
 
 def expand(r: RuleContext, call: Call) -> Sequence[Carried]:
     x, ndim = call.args[0], call.out.ndim
     c = r.of(x)
-    even = tuple(d for d in range(ndim) if d < ndim - x.ndim or x.shape[d - ndim] == 1 < call.out.shape[d])
+    new = ndim - x.ndim
+    even = tuple(d for d in range(ndim) if d < new or d - new in c.even or x.shape[d - ndim] == 1 < call.out.shape[d])
     return [c._replace(labels=tuple(aligned(label, ndim) for label in c.labels), view=True, even=even)]
 
 
@@ -95,7 +98,7 @@ def select(r: RuleContext, call: Call) -> Sequence[Carried]:
             continue
         ids = piece(label, dim, index, index + 1).ids
         out.append(Label(ids.squeeze(dim), label.free - (label.free > dim)))
-    return [c._replace(labels=tuple(out), view=True, even=())]
+    return [c._replace(labels=tuple(out), view=True, even=tuple(d - (d > dim) for d in c.even if d != dim))]
 
 
 def split(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -128,6 +131,8 @@ def cat(r: RuleContext, call: Call) -> Sequence[Carried]:
     ndim = call.out.ndim
     dim = normal(call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0), ndim)
     carried = [r.of(t) for t in pieces]
+    if len(pieces) > 1 and pieces[0].shape[dim] == 1 and all(t is pieces[0] for t in pieces):  # as often as there are channels
+        return [Carried(carried[0].labels, even=(*carried[0].even, dim))]
     out = []
     if any(free_at(c, dim) for c in carried):
         ids = []
@@ -190,11 +195,11 @@ def reorder(r: RuleContext, call: Call) -> Sequence[Carried]:
     """flip and roll, run on the ids themselves."""
     c = r.of(call.args[0])
     ndim = call.args[0].ndim
+    if call.name == "roll" and len(call.args) < 3:
+        raise UnknownForm("roll over all dimensions at once")
     labels = []
     for label in c.labels:
         ids = label.ids
-        if call.name == "roll" and len(call.args) < 3:
-            raise UnknownForm("roll over all dimensions at once")
         if call.name == "flip":
             ids = np.flip(ids, tuple(d for d in dims_of(call.args[1], ndim) if ids.shape[d] > 1))
         else:

@@ -17,8 +17,19 @@ def elementwise(r: RuleContext, call: Call) -> Sequence[Carried]:
     if len(carried) == 1:
         return [carried[0][0]._replace(view=False)]
     labels = meet(r, carried, out.ndim, call.name)
-    return [Carried(labels, all(c.uniform for c, _ in carried), pool=max((c.pool for c, _ in carried), default=-1)
+    even = even_in_all(carried, out.ndim) if any(c.even for c, _ in carried) else ()
+    return [Carried(labels, all(c.uniform for c, _ in carried), even=even, pool=max((c.pool for c, _ in carried), default=-1)
                     if sum(bool(c.labels) for c, _ in carried) == 1 else -1)]
+
+
+def even_in_all(operands: Sequence[tuple[Carried, Sequence[int]]], ndim: int) -> tuple[int, ...]:
+    """The dimensions of an elementwise result along which every operand is equal, and some have a size."""
+    out = []
+    for dim in range(ndim):
+        wide = [(c, d) for c, shape in operands if (d := dim - ndim + len(shape)) >= 0 and shape[d] > 1]
+        if wide and all(c.uniform or d in c.even for c, d in wide):
+            out.append(dim)
+    return tuple(out)
 
 
 def like(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -42,7 +53,7 @@ def copied(r: RuleContext, call: Call) -> Sequence[Carried]:
         return [dst]
     if src.labels and dst.labels:
         return [dst._replace(labels=meet(r, [(dst, target.shape), (src, source.shape)], target.ndim, call.name))]
-    return [src._replace(view=False)]
+    return [src._replace(view=False, even=src.even if source.ndim == target.ndim else ())]
 
 
 def fresh(r: RuleContext, call: Call) -> Sequence[Carried]:

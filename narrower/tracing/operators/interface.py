@@ -33,8 +33,9 @@ class Operator:
     rule: Rule | None = None
     # The positional arguments that must not change with the widths (the first, and one past the last).
     fixed_args: tuple[int, int | None] = (0, None)
-    # What else must not change: of a first input that has no channels.
-    compared: Literal["nothing", "shape", "values"] = "nothing"
+    # What else must not change. Of a first input without channels: its shape or its values. Of a first input (of a product: the
+    # first factor) that was expanded or is uniform: its sizes there ("expanded", and "shape" too), as it may sum over them.
+    compared: Literal["nothing", "expanded", "shape", "values"] = "nothing"
     # What becomes of a channel that is constant.
     constants: OfConstants = "unknown"
     # Whether a call pools over space ("over space": where it reduces exactly the spatial dimensions).

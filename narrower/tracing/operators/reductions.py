@@ -121,4 +121,4 @@ def spatial(r: RuleContext, call: Call) -> Sequence[Carried]:
         if label.free in last:
             r.mix(call, label)
         labels.append(collapsed(label, [d for d in last if d != label.free], r.unite))
-    return [Carried(tuple(labels), pool=c.pool)] * len(outs)
+    return [Carried(tuple(labels), pool=c.pool, even=tuple(d for d in c.even if d not in last))] * len(outs)

@@ -35,6 +35,38 @@ def test_each_channel_for_itself(name: str) -> None:
     assert_each_for_itself(KEPT[name])
 
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeated": lambda g: g.repeat(1, C, 1, 1),
+    "side by side": lambda g: torch.cat([g] * C, 1),
+    "permuted": lambda g: g.expand(-1, C, -1, -1).permute(0, 2, 3, 1).transpose(1, 3).transpose(2, 3),
+    "flattened": lambda g: g.expand(-1, C, -1, -1).flatten(2).unflatten(2, (4, 6)),
+    "taken from a stack": lambda g: g.unsqueeze(1).expand(-1, 2, C, -1, -1)[:, 1],
+    "halved": lambda g: g.expand(-1, 2 * C, -1, -1).chunk(2, 1)[1],
+    "expanded again": lambda g: g[..., :1].expand(-1, C, -1, 1).expand(-1, -1, -1, 6),
+    "two of them": lambda g: g.expand(-1, C, -1, -1) * g.exp().repeat(1, C, 1, 1) + g,
+    "with ones": lambda g: g.expand(-1, C, -1, -1) + torch.ones(1, C, 1, 1, device="meta"),
+    "pooled": lambda g: F.interpolate(F.avg_pool2d(g.expand(-1, C, -1, -1), 2), size=(4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_that_is_equal_for_all_channels_is_as_wide_as_they_are(name: str) -> None:
+    def gated(x: Tensor) -> Tensor:
+        gate = GATES[name](torch.arange(48.0, device="meta").view(2, 1, 4, 6))
+        assert gate.shape == x.shape
+        return gate * x
+
+    assert_each_for_itself(gated)
+
+
+@pytest.mark.parametrize("gate", [
+    lambda g: g.expand(-1, C, -1, -1) * torch.arange(C, device="meta").view(1, C, 1, 1), lambda g: g.repeat(1, C, 1, 1).roll(1),
+    lambda g: torch.cat([g, *[g * 2] * (C - 1)], 1), lambda g: g.expand(-1, C, -1, -1).cumsum(1),
+    lambda g: g.expand(-1, C, -1, -1).flatten(1).view(2, C, 4, 6)])
+def test_a_gate_that_may_differ_between_channels_pins(gate: Callable[[Tensor], Tensor]) -> None:
+    assert_pinned(lambda x: gate(torch.arange(48.0, device="meta").view(2, 1, 4, 6)) * x, "operand")
+
+
 @pytest.mark.parametrize(("function", "pairs"), [
     (lambda x: x[:, :6] + x[:, 6:], [(k, k + 6) for k in range(6)]),
     (lambda x: x * x.flip(1), [(k, 11 - k) for k in range(6)]),

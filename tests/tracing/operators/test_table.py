@@ -31,6 +31,7 @@ def test_a_row_says_something_and_agrees_with_itself(row: Operator) -> None:
     assert row.rule is not None or row.data_dependent == "always" or row.compared == "values"
     assert (row.rule is elementwise) >= (row.constants in ("pointwise", "slope", "quotient"))
     assert row.compared != "shape" or row.shape_rule is None or row.name == "mean"
+    assert (row.matrix_product or row.name == "convolution") == (row.compared == "expanded")
     assert not (row.matrix_product and row.pools != "never")
     assert row.restrict_args is None or row.rule is not None
 
