@@ -668,6 +668,14 @@ def gated_coarsely(m: Any, x: Tensor) -> Tensor:
     return x * F.interpolate(F.max_pool2d(torch.cat([gate(m, x)] * x.shape[1], 1), 2), scale_factor=2)
 
 
+def recurrent(m: Any, x: Tensor) -> Tensor:
+    """Two steps of a ConvLSTM without gates, from a state of zeros."""
+    state = torch.zeros(len(x), 6, 8, 8, dtype=x.dtype, device=x.device)
+    for _ in range(2):
+        state = torch.tanh(m.step(torch.cat([x, state], 1)))
+    return state
+
+
 def modulated(m: Any, x: Tensor) -> Tensor:
     """StyleGAN2: a filter for each sample, normalised over what it reads, as one grouped convolution."""
     b, c, h, w = x.shape
@@ -923,6 +931,8 @@ TRAPS: dict[str, TrapCase] = {
     "summed_beside_the_channels": TrapCase(
         lambda: Trap(lambda m, x: x.tanh() * x.mean((2, 3)).unsqueeze(2).expand(-1, -1, x.shape[1]).sum(2)[..., None, None]),
         NEXT, {"stem.0": "differs"}),
+    "recurrent": TrapCase(
+        lambda: Trap(recurrent, 6, step=nn.Conv2d(18, 6, 3, padding=1)), BOTH, {"trick.step": "padding"}, "first state"),
     "edges": TrapCase(lambda: Trap(edges, 24, kernel=torch.randn(2, 1, 3, 3)), NEXT, {"stem.0": "together"}),
     "blurred_by_buffer": TrapCase(
         lambda: Trap(lambda m, x: F.conv2d(x, m.kernel, padding=1, groups=len(m.kernel)), kernel=torch.rand(12, 1, 3, 3)),

@@ -161,7 +161,8 @@ def padding(r: RuleContext, call: Call, size: int, part: int, ndim: int, dim: in
     """Ids of `size` channels along `dim` that are there whatever is removed."""
     ids = along(r.padding_ids(call, size, part), ndim, dim)
     if size:
-        r.pin([Label(ids, dim)], "padding", "zero-padded channels")
+        r.pin([Label(ids, dim)], "padding", "zero-padded channels" if call.name == "constant_pad_nd" else
+              "concatenated with a tensor whose width stays: one made in the forward, as a first state, or an input")
     return ids
 
 
