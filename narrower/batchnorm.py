@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import DataError
-from .inputs import call_model, samples
+from .inputs import call_model, running_on, samples
 from .surgery.walk import in_eval_mode
 
 
@@ -19,7 +19,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
 
     A batch is the model's input, or a pair (input, target). A BatchNorm that no batch reaches keeps its statistics; all do if
     an error ends the pass. A batch in which a BatchNorm reads one value of each channel does not count for it, if others did
-    before. Returns the number of samples used. Raises DataError if there are no batches.
+    before. Returns the number of samples used. Raises DataError if there are no batches, a batch has no tensor, or the model
+    does not run on it.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -29,13 +30,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None 
     seen, done = 0, False
     with in_eval_mode(model):
         try:
-            for inputs, count in samples(batches, model, images):
+            for inputs, count in samples("recalibrate", batches, model, images):
                 if not seen:
                     for m in norms:
                         m.reset_running_stats()
                         m.momentum = None  # cumulative average
                         m.train()
-                call_model(model, inputs)
+                with running_on("recalibrate", inputs):
+                    call_model(model, inputs)
                 seen += count
             done = True
         finally:

@@ -76,10 +76,15 @@ def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "")
     return f"; did you mean {', '.join(prefix + found for found in near)}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of its message: PyTorch lists all signatures of an operator below it."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":.")
+
+
 def in_one_line(error: BaseException) -> str:
     """An error that the user's code raised: its class, its first line, and the line that the code was called at."""
     where = "".join(f" (line {f.lineno} of {f.filename})" for f in traceback.extract_tb(error.__traceback__)[1:2])
-    return f"{type(error).__name__}: {error}".splitlines()[0] + where
+    return first_line(error) + where
 
 
 def check_state(mine: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
@@ -14,6 +15,8 @@ from weakref import ref
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .errors import DataError, NarrowerError, first_line
 
 
 def model_inputs(batch: Any, model: nn.Module) -> Any:
@@ -78,11 +81,19 @@ def first_samples(inputs: Any, count: int) -> Any:
     return tuple(map(first, inputs)) if isinstance(inputs, tuple) else first(inputs)
 
 
-def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
-    """The model's inputs from each batch, and their number of samples; at most `images` samples in total."""
+def samples(what: str, batches: Iterable[Any], model: nn.Module, images: int | None = None) -> Iterator[tuple[Any, int]]:
+    """The model's inputs from each batch, and their number of samples; at most `images` samples in total.
+
+    Raises DataError, in the name of `what`, for a batch that has no tensor of images, and for a tensor in place of the batches:
+    its rows would be taken for them.
+    """
+    if isinstance(batches, Tensor):
+        raise DataError(f"{what}: the batches are one tensor of shape {shapes_of(batches)}: give a list of batches, [images]")
     seen = 0
-    for batch in batches:
+    for k, batch in enumerate(batches):
         inputs = model_inputs(batch, model)
+        if not any(t.ndim for t in flatten_tensors(inputs)):
+            raise DataError(f"{what}: batch {k} is a {type(batch).__name__} without a tensor of images in it{advice(inputs)}")
         count = sample_count(inputs)
         if images is not None and seen + count > images:
             count = images - seen
@@ -92,6 +103,35 @@ def samples(batches: Iterable[Any], model: nn.Module, images: int | None = None)
         seen += count
         if images is not None and seen >= images:
             return
+
+
+@contextmanager
+def running_on(what: str, inputs: Any) -> Iterator[None]:
+    """A forward runs inside. What it raises becomes a DataError, in the name of `what`, but for a lack of memory."""
+    try:
+        yield
+    except (NarrowerError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise DataError(f"{what}: the model does not run on inputs of shape {shapes_of(inputs)} ({first_line(e)})"
+                        f"{advice(inputs)}") from e
+
+
+def advice(inputs: Any) -> str:
+    """How inputs are given that a model does not take as they are: the end of an error message."""
+    if any(isinstance(x, np.ndarray) for x in leaves(inputs)):
+        return ". A numpy array becomes a tensor by torch.from_numpy(...)"
+    if not flatten_tensors(inputs):
+        return ". Give a tensor, such as images (N, C, H, W)"
+    if isinstance(inputs, dict):
+        return ". A dict has keyword arguments of the model, without labels: give batch['image'] if it takes images alone"
+    if isinstance(inputs, tuple):
+        return ". A tuple has positional arguments of the model, without labels: give the images if it takes them alone"
+    if isinstance(inputs, list):
+        return ". A list is one argument of the model: give the tensor in it, or a tuple of positional arguments"
+    if any(t.dtype == torch.uint8 for t in flatten_tensors(inputs)):
+        return ". Images of whole numbers are given as in training: as floating-point numbers, normalised"
+    return ""
 
 
 def device_of(model: nn.Module) -> torch.device:

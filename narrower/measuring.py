@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import call_model, flatten_tensors, sample_count, synchronize
+from .inputs import call_model, flatten_tensors, running_on, sample_count, synchronize
 from .surgery.copying import stage
 from .surgery.walk import in_eval_mode, outer_modes_off
 from .tracing.constraints import ConstraintCollector
@@ -38,11 +38,13 @@ def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> d
     """Returns {"macs", "params", "latency_ms"}: multiply-adds for one sample, number of parameters, milliseconds per forward.
 
     Latency is the median over about `seconds` of forwards in eval mode, on the example inputs with their batch size and device.
+    Raises DataError if the model does not run on them.
     """
     times: list[float] = []
     with in_eval_mode(model), torch.inference_mode():
         for _ in range(3):
-            forward(model, example_inputs)
+            with running_on("measure", example_inputs):
+                forward(model, example_inputs)
         end = time.perf_counter() + seconds
         while len(times) < 5 or (time.perf_counter() < end and len(times) < 1000):
             start = time.perf_counter()

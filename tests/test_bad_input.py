@@ -186,18 +186,62 @@ def test_verify_names_inputs_that_the_model_does_not_take() -> None:
         narrower.verify(model, narrower.narrow(model, plan), plan, images(1))
 
 
-@pytest.mark.parametrize("call", ["hrank", "measure", "recalibrate"])
-def test_batches_that_the_model_does_not_take_leave_it_as_it_was(call: str) -> None:
-    model = Plain()
-    graph = narrower.trace(model, IMAGES)
-    calls: dict[str, Any] = {
-        "hrank": lambda: narrower.hrank(model, graph, [images(1)]),
-        "measure": lambda: narrower.measure(model, images(1), seconds=0.0),
-        "recalibrate": lambda: narrower.recalibrate(model, [images(1)]),
+def calls_on(model: nn.Module, graph: narrower.Graph) -> dict[str, Any]:
+    """What reads batches as they come, one after the other."""
+    return {
+        "hrank": lambda batches: narrower.hrank(model, graph, batches),
+        "recalibrate": lambda batches: narrower.recalibrate(model, batches),
+        "obs": lambda batches: narrower.obs(model, graph, batches),
+        "taylor": lambda batches: narrower.taylor(model, graph, [(x, torch.zeros(4).long()) for x in batches],
+                                                  nn.functional.cross_entropy),
+        "measure": lambda batches: narrower.measure(model, next(iter(batches)), seconds=0.0),
     }
-    with pytest.raises((narrower.NarrowerError, RuntimeError), match="channels"):
-        calls[call]()
+
+
+WRONG_BATCHES: dict[str, tuple[Any, str]] = {
+    "one channel": (images(1), r"\(\d, 1, 8, 8\).*channels"),
+    "labels in a dict": ({"image": IMAGES, "label": torch.zeros(4)}, r"unexpected keyword.*without labels: give batch\['image'\]"),
+    "bytes": ((255 * IMAGES.abs()).to(torch.uint8), "(Byte|unsigned char).*as floating-point numbers"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BATCHES)
+@pytest.mark.parametrize("call", ["hrank", "recalibrate", "obs", "taylor", "measure"])
+def test_batches_that_the_model_does_not_take_leave_it_as_it_was(call: str, name: str) -> None:
+    model = Plain()
+    batch, message = WRONG_BATCHES[name]
+    with pytest.raises(narrower.DataError, match=f"{call}: the model does not run on inputs of shape.*{message}"):
+        calls_on(model, narrower.trace(model, IMAGES))[call]([batch])
     assert model.training and model.bn1.momentum == 0.1
+
+
+@pytest.mark.parametrize("call", ["hrank", "recalibrate", "obs"])
+def test_batches_without_tensors_are_not_passed_over(call: str) -> None:
+    model = Plain()
+    run = calls_on(model, narrower.trace(model, IMAGES))[call]
+    for batches, message in (
+        ([IMAGES, IMAGES.numpy()], r"batch 1 is a ndarray without a tensor of images in it.*torch\.from_numpy"),
+        ([(IMAGES.numpy(), torch.zeros(4))], "batch 0 is a tuple without a tensor of images"),
+        (["image.jpg"], "batch 0 is a str without a tensor of images"),
+        (IMAGES, r"one tensor of shape \(4, 3, 8, 8\): give a list of batches"),
+    ):
+        with pytest.raises(narrower.DataError, match=f"{call}: .*{message}"):
+            run(batches)
+
+
+@pytest.mark.parametrize(("given", "message"), [((1, 3, 8, 8), "Give a tensor"), (IMAGES.numpy(), "ndarray.*torch.from_numpy")])
+def test_measure_names_inputs_that_are_no_tensors(given: Any, message: str) -> None:
+    with pytest.raises(narrower.DataError, match=message) as error:
+        narrower.measure(Plain(), given, seconds=0.0)
+    assert "\n" not in str(error.value), "PyTorch's list of signatures is left out"
+
+
+def test_a_lack_of_memory_is_not_put_down_to_the_data() -> None:
+    def fails(m: Any, x: Tensor) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        narrower.measure(Function(fails), IMAGES, seconds=0.0)
 
 
 def test_scores_of_another_model_are_refused() -> None:

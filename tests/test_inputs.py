@@ -193,7 +193,7 @@ def test_images_and_their_targets_are_a_pair_whose_first_part_is_one_argument(ki
     batch = kind((kind((IMAGE, TALL)), kind(({"boxes": A}, {"boxes": B}))))
     (images,) = model_inputs(batch, One())
     assert type(images) is list and images[0] is IMAGE and images[1] is TALL
-    assert [n for _, n in samples([batch, batch], One(), 3)] == [2, 1]
+    assert [n for _, n in samples("test", [batch, batch], One(), 3)] == [2, 1]
     signals = (torch.zeros(4, 2, 8), torch.ones(4, 2, 8))
     assert model_inputs((signals, A), One()) is not signals and len(model_inputs((signals, A), One())) == 2, "two arguments"
     assert len(model_inputs((signals, [A, B]), Two())) == 2, "forward needs two"
@@ -241,7 +241,7 @@ def test_samples_are_the_first_ones_and_are_counted(sizes: list[int], images: in
             asked.append(len(part))
             yield part, torch.zeros(len(part))
 
-    found = list(samples(batches(), One(), images))
+    found = list(samples("test", batches(), One(), images))
     total = sum(sizes) if images is None else min(images, sum(sizes))
     assert all(len(x) == n > 0 for x, n in found) and sum(n for _, n in found) == total
     assert torch.equal(torch.cat([x for x, _ in found]) if found else every[:0], every[:total])
@@ -250,5 +250,5 @@ def test_samples_are_the_first_ones_and_are_counted(sizes: list[int], images: in
 
 def test_every_tensor_of_a_batch_is_cut_to_the_samples_that_are_wanted() -> None:
     batch = {"x": torch.zeros(5, 2), "y": torch.zeros(5)}
-    (inputs, count), = samples([batch], Keywords(), 3)
+    (inputs, count), = samples("test", [batch], Keywords(), 3)
     assert count == 3 and {k: tuple(v.shape) for k, v in inputs.items()} == {"x": (3, 2), "y": (3,)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from math import ceil, prod
 from typing import Any, Literal, get_args
@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
 from ..graph.types import Graph
-from ..inputs import are_images, arguments_of, as_float64, call_model, flatten_tensors, map_tensors, samples, shapes_of
+from ..inputs import (
+    are_images,
+    arguments_of,
+    as_float64,
+    call_model,
+    flatten_tensors,
+    map_tensors,
+    running_on,
+    samples,
+    shapes_of,
+)
 from ..surgery.walk import in_eval_mode
 
 Measure = Literal["kl", "relative"]
@@ -35,35 +45,25 @@ def checked_inputs(what: str, batches: Iterable[Any], model: nn.Module, images: 
     Raises DataError. `wanted` says how many images would be good.
     """
     found: list[tuple[Any, int]] = []
-    for inputs, count in samples(with_tensors(what, batches), model, images):
+    for inputs, count in samples(what, batches, model, images):
         if any(map(are_images, arguments_of(inputs))):
             raise DataError(f"{what}: batch {len(found)} is a list of images, as detectors take it: give tensors (N, C, H, W), "
                             "and a model that takes them, such as a module around the detector")
         tensors, first = flatten_tensors(inputs), flatten_tensors(found[0][0] if found else inputs)
-        if [t.shape[1:] for t in tensors] != [t.shape[1:] for t in first] or any(len(t) != count for t in tensors):
+        if [t.shape[1:] for t in tensors] != [t.shape[1:] for t in first] or any(
+                len(t) != count if t.ndim else not torch.equal(t, f) for t, f in zip(tensors, first, strict=True)):
             raise DataError(f"{what}: batch {len(found)} has shape {shapes_of(inputs)}, the first one {shapes_of(first)}: all "
-                            "images must have one shape, and all tensors of a batch as many rows as there are images")
+                            "images must have one shape, and all tensors of a batch as many rows as there are images; single "
+                            "numbers beside them must be the same in all batches")
         if not all(bool(t.isfinite().all()) for t in tensors):
             raise DataError(f"{what}: batch {len(found)} is not finite")
         found.append((inputs, count))
     if (seen := sum(n for _, n in found)) < least:
         raise DataError(f"{what} got {seen} images: give it {least} at least, better some hundreds ({wanted})")
-    try:
-        with torch.no_grad(), in_eval_mode(model):
-            call_model(model, images_at(found[0][0], torch.tensor([0])))
-    except Exception as e:
-        shapes = shapes_of(map_tensors(found[0][0], lambda t: t[:1]))
-        raise DataError(f"{what}: the model does not run on an image of shape {shapes} ({type(e).__name__}: {e})") from e
+    one = images_at(found[0][0], torch.tensor([0]))
+    with torch.no_grad(), in_eval_mode(model), running_on(what, one):
+        call_model(model, one)
     return found
-
-
-def with_tensors(what: str, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches. Raises DataError for one that has no tensor of images."""
-    for k, batch in enumerate(batches):
-        tensors = flatten_tensors(batch)
-        if not tensors or not tensors[0].ndim:
-            raise DataError(f"{what}: batch {k} is a {type(batch).__name__} without a tensor of images in it")
-        yield batch
 
 
 def split(inputs: Sequence[tuple[Any, int]], every: int, most: int) -> tuple[list[tuple[Any, int]], list[tuple[Any, int]]]:
@@ -75,7 +75,7 @@ def split(inputs: Sequence[tuple[Any, int]], every: int, most: int) -> tuple[lis
     chosen = (number % every == every - 1) & (number // every < most)
     whole = joined([x for x, _ in inputs])
     tensors = flatten_tensors(whole)
-    size = sum(t[0].numel() for t in tensors) if len(number) else 1
+    size = sum(t[0].numel() for t in tensors if t.ndim) if len(number) else 1
     more = 0 if tensors[0].device.type == "cpu" else LARGER
     at_once = min(MOST_AT_ONCE << more, max(1, (CHUNK << more) // size))
     fit, held_out = ([(images_at(whole, index), len(index)) for index in mask.nonzero()[:, 0].split(at_once) if len(index)]
@@ -84,16 +84,16 @@ def split(inputs: Sequence[tuple[Any, int]], every: int, most: int) -> tuple[lis
 
 
 def joined(batches: Sequence[Any]) -> Any:
-    """Batches as one: their tensors joined along the first dimension."""
+    """Batches as one: their tensors joined along the first dimension. Single numbers are the same in all."""
     columns = zip(*(flatten_tensors(b) for b in batches), strict=True)
-    whole = iter([torch.cat(tensors) for tensors in columns])
+    whole = iter([torch.cat(tensors) if tensors[0].ndim else tensors[0] for tensors in columns])
     return map_tensors(batches[0], lambda t: next(whole))
 
 
 def images_at(batch: Any, index: Tensor) -> Any:
     """Some images of a batch."""
     def chosen(t: Tensor) -> Tensor:
-        return t[index.to(t.device)]
+        return t[index.to(t.device)] if t.ndim else t
     return map_tensors(batch, chosen)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DataError, PlanError
 from ..graph.selection import Kept
 from ..graph.types import html_table, table
-from ..inputs import device_of, flatten_tensors
+from ..inputs import device_of, sample_count
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
@@ -188,7 +188,7 @@ def repaired(small: nn.Module, kept: Kept, targets: Mapping[str, Target], inputs
     watch = RepairWatch(model, targets, intercepts, stream_targets)
     watch.once = once
     with in_eval_mode(model):
-        watch.run(inputs, len(flatten_tensors(inputs)[0]))
+        watch.run(inputs, sample_count(inputs))
     return model, tuple(watch.repairs)
 
 

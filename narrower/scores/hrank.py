@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import DataError
 from ..graph.selection import Keep
 from ..graph.types import ChannelMap, Graph, MapSource, Scores
-from ..inputs import as_float64, samples
+from ..inputs import as_float64, running_on, samples
 from ..planning.plan import plan
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward
@@ -42,15 +42,16 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
     `params`, as for `plan`) it stops early, once the plans from half the images and from all of them nearly agree.
 
     Returns mean ranks, from 0 to min(H, W), not normalised: `plan` compares them within their group. Raises DataError if there
-    are no batches or a map is not finite.
+    are no batches, a batch has no tensor or the model does not run on it, or a map is not finite.
     """
     averages = Averages(graph)
     seen, check = 0, FIRST_CHECK
     last: Keep | None = None
     with in_eval_mode(model):
-        for inputs, count in samples(batches, model, images):
+        for inputs, count in samples("hrank", batches, model, images):
             mode = Maps(model, graph, averages)
-            run_forward(model, inputs, mode)
+            with running_on("hrank", inputs):
+                run_forward(model, inputs, mode)
             seen += count
             if (macs is not None or params is not None) and seen >= check:
                 now = plan(graph, scores_of(model, graph, averages), macs=macs, params=params).keep

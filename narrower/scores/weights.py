@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
-from ..inputs import call_model, on_device, paired_inputs, shapes_of
+from ..inputs import call_model, on_device, paired_inputs, running_on, shapes_of
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 
 
@@ -89,7 +89,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     over batches and layers (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8).
 
     `batches`: pairs (inputs, targets). `loss(output, targets)`: a scalar. Gradients of the model are not touched. Raises
-    DataError if there are no batches, or one is no pair.
+    DataError if there are no batches, one is no pair, or the model does not run on its inputs.
     """
     tensors = named_tensors(model)
     params = {s.tensor: tensors[s.tensor] for g in graph.free for s in g.slices if s.makes}
@@ -104,7 +104,9 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
                 if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                     raise DataError("taylor needs labels: each batch must be a pair (inputs, targets), and this one is "
                                     f"{type(batch).__name__} ({shapes_of(batch)}); obs, hrank and magnitude need none")
-                output = call_model(model, paired_inputs(batch, model))
+                inputs = paired_inputs(batch, model)
+                with running_on("taylor", inputs):
+                    output = call_model(model, inputs)
                 value = loss(output, on_device(batch[1], model))
                 grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
                 seen += 1

@@ -99,7 +99,7 @@ def test_bad_input_is_an_error() -> None:
         narrower.sensitivity(model, graph, narrower.Scores(), batches())
     with pytest.raises(narrower.DataError, match="batch 1 has shape"):
         narrower.sensitivity(model, graph, scores, [torch.randn(12, 3, 8, 8), torch.randn(12, 3, 9, 9)])
-    with pytest.raises(narrower.DataError, match=r"does not run on an image of shape \(1, 4, 8, 8\)"):
+    with pytest.raises(narrower.DataError, match=r"does not run on inputs of shape \(1, 4, 8, 8\)"):
         narrower.sensitivity(model, graph, scores, batches(channels=4))
     with pytest.raises(narrower.PlanError, match="not the one that was traced"):
         narrower.sensitivity(nn.Sequential(unit(3, 12), Head(12)), graph, scores, batches())

@@ -245,7 +245,7 @@ def test_bad_images_are_errors() -> None:
         narrower.reconstruct(model, small, plan, [torch.full((16, 3, 8, 8), float("nan"))])
     with pytest.raises(narrower.PlanError, match="not the one that was traced"):
         narrower.reconstruct(small, small, plan, batches())
-    with pytest.raises(narrower.DataError, match=r"does not run on an image of shape \(1, 5, 8, 8\)"):
+    with pytest.raises(narrower.DataError, match=r"does not run on inputs of shape \(1, 5, 8, 8\)"):
         narrower.reconstruct(model, small, plan, batches(channels=5))
     with pytest.raises(narrower.PlanError, match=r"not what this plan leaves: 0.0.weight is \(12, 3, 3, 3\), should be \(8,"):
         narrower.reconstruct(model, model, plan, batches())
@@ -379,3 +379,35 @@ def test_layers_with_too_many_inputs_keep_their_weights(monkeypatch: pytest.Monk
     found = narrower.reconstruct(network(), small, plan, batches())
     assert found.left["1.0.weight"].startswith("it has 81 inputs, more than can be solved for (60)")
     assert [r.weight for r in found.layers if r.inputs > 60] == []
+
+
+class Scaled(nn.Module):
+    """Images, times a single number that comes with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(unit(3, 12), Head(12))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.as_tensor(self.net(x * t))
+
+
+@pytest.mark.parametrize("order", [("x", "t"), ("t", "x")])
+def test_a_single_number_among_the_inputs_goes_with_all_images(order: tuple[str, str]) -> None:
+    model = Scaled().eval()
+    number = torch.tensor(1.0)
+    given = [{"x": x, "t": number} for x in batches()]
+    given = [{name: batch[name] for name in order} for batch in given]
+    graph, plain = narrower.trace(model, given[0]), narrower.trace(model.net, batches()[0])
+    scores, others = narrower.obs(model, graph, given), narrower.obs(model.net, plain, batches())
+    assert all(torch.equal(scores[f"net.{name}"], others[name]) for name in others)
+    damage = narrower.sensitivity(model, graph, scores, given)
+    assert [c.damages for c in damage.curves] == [c.damages for c in narrower.sensitivity(
+        model.net, plain, others, batches()).curves]
+    plan = narrower.plan(graph, scores, macs=0.5)
+    small = narrower.narrow(model, plan)
+    found = narrower.reconstruct(model, small, plan, given)
+    assert min(found.divergences.values()) < found.divergences["cut"]
+    assert narrower.tune(model, found.model, plan, given, steps=2).steps == 2
+    with pytest.raises(narrower.DataError, match="single numbers beside them must be the same"):
+        narrower.obs(model, graph, [*given, {"x": batches()[0], "t": torch.tensor(2.0)}])
