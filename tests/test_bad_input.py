@@ -200,7 +200,7 @@ def calls_on(model: nn.Module, graph: narrower.Graph) -> dict[str, Any]:
 
 WRONG_BATCHES: dict[str, tuple[Any, str]] = {
     "one channel": (images(1), r"\(\d, 1, 8, 8\).*channels"),
-    "labels in a dict": ({"image": IMAGES, "label": torch.zeros(4)}, r"unexpected keyword.*without labels: give batch\['image'\]"),
+    "labels in a dict": ({"image": IMAGES, "label": torch.zeros(4)}, r"unexpected keyword.*labels: give batch\['image'\]"),
     "bytes": ((255 * IMAGES.abs()).to(torch.uint8), "(Byte|unsigned char).*as floating-point numbers"),
 }
 

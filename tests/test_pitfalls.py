@@ -259,7 +259,7 @@ def test_what_resrep_and_centripetal_sgd_merge_in_inference_mode_can_be_trained(
     for method in (narrower.ResRep, narrower.CentripetalSGD):
         model = randomised(chain(unit(3, 8), unit(8, 6), Head(6)))
         trained = method(model, narrower.trace(model, X.float()), macs=0.9, steps=10)
-        optimizer = torch.optim.SGD(trained.param_groups(lr=0.01, momentum=0.9))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         trained.attach(optimizer)
         model(X.float()).sum().backward()
         optimizer.step()

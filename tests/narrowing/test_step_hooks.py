@@ -70,7 +70,7 @@ class Sharpness(torch.optim.SGD):
         self.param_groups = self.base_optimizer.param_groups
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         parameters = [p for group in self.param_groups for p in group["params"]]
         old = [p.clone() for p in parameters]
         for p in parameters:
