@@ -129,7 +129,9 @@ class Walk:
     def after_product(self, step: Step) -> Activation:
         """Behind a convolution with a computed weight or a product of activations, no channel is constant."""
         if step.name == "convolution":
-            return self.after_obstacle("a convolution whose weight is computed", [self.activation(step.inputs[0])], [])
+            x = self.activation(step.inputs[0])
+            kept = [x] if step.rest[-1] > 1 else []  # filters made as wide as what they read: its channels go on
+            return self.after_obstacle("a convolution whose weight is computed", [x], kept)
         read = [self.activation(i) for i in step.inputs if self.layers.has_channels(i)]
         return self.after_obstacle("a product of activations", read, read)
 
