@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -74,6 +74,11 @@ def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "")
     """A part of a message for a name that is not known: "; did you mean " and the nearest that are, or nothing."""
     near = difflib.get_close_matches(name, sorted(known), n=most)
     return f"; did you mean {', '.join(prefix + found for found in near)}?" if near else ""
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """A part of a message: the first `most` of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_few
 from ..surgery.resize import format_of
 from .step_hooks import unwrapped
 
@@ -60,9 +60,8 @@ def carry_optimizers(optimizers: Iterable[torch.optim.Optimizer | None], swaps: 
     new = {id(s.new) for s in swaps if s.new.requires_grad} - known
     names = [name for name, p in model.named_parameters() if id(p) in new]
     if given and names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        warnings.warn(f"new parameters are in no optimizer that was given: {', '.join(names[:3])}{more}; another that has the "
-                      "old ones trains what the model no longer uses: give it to shrink(optimizers=[...]), or make it after "
+        warnings.warn(f"new parameters are in no optimizer that was given: {first_few(names, 3)}; another that has the old "
+                      "ones trains what the model no longer uses: give it to shrink(optimizers=[...]), or make it after "
                       "load_state_dict. What no optimizer trains needs requires_grad=False", stacklevel=3)
 
 

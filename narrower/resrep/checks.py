@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_few
 from .compactor import Compactor
 
 NOT_RUN = ("run the model that ResRep was given, then backward(). If it was compiled and had run before, call "
@@ -27,8 +27,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, compactors: Mapping[str, C
             raise ConfigError(f"the optimizer dampens the compactor of {name}, so its rows would shrink too slowly: give it "
                               "dampening=0 and a learning rate that is lower by as much")
     if frozen := [name for name, c in compactors.items() if not (c.frozen or c.weight.requires_grad)]:
-        raise ConfigError(f"compactors do not train, as they have requires_grad=False: {some(frozen)}; exclude= their groups, "
-                          "or freeze layers before ResRep is made, which leaves compactors trainable")
+        raise ConfigError(f"compactors do not train, as they have requires_grad=False: {first_few(frozen, 3)}; exclude= their "
+                          "groups, or freeze layers before ResRep is made, which leaves compactors trainable")
 
 
 def check_gradients(compactors: Iterable[Compactor], step: int) -> None:
@@ -48,8 +48,8 @@ def check_gradients(compactors: Iterable[Compactor], step: int) -> None:
 def check_reached(compactors: Mapping[str, Compactor]) -> None:
     """Raise ConfigError if compactors of chosen rows have never had a gradient: their rows would not shrink."""
     if missed := [name for name, c in compactors.items() if c.shrinking and not c.reached]:
-        raise ConfigError(f"rows are to shrink in compactors that no gradient has reached: {some(missed)}; {NOT_RUN}. exclude= "
-                          "the groups of frozen layers")
+        raise ConfigError(f"rows are to shrink in compactors that no gradient has reached: {first_few(missed, 3)}; {NOT_RUN}. "
+                          "exclude= the groups of frozen layers")
 
 
 def used_gradients(compactors: Mapping[str, Compactor]) -> dict[str, tuple[Tensor | None, int]]:
@@ -67,8 +67,3 @@ def check_used(compactors: Mapping[str, Compactor], used: Mapping[str, tuple[Ten
         if bool(grad.isfinite().all() & grad.any()):
             raise ConfigError("gradients are there that no step has used, and shrink would drop them: call it after "
                               "optimizer.step(), not while gradients accumulate, or call zero_grad() first")
-
-
-def some(names: list[str]) -> str:
-    """The first of some names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

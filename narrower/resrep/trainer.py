@@ -312,8 +312,9 @@ class ResRep:
             elif decoupled:
                 w.grad.masked_fill_(rows_like(chosen, w), 0)
             else:
-                self.follow_rate(optimizer, name, c)
-                w.grad.copy_(resrep_gradient(w.grad, w, chosen, self.strengths(c, group_of(optimizer, w), decoupled)))
+                group = group_of(optimizer, w)
+                self.follow_rate(name, c, float(group["lr"]), optimizer.state.get(w, {}).get("momentum_buffer"))
+                w.grad.copy_(resrep_gradient(w.grad, w, chosen, self.strengths(c, group, decoupled)))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -334,9 +335,8 @@ class ResRep:
                 w.sub_(rows_like(self.strengths(c, group_of(optimizer, w), decoupled), w) * unit_rows(old))
             c.settle(old, self.settings.threshold, optimizer.state.get(w, {}))
 
-    def follow_rate(self, optimizer: torch.optim.Optimizer, name: str, c: Compactor) -> None:
+    def follow_rate(self, name: str, c: Compactor, lr: float, momentum: Tensor | None) -> None:
         """Where SGD's learning rate has jumped up since the last step, scale the momentum of chosen rows down."""
-        lr, momentum = float(group_of(optimizer, c.weight)["lr"]), optimizer.state.get(c.weight, {}).get("momentum_buffer")
         share = self.settings.share_of_momentum(lr, self.rates.get(name, lr))
         self.rates[name] = lr
         if share < 1 and c.shrinking and momentum is not None:

@@ -15,7 +15,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from ..errors import TraceError
+from ..errors import TraceError, first_few
 from ..inputs import flatten_tensors, opaque, sample_count
 from ..surgery.copying import Stage, restore_after
 from .constraints import ConstraintCollector
@@ -171,16 +171,12 @@ def run_dense(stage: Stage, view_dims: Mapping[str, int], answers: Sequence[Answ
     for why in dict.fromkeys(collector.lost.values()):
         layers = [name for name, lost in collector.lost.items() if lost == why]
         notes.append(f"their weights are computed in a way that cannot be followed ({why}), so that channels of these layers "
-                     f"are not seen and stay: {first_few(layers)}")
+                     f"are not seen and stay: {first_few(layers, 4)}")
     still = sorted(unused - tried)
     if still:
-        notes.append(f"never used in the forward, left as they are: {first_few(still)}")
+        notes.append(f"never used in the forward, left as they are: {first_few(still, 4)}")
     return DenseRun(view_dims, collectors, axes, {n: tuple(t.shape) for n, t in stage.tensors.items()}, parameters, batch,
                     [tuple(t.shape) for t in outputs], tuple(notes))
-
-
-def first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..labels import Carried, Ids, Label, aligned, along, collapsed, even_dims, faster_dims, joined, permuted, reshaped
-from .interface import Call, RuleContext, UnknownForm, dims_of, free_at, is_mask, meet, normal, piece
+from .interface import Call, RuleContext, UnknownForm, dims_of, free_at, is_mask, labels_outside, meet, normal, piece
 
 
 def view(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -246,10 +246,7 @@ def im2col(r: RuleContext, call: Call) -> Sequence[Carried]:
     x, block = call.args[0], prod(call.args[1])
     channel = x.ndim - 3
     out = []
-    for label in r.of(x).labels:
-        if label.free > channel:
-            r.pin([label], "operator", "im2col along the channels")
-            continue
+    for label in labels_outside(r, x, range(channel + 1, x.ndim), "im2col"):
         ids = collapsed(label, [x.ndim - 2, x.ndim - 1], r.unite).ids[..., 0]
         out.append(Label(ids.repeat(block, axis=channel) if ids.shape[channel] > 1 else ids, label.free))
     return [Carried(tuple(out))]
@@ -260,10 +257,7 @@ def col2im(r: RuleContext, call: Call) -> Sequence[Carried]:
     x, block = call.args[0], prod(call.args[2])
     channel = x.ndim - 2
     out = []
-    for label in r.of(x).labels:
-        if label.free > channel:
-            r.pin([label], "operator", "col2im along the channels")
-            continue
+    for label in labels_outside(r, x, range(channel + 1, x.ndim), "col2im"):
         ids = collapsed(label, [x.ndim - 1], r.unite).ids
         if ids.shape[channel] > 1:
             rows = ids.reshape(*ids.shape[:channel], -1, block)
@@ -278,10 +272,7 @@ def unfold(r: RuleContext, call: Call) -> Sequence[Carried]:
     x, dim, size, step = call.args
     dim = normal(dim, x.ndim)
     out = []
-    for label in r.of(x).labels:
-        if label.free == dim:
-            r.pin([label], "operator", "unfold along the channels")
-            continue
+    for label in labels_outside(r, x, [dim], "unfold"):
         ids = label.ids[..., None]
         if ids.shape[dim] > 1:
             ids = np.lib.stride_tricks.sliding_window_view(label.ids, size, axis=dim)

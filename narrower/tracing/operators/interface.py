@@ -101,7 +101,7 @@ class Queries(Protocol):
         """Whether a parameter dimension has one channel in the dense network, which broadcasts to all others."""
 
     def is_depthwise(self, call: Call) -> bool:
-        """Whether a convolution has one group per input channel in the dense network."""
+        """Whether a convolution has one group per input channel in the dense network, where this is noted for the probe."""
 
     def padding_ids(self, call: Call, size: int, part: int) -> Ids:
         """Ids of channels that a call adds. `part`: which of the blocks that it adds."""
@@ -233,6 +233,13 @@ def meet(r: RuleContext, operands: Sequence[tuple[Carried, Sequence[int]]], ndim
                 break
         out.append(labels[0]._replace(axis=None) if activation else labels[0])
     return tuple(out)
+
+
+def labels_outside(r: RuleContext, x: Tensor, dims: Sequence[int], what: str) -> list[Label]:
+    """The labels of a tensor that do not run along `dims`. The others are pinned: an operator that has no rule for them."""
+    labels = r.of(x).labels
+    r.pin([label for label in labels if label.free in dims], "operator", f"{what} along the channels")
+    return [label for label in labels if label.free not in dims]
 
 
 def is_activation(c: Carried) -> bool:

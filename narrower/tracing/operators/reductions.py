@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..labels import Carried, Label, collapsed
-from .interface import Call, RuleContext, UnknownForm, dims_of, meet, normal, piece, tensors_in
+from .interface import Call, RuleContext, UnknownForm, dims_of, labels_outside, meet, normal, piece, tensors_in
 
 
 def reduce(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -72,12 +72,9 @@ def ordered(r: RuleContext, call: Call) -> Sequence[Carried]:
         raise UnknownForm(f"{call.name} of all entries")
     dim = normal(call.args[at] if len(call.args) > at else call.kwargs.get("dim", -1), x.ndim)
     labels = []
-    for label in r.of(x).labels:
-        if label.free == dim:
-            r.pin([label], "operator", f"{call.name} along the channels")
-            continue
+    gone = outs[0].ndim < x.ndim
+    for label in labels_outside(r, x, [dim], call.name):
         ids = collapsed(label, [dim], r.unite).ids
-        gone = outs[0].ndim < x.ndim
         labels.append(Label(ids.squeeze(dim), label.free - (dim < label.free)) if gone else Label(ids, label.free))
     return [Carried(tuple(labels))] * len(outs)
 
@@ -85,13 +82,8 @@ def ordered(r: RuleContext, call: Call) -> Sequence[Carried]:
 def fourier(r: RuleContext, call: Call) -> Sequence[Carried]:
     """Fourier transforms over dimensions without channels."""
     x, dims = call.args[0], dims_of(call.args[1], call.args[0].ndim)
-    labels = []
-    for label in r.of(x).labels:
-        if label.free in dims:
-            r.pin([label], "operator", "a Fourier transform along the channels")
-            continue
-        labels.append(Label(collapsed(label, dims, r.unite).ids, label.free))
-    return [Carried(tuple(labels))]
+    labels = labels_outside(r, x, dims, "a Fourier transform")
+    return [Carried(tuple(Label(collapsed(label, dims, r.unite).ids, label.free) for label in labels))]
 
 
 def scalar_product(r: RuleContext, call: Call) -> Sequence[Carried]:
