@@ -244,9 +244,32 @@ def test_a_lack_of_memory_is_not_put_down_to_the_data() -> None:
         narrower.measure(Function(fails), IMAGES, seconds=0.0)
 
 
+SCORES_OF: dict[str, Any] = {
+    "magnitude": narrower.magnitude, "fpgm": narrower.fpgm, "bn_scale": narrower.bn_scale,
+    "taylor": lambda model, graph: narrower.taylor(model, graph, [(IMAGES, torch.zeros(4).long())],
+                                                   nn.functional.cross_entropy),
+    "hrank": lambda model, graph: narrower.hrank(model, graph, [IMAGES]),
+    "obs": lambda model, graph: narrower.obs(model, graph, [IMAGES]),
+}
+
+
+@pytest.mark.parametrize("name", SCORES_OF)
+def test_scores_are_of_the_traced_model_only(name: str) -> None:
+    """Not of a wider one with the same names, nor of one in a wrapper, under whose names nothing is found."""
+    model, wider, cut = (nn.Sequential(nn.Conv2d(3, w, 3), nn.BatchNorm2d(w), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                       nn.Linear(w, 5)).eval() for w in (8, 12, 4))
+    graph = narrower.trace(model, IMAGES)
+    assert SCORES_OF[name](model, graph).keys() == {"0"}
+    for other in (wider, cut, networks.UNet()):
+        with pytest.raises(narrower.PlanError, match="not the one that was traced: 0"):
+            SCORES_OF[name](other, graph)
+    compiled: Any = torch.compile(model, backend="eager")
+    for wrapped, inner in ((nn.DataParallel(model), "module"), (compiled, "_orig_mod")):
+        with pytest.raises(narrower.PlanError, match=rf"wrapped in {type(wrapped).__name__}: give model\.{inner} instead"):
+            SCORES_OF[name](wrapped, graph)
+
+
 def test_scores_of_another_model_are_refused() -> None:
     graph = narrower.trace(Plain(), IMAGES)
-    with pytest.raises((narrower.NarrowerError, KeyError), match=r"conv1"):
-        narrower.magnitude(networks.UNet(), graph)
     with pytest.raises(narrower.PlanError, match="same graph"):
         narrower.plan(graph, narrower.random(narrower.trace(networks.UNet(), IMAGES)), macs=0.5)

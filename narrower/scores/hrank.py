@@ -15,6 +15,7 @@ from ..graph.selection import Keep
 from ..graph.types import ChannelMap, Graph, MapSource, Scores
 from ..inputs import as_float64, running_on, samples
 from ..planning.plan import plan
+from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
@@ -42,8 +43,10 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
     `params`, as for `plan`) it stops early, once the plans from half the images and from all of them nearly agree.
 
     Returns mean ranks, from 0 to min(H, W), not normalised: `plan` compares them within their group. Raises DataError if there
-    are no batches, a batch has no tensor or the model does not run on it, or a map is not finite.
+    are no batches, a batch has no tensor or the model does not run on it, or a map is not finite, PlanError if the model is not
+    the one that was traced.
     """
+    same_tensors(model, graph)
     averages = Averages(graph)
     seen, check = 0, FIRST_CHECK
     last: Keep | None = None

@@ -1,4 +1,4 @@
-"""Scores from weights alone, or from weights and gradients."""
+"""Scores from weights alone, or from weights and gradients. All raise PlanError if the model is not the one that was traced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import DataError, PlanError
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
 from ..inputs import call_model, on_device, paired_inputs, running_on, shapes_of
-from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
+from ..surgery.copying import same_tensors
+from ..surgery.walk import in_eval_mode, outer_modes_off
 
 
 def filters(group: ChannelGroup, tensors: dict[str, Tensor]) -> list[tuple[Slice, Tensor]]:
@@ -40,7 +41,7 @@ def averaged(model: nn.Module, graph: Graph, score: Callable[[Tensor], Tensor], 
 
     `score`: from filters, shape (filters, rest), to one number each. Those of a channel are summed, then the `root` is taken.
     """
-    out, tensors = Scores(), named_tensors(model)
+    out, tensors = Scores(), same_tensors(model, graph)
     for g in graph.free:
         layers = filters(g, tensors)
         out[g.name] = torch.zeros(g.size)
@@ -71,7 +72,7 @@ def bn_scale(model: nn.Module, graph: Graph) -> Scores:
 
     Raises PlanError for a free group without a BatchNorm.
     """
-    tensors = named_tensors(model)
+    tensors = same_tensors(model, graph)
     norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     out = Scores()
     for g in graph.free:
@@ -91,7 +92,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     `batches`: pairs (inputs, targets). `loss(output, targets)`: a scalar. Gradients of the model are not touched. Raises
     DataError if there are no batches, one is no pair, or the model does not run on its inputs.
     """
-    tensors = named_tensors(model)
+    tensors = same_tensors(model, graph)
     params = {s.tensor: tensors[s.tensor] for g in graph.free for s in g.slices if s.makes}
     before = {n: t.requires_grad for n, t in params.items()}
     total = {g.name: torch.zeros(g.size) for g in graph.free}

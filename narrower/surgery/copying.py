@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import PlanError, TraceError
 from ..graph.types import Graph
 from ..inputs import device_of, has_float64, map_tensors
-from .walk import keep_modes, modules_of, named_tensors, outer_modes_off, tensor_shapes
+from .walk import WRAPPERS, keep_modes, modules_of, named_tensors, outer_modes_off, tensor_shapes
 
 
 def parameter_like(t: Tensor, new: Tensor) -> Tensor:
@@ -32,8 +32,10 @@ def same_tensors(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
     shapes = tensor_shapes(tensors)
     odd = sorted(n for n in {*shapes, *traced} if shapes.get(n) != traced.get(n))[:3]
     if odd:
+        kind = type(model).__name__
+        unwrap = f". It is wrapped in {kind}: give model.{WRAPPERS[kind]} instead" if kind in WRAPPERS else ""
         raise PlanError("the model is not the one that was traced: " + "; ".join(
-            f"{n} is {shapes.get(n, 'missing')}, was {traced.get(n, 'missing')}" for n in odd))
+            f"{n} is {shapes.get(n, 'missing')}, was {traced.get(n, 'missing')}" for n in odd) + unwrap)
     return tensors
 
 

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+# Modules around a whole model, by the name of their class, and the attribute that holds it.
+WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "FullyShardedDataParallel": "module",
+            "OptimizedModule": "_orig_mod"}
+
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:

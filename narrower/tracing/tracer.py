@@ -18,13 +18,11 @@ from ..errors import TraceError
 from ..graph.types import Graph
 from ..inputs import shapes_of
 from ..surgery.copying import restore_after, stage
-from ..surgery.walk import modules_of, named_tensors, outer_modes_off, pause_collector
+from ..surgery.walk import WRAPPERS, modules_of, named_tensors, outer_modes_off, pause_collector
 from .dense import DenseForwardError
 from .interpreter import run_forward
 from .operators.data_dependent import Answer, AnswerListener
 from .search import Progress, TraceSearch, unrepeatable
-
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
 @outer_modes_off()
@@ -75,11 +73,10 @@ def check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
     kind = type(model).__name__
-    if kind in WRAPPERS or kind == "OptimizedModule":  # which runs as it is as a part of a model
-        inner = "_orig_mod" if kind == "OptimizedModule" else "module"
-        raise TraceError(f"the model is wrapped in {kind}: trace model.{inner} instead")
+    if kind in WRAPPERS:
+        raise TraceError(f"the model is wrapped in {kind}: trace model.{WRAPPERS[kind]} instead")
     for name, m in modules_of(model):
-        if type(m).__name__ in WRAPPERS:
+        if WRAPPERS.get(type(m).__name__) == "module":  # what torch.compile returns runs as it is as a part of a model
             raise TraceError(f"{name} is wrapped in {type(m).__name__}: put {name}.module in its place first")
         if isinstance(m, torch.jit.ScriptModule):
             raise TraceError(f"{name or 'the model'} is compiled by torch.jit (scripted or traced): "
