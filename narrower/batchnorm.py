@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from .errors import DataError
-from .inputs import call_model, running_on, samples
+from .inputs import call_model, checked, running_on, samples
 from .surgery.walk import in_eval_mode
 
 
+@checked
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Any], *, images: int | None = None) -> int:
     """Reset the running statistics of every BatchNorm to the average over `batches` (or their first `images` samples).

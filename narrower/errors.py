@@ -11,7 +11,7 @@ NarrowerError
 ├── HubError        a hub that cannot be reached, refuses, or has no such repository
 ├── NoiseError      times spread too far to decide anything by them
 ├── MissingExtraError  an optional package is not installed
-└── ConfigError     settings that contradict each other, an output folder in use
+└── ConfigError     arguments in the wrong order or out of range, settings that contradict each other, an output folder in use
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class MissingExtraError(NarrowerError):
 
 
 class ConfigError(NarrowerError):
-    """Settings that contradict each other or an output folder that is in use."""
+    """Arguments in the wrong order or out of range, settings that contradict each other, or an output folder that is in use."""
 
 
 def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import call_model, flatten_tensors, running_on, sample_count, synchronize
+from .inputs import call_model, checked, flatten_tensors, running_on, sample_count, synchronize
 from .surgery.copying import stage
 from .surgery.walk import in_eval_mode, outer_modes_off
 from .tracing.constraints import ConstraintCollector
@@ -34,6 +34,7 @@ def macs_of(model: nn.Module, example_inputs: Any) -> float:
     return sum(mode.macs.values()) / max(1, sample_count(example_inputs))
 
 
+@checked
 def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> dict[str, float]:
     """Returns {"macs", "params", "latency_ms"}: multiply-adds for one sample, number of parameters, milliseconds per forward.
 

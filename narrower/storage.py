@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from .errors import StorageError
+from .errors import ConfigError, StorageError
+from .inputs import checked
 from .narrowing.narrow import RECORD, NarrowRecord
 from .surgery.attributes import Place, set_attributes
 from .surgery.copying import parameter_like
@@ -28,6 +29,7 @@ FORMAT = 2  # 1 had the kept channels of each plan as well, which nothing read
 WEIGHTS, META = "model.safetensors", "narrower.json"
 
 
+@checked
 def save(model: nn.Module, folder: str | os.PathLike[str], **extra: Any) -> Path:
     """Write `model.safetensors` and `narrower.json` into `folder` (made if missing).
 
@@ -133,9 +135,9 @@ def load(folder: str | os.PathLike[str], make_model: Callable[[], nn.Module]) ->
 
 
 def check_factory(make_model: object) -> None:
-    """Raise StorageError for what is no function that makes a network."""
+    """Raise ConfigError for what is no function that makes a network."""
     if isinstance(make_model, nn.Module) or not callable(make_model):
-        raise StorageError(f"load takes a function that makes the dense network, not {type(make_model).__name__}: "
+        raise ConfigError(f"load takes a function that makes the dense network, not {type(make_model).__name__}: "
                            "load(folder, lambda: Net())")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,8 +75,62 @@ def test_a_model_without_convolutions_or_linear_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("model", [None, "resnet18", torch.zeros(3), Plain, lambda x: x, Plain().state_dict()])
 def test_what_is_no_module_is_refused(model: Any) -> None:
-    with pytest.raises(narrower.TraceError, match="Module"):
+    with pytest.raises(narrower.ConfigError, match=r"trace takes \(model, example_inputs\): model must be nn\.Module and is "):
         narrower.trace(model, IMAGES)
+
+
+SWAPPED: dict[str, Any] = {
+    r"plan takes \(graph, scores\): graph must be Graph and is a Scores; scores must be": lambda n: narrower.plan(
+        n.scores, n.graph, remove=0.5),
+    r"scores must be Mapping\[str, Tensor\] and is a NoneType": lambda n: narrower.plan(n.graph, None, remove=0.5),
+    r"plan .*sensitivity must be Sensitivity \| None and is a Scores": lambda n: narrower.plan(
+        n.graph, n.scores, macs=0.5, sensitivity=n.scores),
+    r"narrow takes \(model, plan\): model must be nn\.Module and is a Plan; plan must be Plan and is a Plain": lambda n:
+        narrower.narrow(n.plan, n.model),
+    r"narrow .*plan must be Plan and is a Graph": lambda n: narrower.narrow(n.model, n.graph),
+    r"verify takes \(model, small, plan, example_inputs\): small must": lambda n: narrower.verify(
+        n.model, n.plan, n.small, IMAGES),
+    r"verify .*plan must be Plan and is a Tensor": lambda n: narrower.verify(n.model, n.small, IMAGES, n.plan),
+    r"taylor .*loss must be Callable\[\[Any, Any\], Tensor\] and is a list": lambda n: narrower.taylor(
+        n.model, n.graph, nn.functional.cross_entropy, [IMAGES]),
+    "sensitivity .*graph must be Graph and is a Scores": lambda n: narrower.sensitivity(n.model, n.scores, n.graph, [IMAGES]),
+    "random .*graph must be Graph and is a Plain": lambda n: narrower.random(n.model),
+    "reconstruct .*small must be": lambda n: narrower.reconstruct(n.model, n.plan, n.small, [IMAGES]),
+    "recalibrate .*model must be nn.Module and is a list": lambda n: narrower.recalibrate([IMAGES], n.model),
+    "measure .*model must be": lambda n: narrower.measure(IMAGES, n.model),
+    r"export takes \(module, example_inputs, path\): module must": lambda n: narrower.export(IMAGES, n.model, "x.onnx"),
+    r"export .*path must be str \| os\.PathLike\[str\] and is a Tensor": lambda n: narrower.export(n.model, "x.onnx", IMAGES),
+    r"benchmark .*modules must be Mapping\[str, nn\.Module\] and is a Plain": lambda n: narrower.benchmark(n.model, IMAGES),
+    "tune .*plan must be": lambda n: narrower.tune(n.model, n.plan, n.small, [IMAGES]),
+    "Distillation takes .teacher, student, plan.: student": lambda n: narrower.Distillation(n.model, n.plan, n.small),
+    r"ResRep takes \(model, graph\): model must": lambda n: narrower.ResRep(n.graph, n.model, macs=0.5, steps=3),
+    "SoftPruning .*model must": lambda n: narrower.SoftPruning(n.graph, n.model, macs=0.5, steps=3),
+    "CentripetalSGD .*model must": lambda n: narrower.CentripetalSGD(n.graph, n.model, macs=0.5, steps=3),
+    "compose .*second must be Plan": lambda n: narrower.compose(n.plan, n.small),
+    "fold .*model must": lambda n: narrower.fold(n.plan, n.model),
+    "save .*model must .*folder must": lambda n: narrower.save("folder", n.small),
+    "measure_latency .*graph must": lambda n: narrower.measure_latency(n.model, IMAGES, n.graph),
+    "load takes a function": lambda n: narrower.load("folder", n.small),
+}
+
+
+@pytest.mark.parametrize("message", SWAPPED)
+def test_arguments_in_the_wrong_place_are_named_with_their_order(message: str) -> None:
+    model = Plain()
+    graph = narrower.trace(model, IMAGES)
+    scores = narrower.random(graph)
+    plan = narrower.plan(graph, scores, remove=0.5)
+    given = SimpleNamespace(model=model, graph=graph, scores=scores, plan=plan, small=narrower.narrow(model, plan))
+    with pytest.raises(narrower.ConfigError, match=message):
+        SWAPPED[message](given)
+
+
+def test_a_group_that_is_not_there_is_named_with_the_nearest() -> None:
+    graph = narrower.trace(Plain(), IMAGES)
+    with pytest.raises(narrower.PlanError, match=r"no group 'conv7'; did you mean conv\d, conv\d, conv\d\?"):
+        graph["conv7"]
+    with pytest.raises(narrower.PlanError, match=r"no group 0; print\(graph\) lists them"):
+        graph[0]  # type: ignore[index]
 
 
 def test_an_mlp_is_narrowed_like_a_cnn() -> None:

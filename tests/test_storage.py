@@ -339,5 +339,5 @@ def test_a_factory_that_gives_no_module(copy_of: Path) -> None:
 
 
 def test_load_takes_a_factory_and_says_so(tmp_path: Path) -> None:
-    with pytest.raises(narrower.StorageError, match=r"takes a function that makes the dense network, not Plain: load"):
+    with pytest.raises(narrower.ConfigError, match=r"takes a function that makes the dense network, not Plain: load"):
         narrower.load(tmp_path, Plain())

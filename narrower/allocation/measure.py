@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..graph.equal_counts import Component, components
 from ..graph.selection import Kept
 from ..graph.types import Graph
+from ..inputs import checked
 from ..narrowing.verify import Survivors
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
@@ -39,6 +40,7 @@ class Cut(NamedTuple):
     survivors: Survivors | None = None
 
 
+@checked
 @outer_modes_off()
 @torch.no_grad()
 def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], batches: Iterable[Any], *,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PlanError, check_state
 from ..graph.types import ChannelGroup, Graph, Slice
-from ..inputs import precise
+from ..inputs import checked, precise
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps, not_done
 from ..planning.plan import Plan, check_groups, costed_plan
@@ -57,6 +57,7 @@ class CentripetalSGD:
     budget that cannot be reached, ConfigError for settings out of range.
     """
 
+    @checked
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
                  remove: float | Mapping[str, float] | None = None, plan: Plan | None = None, steps: int,
                  scope: Scope = "inner", exclude: Sequence[str] = (), clustering: Clustering = "kmeans",

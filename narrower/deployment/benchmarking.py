@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigError, NoiseError
-from ..inputs import call_model, flatten_tensors, sample_count
+from ..inputs import call_model, checked, flatten_tensors, sample_count
 from ..measuring import macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
 from .exporting import batch_size, resized
@@ -123,6 +123,7 @@ def shown(row: Timing) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@checked
 def benchmark(
     modules: Mapping[str, nn.Module], example_inputs: Any, *, runtime: str | Runtime | Sequence[str | Runtime] = "eager",
     batch_sizes: Sequence[int] = (1,), threads: Sequence[int] = (1,), seconds: float = 2.0,

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError, ExportError
 from ..graph.types import Graph
-from ..inputs import flatten_tensors
+from ..inputs import checked, flatten_tensors
 from ..planning.latency import LatencyTable, Whole, kind_from, layer_from
 from . import layer_times
 from .exporting import export
@@ -22,6 +22,7 @@ from .tabulating import check_precision, narrow_networks, place_of
 JOBS, TIMES, SCRIPT = "jobs.json", "times.json", "layer_times.py"
 
 
+@checked
 def write_latency_jobs(model: nn.Module, graph: Graph, example_inputs: Any, folder: str | os.PathLike[str], *,
                        suffix: str = ".onnx") -> Path:
     """Write a folder with all that another machine needs to measure a latency table of this network.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, NarrowerError
 from ..extras import optional
-from ..inputs import call_model, flatten_tensors, map_tensors
+from ..inputs import call_model, checked, flatten_tensors, map_tensors
 from ..surgery.copying import moved
 from ..surgery.walk import in_eval_mode
 from .formats import Format, Writer, format_of
@@ -61,6 +61,7 @@ class Exported:
                 f"{self.difference:.1e} of the output")
 
 
+@checked
 def export(
     module: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = True,
     calibration: Iterable[Any] | None = None, tolerance: float | None = None,

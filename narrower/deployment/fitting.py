@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, ConfigError
 from ..graph.types import Graph
+from ..inputs import checked
 from ..narrowing import narrow
 from ..planning import Plan, plan
 from ..planning.latency import LatencyTable
@@ -67,6 +68,7 @@ class LatencyFit:
         return "\n".join([*map(str, self.trials), f"wanted {self.target_ms:.3f} ms{kept}"])
 
 
+@checked
 def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], example_inputs: Any, *, latency: LatencyTable,
                 runtime: Runtime | None = None, **request: Any) -> LatencyFit:
     """Plan for a latency, narrow, measure the result, and plan once more if the prediction was wrong.

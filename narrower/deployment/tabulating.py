@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ConfigError, ExportError, StorageError
 from ..graph.types import Graph, Scores
-from ..inputs import flatten_tensors, sample_count, shapes_of
+from ..inputs import checked, flatten_tensors, sample_count, shapes_of
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
@@ -46,6 +46,7 @@ def narrow_networks(model: nn.Module, graph: Graph) -> list[nn.Module]:
     return [narrow(model, plan(graph, order, remove=rate, round_to=NARROW_ROUND)) for rate in rates]
 
 
+@checked
 def measure_latency(
     model: nn.Module, graph: Graph, example_inputs: Any, *, runtime: str | Runtime = "onnxruntime", threads: int = 1,
     cache: str | os.PathLike[str] | None = None, seconds: float = 0.1, progress: Progress | None = None,

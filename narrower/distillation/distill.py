@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..graph.selection import Kept
-from ..inputs import call_model, model_inputs
+from ..inputs import call_model, checked, model_inputs
 from ..planning.plan import Plan
 from ..repair.held_out import floats
 from ..surgery.walk import in_eval_mode
@@ -38,6 +38,7 @@ class Distillation:
         ConfigError: a setting is out of range, or the networks share parameters.
     """
 
+    @checked
     def __init__(self, teacher: nn.Module, student: nn.Module, plan: Plan | None = None, *, temperature: float | None = 4.0,
                  weight: float = 0.9, features: float = 0.0, logits: bool = False) -> None:
         for name, value, low, high in (("temperature", temperature, 1e-3, 1e3), ("weight", weight, 0, 1),

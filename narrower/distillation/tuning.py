@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..inputs import call_model, flatten_tensors
+from ..inputs import call_model, checked, flatten_tensors
 from ..planning.plan import Plan
 from ..repair.held_out import Measure, checked_inputs, divergences, images_at, joined, measure_of, split
 from ..surgery.copying import independent_copy
@@ -44,6 +44,7 @@ class Tuned:
         return f"{self.steps} steps: {self.measure} on held-out images {self.before:.4f} -> {self.after:.4f}, {which}"
 
 
+@checked
 @torch.inference_mode(False)  # which records gradients, also within torch.no_grad
 def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, steps: int = 300, lr: float = 2e-5,
          batch_size: int = 32, seed: int = 0, images: int | None = None, measure: Measure | None = None,

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ..errors import PlanError, similar
+
 Role = Literal["out", "in", "both", "along"]
 
 
@@ -230,6 +232,10 @@ class Graph:
         return tuple(g for g in self.groups if g.free)
 
     def __getitem__(self, name: str) -> ChannelGroup:
+        """The group of that name. Raises PlanError if there is none."""
+        if name not in self.by_name:
+            near = similar(str(name), self.by_name, most=3)
+            raise PlanError(f"the graph has no group {name!r}{near or '; print(graph) lists them'}")
         return self.by_name[name]
 
     def __iter__(self) -> Iterator[ChannelGroup]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..graph.selection import Kept
 from ..graph.types import Graph
-from ..inputs import precise
+from ..inputs import checked, precise
 from ..planning.plan import Plan, costed_plan
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.resize import add_biases, takes_bias
@@ -41,6 +41,7 @@ class Folded:
         return "\n".join([*lines, *(f"not folded: {g}: {why}" for g, why in self.left.items())])
 
 
+@checked
 @outer_modes_off()
 def fold(model: nn.Module, plan: Plan) -> Folded:
     """Fold those channels that `plan` removes and that are constant.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.selection import Kept
+from ..inputs import checked
 from ..planning.plan import Plan
 from ..surgery.attributes import Place, attribute_values, set_attributes
 from ..surgery.copying import duplicate, parameter_like, same_tensors
@@ -31,6 +32,7 @@ class NarrowRecord:
     created: tuple[str, ...] = ()
 
 
+@checked
 @outer_modes_off()
 @pause_collector()
 def narrow(model: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import VerifyError
 from ..graph.selection import Kept
 from ..graph.types import Mixer, Product
-from ..inputs import device_of, flatten_tensors, has_float64, map_tensors, ordinary
+from ..inputs import checked, device_of, flatten_tensors, has_float64, map_tensors, ordinary
 from ..planning.plan import Plan
 from ..surgery.copying import duplicate, same_tensors, where_float64_is
 from ..surgery.walk import named_tensors, outer_modes_off
@@ -39,6 +39,7 @@ class Verification(NamedTuple):
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
+@checked
 @outer_modes_off()
 def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, *,
            dtype: torch.dtype | None = torch.float64, tolerance: float | None = None) -> Verification:
@@ -119,7 +120,7 @@ def largest_difference(want: Sequence[Tensor], have: Sequence[Tensor]) -> float:
         alike = spread < 1e-7 * largest
         if alike and len(a) > 1:
             warnings.warn("verify: the output hardly depends on these inputs, which proves little: the network is "
-                          "untrained or the inputs are alike", stacklevel=4)
+                          "untrained or the inputs are alike", stacklevel=5)
         rounding = a.dtype == torch.float64 and gap <= ROUNDING * largest
         worst = max(worst, gap / (largest if alike or rounding else spread)) if gap == gap else gap
     return worst

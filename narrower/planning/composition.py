@@ -6,9 +6,11 @@ import numpy as np
 
 from ..errors import PlanError
 from ..graph.selection import Kept
+from ..inputs import checked
 from .plan import Plan, costed_plan
 
 
+@checked
 def compose(first: Plan, second: Plan) -> Plan:
     """The plan on the graph of `first` that removes what `first` removes, and then what `second` removes.
 

@@ -16,6 +16,7 @@ from ..graph.cost import CostModel
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph, Slice, html_table, table
+from ..inputs import checked
 from .damage import Sensitivity
 from .drawing import draw_bars, new_axes
 from .greedy import by_budget
@@ -169,6 +170,7 @@ def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[s
     return Plan(graph, dict(keep), pairs["macs"], pairs["params"], dict(request), pairs.get("latency_ms"))
 
 
+@checked
 def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = None, params: float | None = None,
          latency_ms: float | str | None = None, remove: float | Mapping[str, float] | None = None,
          round_to: int | Literal["auto"] | None = None, exclude: Sequence[str] = (), min_channels: int = 1,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DataError, PlanError
 from ..graph.selection import Kept
 from ..graph.types import html_table, table
-from ..inputs import device_of, sample_count
+from ..inputs import checked, device_of, sample_count
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
@@ -95,6 +95,7 @@ class Reconstruction:
         return [*lines, f"{judged}: {found}; kept: {self.kept}"]
 
 
+@checked
 @outer_modes_off()
 @torch.no_grad()
 def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any], *, images: int | None = None,

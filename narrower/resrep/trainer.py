@@ -20,7 +20,7 @@ from ..graph.cost import CostKind, CostModel
 from ..graph.equal_counts import Component
 from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph, html_table
-from ..inputs import precise
+from ..inputs import checked, precise
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizers, check_carried
 from ..narrowing.step_hooks import group_of, hook_steps, not_done
@@ -66,6 +66,7 @@ class ResRep:
         ConfigError: a setting is out of range, or the model has compactors already.
     """
 
+    @checked
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
                  plan: Plan | None = None, steps: int, scope: Scope = "inner", exclude: Sequence[str] = (),
                  scores: Mapping[str, Tensor] | None = None, settings: Forgetting | None = None) -> None:
@@ -257,9 +258,8 @@ class ResRep:
         """Schedule, counters, masks and current shapes, as tensors and plain values. Weights are in the model's own state dict,
         momentum in the optimizer's."""
         return self.run_settings() | {
-            "step": self.step, "phase": self.phase, "masked": dict(self.masked), "rates": dict(self.rates),
-            "scores": {n: s.tolist() for n, s in self.prior.items()},
-            "keep": {n: k.tolist() for n, k in self.kept.keep.items()},
+            "step": self.step, "phase": self.phase, "keep": {n: k.tolist() for n, k in self.kept.keep.items()},
+            "masked": dict(self.masked), "rates": dict(self.rates), "scores": {n: s.tolist() for n, s in self.prior.items()},
             "compactors": {n: {"rows": c.rows.tolist(), "columns": c.columns.tolist(),
                                "chosen": c.chosen.bool(), "gone": c.gone.bool()} for n, c in self.compactors().items()},
         }

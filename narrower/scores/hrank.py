@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import DataError
 from ..graph.selection import Keep
 from ..graph.types import ChannelMap, Graph, MapSource, Scores
-from ..inputs import as_float64, running_on, samples
+from ..inputs import as_float64, checked, running_on, samples
 from ..planning.plan import plan
 from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
@@ -27,6 +27,7 @@ SETTLED = 0.965  # stop if the plans from half the images and from all of them s
 FIRST_CHECK = 128  # images
 
 
+@checked
 @outer_modes_off()
 @torch.no_grad()
 def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int | None = None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.types import ChannelGroup, Graph, Scores
+from ..inputs import checked
 from ..repair import held_out
 from ..repair.patches import as_matrix
 from ..repair.second_moments import SecondMoments, ridge_factor, second_moments
@@ -23,6 +24,7 @@ PORTION = 16  # one in so many of the channels left goes at a time
 LEAST_VARIANCE = 1e-20  # a layer whose output varies less has nothing to lose
 
 
+@checked
 @outer_modes_off()
 @torch.no_grad()
 def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int | None = None) -> Scores:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
-from ..inputs import call_model, on_device, paired_inputs, running_on, shapes_of
+from ..inputs import call_model, checked, on_device, paired_inputs, running_on, shapes_of
 from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, outer_modes_off
 
@@ -51,6 +51,7 @@ def averaged(model: nn.Module, graph: Graph, score: Callable[[Tensor], Tensor], 
     return out
 
 
+@checked
 def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
     """The L_p norm of each filter (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, with p=1).
 
@@ -61,12 +62,14 @@ def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
     return averaged(model, graph, lambda rows: rows.abs().pow(p).sum(1), p)
 
 
+@checked
 def fpgm(model: nn.Module, graph: Graph) -> Scores:
     """The sum of distances from a filter to the others of its layer (He et al., "Filter Pruning via Geometric Median",
     CVPR 2019, eq. 4). A filter near the geometric median can be replaced by others. Averaged over layers as in `magnitude`."""
     return averaged(model, graph, lambda rows: torch.cdist(rows[None], rows[None])[0].sum(1))
 
 
+@checked
 def bn_scale(model: nn.Module, graph: Graph) -> Scores:
     """|gamma| of a channel's BatchNorms (Liu et al., "Network Slimming", ICCV 2017), averaged over them without scaling.
 
@@ -84,6 +87,7 @@ def bn_scale(model: nn.Module, graph: Graph) -> Scores:
     return out
 
 
+@checked
 @outer_modes_off()
 def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> Scores:
     """The squared first-order change of the loss if a filter is removed: (sum over the filter of gradient * weight)^2, summed
@@ -123,6 +127,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
     return Scores(total)
 
 
+@checked
 def random(graph: Graph, seed: int = 0) -> Scores:
     """Uniform random scores: a baseline."""
     generator = torch.Generator().manual_seed(seed)

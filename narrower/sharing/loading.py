@@ -10,9 +10,11 @@ from torch import nn
 
 from .. import storage
 from ..errors import HubError, MissingExtraError, StorageError
+from ..inputs import checked
 from .hub import fetch, is_repository
 
 
+@checked
 def load(where: str | os.PathLike[str], make_model: Callable[[], nn.Module], *, revision: str | None = None) -> nn.Module:
     """The narrow network that `save` or `narrower push` wrote. `make_model()` makes the dense one, which is cut to shape.
 
@@ -28,6 +30,7 @@ def load(where: str | os.PathLike[str], make_model: Callable[[], nn.Module], *, 
         StorageError: a file is missing or damaged, of a later version, or of another network than `make_model` gives.
         HubError: there is no such repository or revision, or the hub cannot be reached.
         MissingExtraError: the extra `hub` is not installed.
+        ConfigError: `make_model` is no function.
     """
     storage.check_factory(make_model)
     if isinstance(where, str) and is_repository(where) and not Path(where).exists():

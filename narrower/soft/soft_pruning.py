@@ -27,7 +27,7 @@ from ..errors import ConfigError, PlanError, check_state
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph
-from ..inputs import precise
+from ..inputs import checked, precise
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan, check_groups, costed_plan
@@ -79,6 +79,7 @@ class SoftPruning:
     reached, ConfigError for settings out of range.
     """
 
+    @checked
     def __init__(self, model: nn.Module, graph: Graph, *, macs: float | None = None, params: float | None = None,
                  plan: Plan | None = None, fixed: bool = True, steps: int, exclude: Sequence[str] = (),
                  scores: Mapping[str, Tensor] | None = None, factor: float = 1.0, grow: float = 0.5,

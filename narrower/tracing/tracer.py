@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import TraceError
 from ..graph.types import Graph
-from ..inputs import shapes_of
+from ..inputs import checked, shapes_of
 from ..surgery.copying import restore_after, stage
 from ..surgery.walk import WRAPPERS, modules_of, named_tensors, outer_modes_off, pause_collector
 from .dense import DenseForwardError
@@ -25,6 +25,7 @@ from .operators.data_dependent import Answer, AnswerListener
 from .search import Progress, TraceSearch, unrepeatable
 
 
+@checked
 @outer_modes_off()
 @pause_collector()
 def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True,
@@ -37,7 +38,8 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True,
     that a layer normalises or pools across (their removal changes that layer by definition). From two seconds on, `progress`
     gets lines that tell how far it is; without it they are logged, by the logger "narrower" at level INFO.
 
-    Raises TraceError if the forward fails, if there is nothing to narrow, or for a wrapped (DDP, compiled) model.
+    Raises TraceError if the forward fails, if there is nothing to narrow, or for a wrapped (DDP, compiled) model;
+    ConfigError for what is no model.
     """
     check(model)
     told = Progress(progress or logging.getLogger("narrower").info)
@@ -70,8 +72,6 @@ def answers_of(model: nn.Module, example_inputs: Any) -> Sequence[Answer]:
 
 def check(model: nn.Module) -> None:
     """Raise TraceError for a model that cannot be traced as it is."""
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"trace takes a torch.nn.Module, not {type(model).__name__}")
     kind = type(model).__name__
     if kind in WRAPPERS:
         raise TraceError(f"the model is wrapped in {kind}: trace model.{WRAPPERS[kind]} instead")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from narrower.errors import PlanError
 from narrower.graph.types import ChannelGroup, Graph, PinReason, Slice, table
 
 
@@ -37,7 +38,7 @@ def test_groups_are_found_by_name_and_iterated_in_order() -> None:
     found = graph()
     assert [g.name for g in found] == ["a", "b", "c"] and len(found) == 3
     assert all(found[g.name] is g for g in found)
-    with pytest.raises(KeyError):
+    with pytest.raises(PlanError):
         found["d"]
 
 

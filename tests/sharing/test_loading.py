@@ -17,7 +17,7 @@ from support.hub import Hub, Repository
 from support.networks import IMAGES, Plain
 
 import narrower
-from narrower.errors import HubError, MissingExtraError, StorageError
+from narrower.errors import ConfigError, HubError, MissingExtraError, StorageError
 from narrower.sharing import SUMS, checksums
 
 
@@ -60,7 +60,7 @@ def test_a_path_is_never_asked_of_the_hub(where: str | Path, hub: Hub) -> None:
 
 
 def test_a_wrong_factory_is_told_before_anything_is_downloaded(hub: Hub) -> None:
-    with pytest.raises(StorageError, match="load takes a function"):
+    with pytest.raises(ConfigError, match="load takes a function"):
         narrower.load("ann/net", Plain())
     assert not hub.requests
 
