@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, DataError, NarrowerError, first_line
+from .errors import ConfigError, DataError, NarrowerError, check_number, first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -130,8 +130,10 @@ def samples(what: str, batches: Iterable[Any], model: nn.Module, images: int | N
     """The model's inputs from each batch, and their number of samples; at most `images` samples in total.
 
     Raises DataError, in the name of `what`, for a batch that has no tensor of images, and for a tensor in place of the batches:
-    its rows would be taken for them.
+    its rows would be taken for them. Raises ConfigError if `images` is no whole number from 1.
     """
+    if images is not None:
+        check_number(f"{what}: images", images, 1, whole=True)
     if isinstance(batches, Tensor):
         raise DataError(f"{what}: the batches are one tensor of shape {shapes_of(batches)}: give a list of batches, [images]")
     seen = 0

@@ -284,6 +284,51 @@ def test_batches_without_tensors_are_not_passed_over(call: str) -> None:
             run(batches)
 
 
+@pytest.mark.parametrize("images_wanted", [-1, 0, 2.5, float("nan"), True])
+@pytest.mark.parametrize("call", ["hrank", "obs", "recalibrate", "sensitivity", "reconstruct", "tune"])
+def test_a_number_of_images_that_is_none_is_refused(call: str, images_wanted: Any) -> None:
+    """Less than none took all but one, or none without a word."""
+    model, x = Plain().eval(), images(seed=3).repeat(6, 1, 1, 1)
+    graph = narrower.trace(model, IMAGES)
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    given = {"hrank": (model, graph), "obs": (model, graph), "recalibrate": (model,), "sensitivity": (
+        model, graph, narrower.random(graph))}.get(call, (model, narrower.narrow(model, plan), plan))
+    with pytest.raises(narrower.ConfigError, match=f"{call}: images={images_wanted}: give a whole number from 1"):
+        getattr(narrower, call)(*given, [x], images=images_wanted)
+
+
+@pytest.mark.parametrize("shares", [(-0.5,), (0.0, 0.5), (1.0,), (1.5,), (float("nan"),), (), 0.5, ("a",)])
+def test_shares_that_are_no_fractions_are_refused(shares: Any) -> None:
+    graph = narrower.trace(Plain(), IMAGES)
+    with pytest.raises(narrower.ConfigError, match="shares="):
+        narrower.sensitivity(Plain(), graph, narrower.random(graph), [IMAGES], shares=shares)
+
+
+@pytest.mark.parametrize("budget", [{"macs": -1}, {"macs": 0}, {"params": float("nan")}, {"macs": "a"}, {"macs": 1}])
+def test_a_budget_that_is_none_is_refused_before_ranks_are_taken(budget: Any) -> None:
+    """With few images no plan was made, and the budget was not looked at."""
+    graph = narrower.trace(Plain(), IMAGES)
+    with pytest.raises(narrower.PlanError, match=f"{next(iter(budget))}=.*give"):
+        narrower.hrank(Plain(), graph, [IMAGES], **budget)
+
+
+@pytest.mark.parametrize("tolerance", [-1, float("nan"), "1"])
+def test_a_tolerance_that_is_none_is_not_put_down_to_the_network(tolerance: Any) -> None:
+    model = Plain()
+    plan = reference.halved(model, IMAGES)
+    with pytest.raises(narrower.ConfigError, match="tolerance=.*give a number from 0"):
+        narrower.verify(model, narrower.narrow(model, plan), plan, IMAGES, tolerance=tolerance)
+    with pytest.raises(narrower.ConfigError, match="tolerance=.*give a number from 0"):
+        narrower.export(model, IMAGES, "network.pt2", tolerance=tolerance)
+
+
+@pytest.mark.parametrize("settings", [{"batch_sizes": (0,)}, {"batch_sizes": (1.5,)}, {"batch_sizes": ()}, {"batch_sizes": 2},
+                                      {"threads": (0,)}, {"threads": ()}, {"threads": 2}])
+def test_a_benchmark_of_no_samples_or_threads_is_refused(settings: Any) -> None:
+    with pytest.raises(narrower.ConfigError, match=f"{next(iter(settings))}=.*give"):
+        narrower.benchmark({"dense": Plain()}, IMAGES, **settings)
+
+
 @pytest.mark.parametrize(("given", "message"), [((1, 3, 8, 8), "Give a tensor"), (IMAGES.numpy(), "ndarray.*torch.from_numpy")])
 def test_measure_names_inputs_that_are_no_tensors(given: Any, message: str) -> None:
     with pytest.raises(narrower.DataError, match=message) as error:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import checked_numbers
 from ..graph.equal_counts import Component, components
 from ..graph.selection import Kept
 from ..graph.types import Graph
@@ -64,8 +65,9 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
 
     Raises DataError for too few images, batches without tensors, of several shapes or that the model cannot take, values that
     are not finite, or outputs that `measure` does not fit; PlanError if the model is not the one that was traced or the scores
-    are of another graph; ConfigError for an unknown measure.
+    are of another graph; ConfigError for an unknown measure, or `shares` that are no fractions between 0 and 1.
     """
+    shares = checked_numbers("shares", shares, 0, 1, inside=True)
     same_tensors(model, graph)
     model = where_float64_is(model)
     values = checked_scores(graph, scores, set())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PlanError, check_state
+from ..errors import ConfigError, PlanError, check_number, check_state
 from ..graph.types import ChannelGroup, Graph, Slice
 from ..inputs import checked, precise
 from ..narrowing.narrow import narrow
@@ -66,8 +66,11 @@ class CentripetalSGD:
             raise ConfigError(f"steps={steps!r}: give the number of optimizer steps of the training")
         if clustering not in ("kmeans", "even") or scope not in ("inner", "all"):
             raise ConfigError(f"clustering={clustering!r}, scope={scope!r}: give 'kmeans' or 'even', 'inner' or 'all'")
-        if not 0 < together <= 1 or (strength is not None and not strength > 0):
-            raise ConfigError(f"together={together!r}, strength={strength!r}: give a fraction of the steps, a number above 0")
+        if not 0 < together <= 1:
+            raise ConfigError(f"together={together!r}: give a fraction of the steps, up to 1")
+        if strength is not None:
+            check_number("strength", strength, 0, inside=True)
+        check_number("seed", seed, 0, whole=True)
         tensors = same_tensors(model, graph)
         self.model, self.graph, self.steps, self.step = model, graph, steps, 0
         self.strength, self.together = strength, together

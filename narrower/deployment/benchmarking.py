@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ConfigError, NoiseError
+from ..errors import ConfigError, NoiseError, checked_numbers
 from ..inputs import call_model, checked, flatten_tensors, sample_count
 from ..measuring import macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
@@ -144,11 +144,13 @@ def benchmark(
         progress: is told what is measured.
 
     Raises:
-        ConfigError: no network, or no such runtime.
+        ConfigError: no network, no such runtime, or what is no number of samples or threads.
         ExportError, MissingExtraError: a network cannot be exported for a runtime, or computes something else there.
     """
     if not modules:
         raise ConfigError("benchmark needs at least one network: {name: module}")
+    batch_sizes = checked_numbers("batch_sizes", batch_sizes, 1, whole=True)
+    threads = checked_numbers("threads", threads, 1, whole=True)
     given = [runtime] if isinstance(runtime, (str, Runtime)) else runtime
     chosen = [runtime_named(r) if isinstance(r, str) else r for r in given]
     rows: list[Timing] = []

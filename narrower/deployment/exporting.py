@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportError, NarrowerError
+from ..errors import ExportError, NarrowerError, check_number
 from ..extras import optional
 from ..inputs import call_model, checked, flatten_tensors, map_tensors
 from ..surgery.copying import moved
@@ -99,6 +99,8 @@ def export(
     format = format_of(path)
     if path.is_dir():
         raise ExportError(f"cannot write {path}: it is a directory, give the name of a file")
+    if tolerance is not None:
+        check_number("tolerance", tolerance, 0)
     if calibration is not None and format.name != "onnx":
         raise ExportError(f"int8 is written as .onnx only, not as {path.name}: leave out calibration, or change the suffix")
     for package in format.packages:

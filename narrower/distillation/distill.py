@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_number
 from ..graph.selection import Kept
 from ..inputs import call_model, checked, model_inputs
 from ..planning.plan import Plan
@@ -43,8 +43,8 @@ class Distillation:
                  weight: float = 0.9, features: float = 0.0, logits: bool = False) -> None:
         for name, value, low, high in (("temperature", temperature, 1e-3, 1e3), ("weight", weight, 0, 1),
                                        ("features", features, 0, 1e6)):
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"{name}={value!r}: give a number between {low:g} and {high:g}")
+            if value is not None or name != "temperature":
+                check_number(name, value, low, high)
         if logits and temperature is None:
             raise ConfigError("logits=True needs temperature=")
         shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_number
 from ..inputs import call_model, checked, flatten_tensors
 from ..planning.plan import Plan
 from ..repair.held_out import Measure, checked_inputs, divergences, images_at, joined, measure_of, split
@@ -74,11 +74,9 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
         ConfigError: a setting is out of range, no parameter requires gradients, or the loss is no longer finite.
         DataError: too few images, images that are not finite or of different shapes, or outputs that `measure` does not fit.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name}={value!r}: give a whole number from 1")
-    if not 0 < lr < math.inf:
-        raise ConfigError(f"lr={lr!r}: give a number above 0")
+    check_number("steps", steps, 1, whole=True)
+    check_number("batch_size", batch_size, 1, whole=True)
+    check_number("lr", lr, 0, inside=True)
     if not any(p.requires_grad for p in small.parameters()):
         raise ConfigError("no parameter of the network requires gradients, so there is nothing to train: call "
                           "requires_grad_(True) on it first, or on the layers that are to train")

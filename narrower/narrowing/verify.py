@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import VerifyError
+from ..errors import VerifyError, check_number
 from ..graph.selection import Kept
 from ..graph.types import Mixer, Product
 from ..inputs import checked, device_of, flatten_tensors, has_float64, map_tensors, ordinary
@@ -51,8 +51,10 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
     float64 rounding. Of outputs that are whole numbers or masks, this share of the entries may differ.
 
     Raises VerifyError if the outputs differ by more, have other shapes, are not finite, or are no numbers at all. Also if
-    rounding alone could cause the difference: these inputs then decide nothing.
+    rounding alone could cause the difference: these inputs then decide nothing. Raises ConfigError for a negative tolerance.
     """
+    if tolerance is not None:
+        check_number("tolerance", tolerance, 0)
     kept = Kept(plan.graph, plan.keep)
     kind = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     limit = TOLERANCE.get(kind, 1e-3) if tolerance is None else tolerance

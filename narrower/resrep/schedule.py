@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+
+from ..errors import ConfigError, check_number
 
 Ranking = Literal["share", "norm"]
 
@@ -28,6 +31,8 @@ class Forgetting:
     - threshold: a chosen row with a smaller norm counts as zero.
     - rest: once the budget is reached, only the network trains on. In the paper the compactors train on too.
     - ranking: "norm" as published: lowest norm first. "share": smallest share of the group's sum of norms per cost saved.
+
+    Raises ConfigError for a negative number, and for what is no whole number of steps.
     """
 
     strength: float = 1e-4
@@ -40,6 +45,15 @@ class Forgetting:
     threshold: float = 1e-5
     rest: bool = True
     ranking: Ranking = "share"
+
+    def __post_init__(self) -> None:
+        for name, low, whole in (("strength", 0, False), ("warmup_steps", 0, True), ("mask_interval", 1, True),
+                                 ("rows_per_update", 0, False), ("forget_steps", 0, True), ("lr_scale", 0, False),
+                                 ("threshold", 0, False), ("momentum", 0, False)):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, low, 1 if name == "momentum" else math.inf, whole=whole)
+        if self.ranking not in get_args(Ranking):
+            raise ConfigError(f"ranking={self.ranking!r}: give 'share' or 'norm'")
 
     @staticmethod
     def published(steps_per_epoch: int) -> Forgetting:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import DataError
+from ..graph.cost import CostModel
 from ..graph.selection import Keep
 from ..graph.types import ChannelMap, Graph, MapSource, Scores
 from ..inputs import as_float64, checked, running_on, samples
 from ..planning.plan import plan
+from ..planning.requests import Budget
 from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward
@@ -45,9 +47,11 @@ def hrank(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int
 
     Returns mean ranks, from 0 to min(H, W), not normalised: `plan` compares them within their group. Raises DataError if there
     are no batches, a batch has no tensor or the model does not run on it, or a map is not finite, PlanError if the model is not
-    the one that was traced.
+    the one that was traced, or for what is no budget.
     """
     same_tensors(model, graph)
+    cost = CostModel(graph)
+    Budget(macs, params).targets({kind: cost.cost(kind, cost.dense) for kind in ("macs", "params")})
     averages = Averages(graph)
     seen, check = 0, FIRST_CHECK
     last: Keep | None = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, PlanError
+from ..errors import DataError, PlanError, check_number
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
 from ..inputs import call_model, checked, on_device, paired_inputs, running_on, shapes_of
 from ..surgery.copying import same_tensors
@@ -55,10 +55,10 @@ def averaged(model: nn.Module, graph: Graph, score: Callable[[Tensor], Tensor], 
 def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
     """The L_p norm of each filter (Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, with p=1).
 
-    Averaged over the layers that produce the channel. Each layer is first scaled to a mean of one. Raises PlanError for p <= 0.
+    Averaged over the layers that produce the channel. Each layer is first scaled to a mean of one. Raises ConfigError unless p
+    is a number above 0.
     """
-    if p <= 0:
-        raise PlanError(f"magnitude takes a norm p above 0, not {p}")
+    check_number("p", p, 0, inside=True)
     return averaged(model, graph, lambda rows: rows.abs().pow(p).sum(1), p)
 
 

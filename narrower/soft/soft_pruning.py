@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PlanError, check_state
+from ..errors import ConfigError, PlanError, check_number, check_state
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph
@@ -89,8 +89,8 @@ class SoftPruning:
         if type(steps) is not int or steps < 1:
             raise ConfigError(f"steps={steps!r}: say how often step() will be called")
         for name, value in (("factor", factor), ("grow", grow), ("harden", harden)):
-            if not 0 <= value <= 1 if value is not None else name != "harden":
-                raise ConfigError(f"{name}={value!r}: give a number between 0 and 1")
+            if value is not None or name != "harden":
+                check_number(name, value, 0, 1)
         same_tensors(model, graph)
         self.model, self.graph, self.steps, self.calls = model, graph, steps, 0
         self.factor, self.grow, self.harden = factor, grow, harden

@@ -259,6 +259,8 @@ def test_plans_give_the_widths() -> None:
     ({"scope": "outer"}, narrower.ConfigError, "'inner' or 'all'"),
     ({"together": 0.0}, narrower.ConfigError, "fraction of the steps"),
     ({"strength": -1.0}, narrower.ConfigError, "above 0"),
+    ({"strength": float("inf")}, narrower.ConfigError, "strength=inf: give a number above 0"),
+    ({"seed": -1}, narrower.ConfigError, "seed=-1: give a whole number from 0"),
     ({"macs": 1e-6}, narrower.BudgetError, "cannot be reached"),
     ({"macs": None}, narrower.PlanError, "give either a budget"),
     ({"exclude": ["*"]}, narrower.PlanError, "nothing to merge"),

@@ -33,3 +33,18 @@ def test_momentum_is_scaled_where_learning_rates_jump_up_and_nowhere_else() -> N
 def test_the_penalty_is_decoupled_for_adaptive_optimizers_only() -> None:
     w = [torch.nn.Parameter(torch.zeros(1))]
     assert not decouples_penalty(torch.optim.SGD(w)) and decouples_penalty(torch.optim.AdamW(w))
+
+
+@pytest.mark.parametrize("setting", ["strength", "warmup_steps", "mask_interval", "rows_per_update", "forget_steps", "momentum",
+                                     "lr_scale", "threshold"])
+def test_settings_that_are_no_numbers_are_refused(setting: str) -> None:
+    """With them no row was ever chosen, or all were, without a word."""
+    for value in (-1, float("nan"), "1"):
+        with pytest.raises(narrower.ConfigError, match=f"{setting}=.*give a"):
+            narrower.Forgetting(**{setting: value})
+
+
+def test_steps_are_whole_and_rankings_known() -> None:
+    for settings in ({"warmup_steps": 2.5}, {"mask_interval": 0}, {"momentum": 1.5}, {"ranking": "size"}):
+        with pytest.raises(narrower.ConfigError, match=f"{next(iter(settings))}="):
+            narrower.Forgetting(**settings)  # type: ignore[arg-type]

@@ -192,8 +192,9 @@ def test_a_users_own_score() -> None:
 def test_bad_calls() -> None:
     model = Plain()
     graph = narrower.trace(model, IMAGES)
-    with pytest.raises(narrower.PlanError, match="p above 0"):
-        narrower.magnitude(model, graph, p=0)
+    for p in (0, -1, float("nan"), float("inf"), "2"):
+        with pytest.raises(narrower.ConfigError, match=f"p='?{p}'?: give a number above 0"):
+            narrower.magnitude(model, graph, p=p)
     with pytest.raises(narrower.DataError, match="no batches"):
         narrower.taylor(model, graph, [], F.cross_entropy)
 
