@@ -13,7 +13,7 @@ from ..graph.selection import Kept
 from ..inputs import call_model, checked, model_inputs
 from ..planning.plan import Plan
 from ..repair.held_out import floats
-from ..surgery.walk import in_eval_mode
+from ..surgery.walk import in_eval_mode, tensor_shapes
 from .features import Tap, Watched, find_taps
 
 
@@ -35,7 +35,7 @@ class Distillation:
             `(N, K, H, W)` are taken for such: in the outputs of transformers, `(N, L, K)`, classes come last.
 
     Raises:
-        ConfigError: a setting is out of range, or the networks share parameters.
+        ConfigError: a setting is out of range, the networks share parameters, or the teacher is narrower than the student.
     """
 
     @checked
@@ -50,6 +50,7 @@ class Distillation:
         shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
         if teacher is student or shared:
             raise ConfigError("the teacher shares parameters with the student: give a copy of the dense network")
+        check_wider(teacher, student)
         if features and plan is None:
             raise ConfigError("features need plan=: it says which of the dense channels the narrow network has")
         self.teacher, self.temperature, self.weight, self.features = teacher, temperature, weight, features
@@ -123,6 +124,17 @@ class Distillation:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def check_wider(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise ConfigError if all parameters of one name that differ in shape are smaller in the teacher: it was cut from the
+    student, or as the student will be. Buffers are not asked, as some grow with the images."""
+    own, other = (tensor_shapes(dict(m.named_parameters())) for m in (teacher, student))
+    differ = {n: list(zip(own[n], other[n], strict=False)) for n in own.keys() & other.keys() if own[n] != other[n]}
+    if differ and all(a <= b for pairs in differ.values() for a, b in pairs):
+        name = min(differ)
+        raise ConfigError(f"the teacher is narrower than the student: {name} is {own[name]} in it, {other[name]} in the "
+                          "student; the order is Distillation(teacher, student): the dense network first")
 
 
 def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0, logits: bool = False) -> Tensor:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, check_number
+from ..graph.selection import Kept
 from ..inputs import call_model, checked, flatten_tensors
 from ..planning.plan import Plan
 from ..repair.held_out import Measure, checked_inputs, divergences, images_at, joined, measure_of, split
+from ..repair.reconstruct import cut_tensors
 from ..surgery.copying import independent_copy
 from ..surgery.walk import in_eval_mode
 from .distill import Distillation
@@ -73,7 +75,9 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
     Raises:
         ConfigError: a setting is out of range, no parameter requires gradients, or the loss is no longer finite.
         DataError: too few images, images that are not finite or of different shapes, or outputs that `measure` does not fit.
+        PlanError: the tensors of `small` are not those that the plan leaves.
     """
+    cut_tensors("tune", small, Kept(plan.graph, plan.keep))
     check_number("steps", steps, 1, whole=True)
     check_number("batch_size", batch_size, 1, whole=True)
     check_number("lr", lr, 0, inside=True)

@@ -128,7 +128,7 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     same_tensors(model, plan.graph)
     kept, home = Kept(plan.graph, plan.keep), device_of(small)
     model, small = where_float64_is(model), where_float64_is(small)
-    outputs, reads, left = solvable(kept, cut_tensors(small, kept))
+    outputs, reads, left = solvable(kept, cut_tensors("reconstruct", small, kept))
     inputs = checked_inputs("reconstruct", batches, model, images, LEAST_IMAGES, images_wanted(plan.graph, reads))
     fit, judges = split(inputs, JUDGES, MOST_JUDGES)
     cut = independent_copy(small)
@@ -157,15 +157,15 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     return Reconstruction(moved(nearest, home), layers, left, best, by_name, measure, sum(n for _, n in judges))
 
 
-def cut_tensors(small: nn.Module, kept: Kept) -> dict[str, Tensor]:
-    """The tensors of the cut network. Raises PlanError if they are not what the plan leaves."""
+def cut_tensors(what: str, small: nn.Module, kept: Kept) -> dict[str, Tensor]:
+    """The tensors of the cut network. Raises PlanError, in the name of `what`, if they are not what the plan leaves."""
     named, shapes = named_tensors(small), kept.graph.shapes
     for name, cut in kept.cuts.items():
         want = tuple(slice_tensor(torch.empty(shapes[name], device="meta"), cut).shape)
         if name not in named or tuple(named[name].shape) != want:
             found = tuple(named[name].shape) if name in named else "missing"
-            raise PlanError(f"the network to repair is not what this plan leaves: {name} is {found}, should be {want}; give "
-                            "reconstruct what narrow(model, plan) returned")
+            raise PlanError(f"the narrow network is not what this plan leaves: {name} is {found}, should be {want}; give "
+                            f"{what} what narrow(model, plan) returned")
     return named
 
 

@@ -224,3 +224,17 @@ def test_outputs_that_cannot_be_compared_are_refused() -> None:
     model, small, _ = cut()
     with pytest.raises(narrower.ConfigError, match=r"distillation compares equal outputs.*outputs\['out'\].*--no-distill"):
         narrower.Distillation(model, small).loss(X, small(X)[:, :3])
+
+
+def test_a_teacher_that_is_narrower_than_the_student_is_refused() -> None:
+    model, small, plan = cut()
+    for features in (0.0, 1.0):
+        with pytest.raises(narrower.ConfigError, match=r"the teacher is narrower.*: 0\.0\.weight is \(8, 3, 3, 3\) in it, \(12"):
+            narrower.Distillation(small, model, plan, features=features)
+        narrower.Distillation(model, small, plan, features=features).close()
+    narrower.Distillation(copy.deepcopy(model), model, plan).close()  # the student in training, still dense
+    other = nn.Sequential(unit(3, 4), unit(4, 11, stride=2), unit(11, 8), Head(8))
+    narrower.Distillation(other, model).close()  # wider in places: nothing is certain
+    compacted = copy.deepcopy(model)
+    narrower.ResRep(compacted, plan.graph, macs=0.5, steps=10)
+    narrower.Distillation(model, compacted, plan).close()

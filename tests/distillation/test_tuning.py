@@ -184,3 +184,10 @@ def test_it_trains_in_modes_without_gradients(mode: Any, networks: Any) -> None:
         found = narrower.tune(model, small, plan, images, steps=5, lr=1e-3)
     found.model.train()(BATCHES[0]).sum().backward()
     assert (found.before, found.after) == (want.before, want.after)
+
+
+def test_networks_in_the_wrong_order_are_refused(networks: Any) -> None:
+    model, small, plan = networks
+    for dense, cut in ((small, model), (model, copy.deepcopy(model))):
+        with pytest.raises(narrower.PlanError, match=r"0\.0\.weight is \(12, 3, 3, 3\), should be .*give tune what narrow"):
+            narrower.tune(dense, cut, plan, BATCHES, steps=1)
