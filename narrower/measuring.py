@@ -58,6 +58,12 @@ def measure(model: nn.Module, example_inputs: Any, *, seconds: float = 1.0) -> d
     }
 
 
+def check_runs(what: str, model: nn.Module, inputs: Any) -> None:
+    """Raise DataError, in the name of `what`, if the model does not run on these inputs."""
+    with in_eval_mode(model), torch.no_grad(), running_on(what, inputs):
+        call_model(model, inputs)
+
+
 def forward(model: nn.Module, inputs: Any) -> Any:
     """The outputs, once they are there."""
     out = call_model(model, inputs)

@@ -241,6 +241,34 @@ def test_verify_names_inputs_that_the_model_does_not_take() -> None:
         narrower.verify(model, narrower.narrow(model, plan), plan, images(1))
 
 
+LIKE_BATCHES: dict[str, tuple[Any, str]] = {
+    "array": (IMAGES.numpy(), r"torch\.from_numpy"), "list": ([IMAGES], "A list is one argument.*give the tensor in it"),
+    "labels": ((IMAGES, torch.zeros(4).long()), "without labels: give the images"), "none": (None, "Give a tensor"),
+    "dict": ({"image": IMAGES, "label": torch.zeros(4)}, r"give batch\['image'\]"),
+    "bytes": ((255 * IMAGES.abs()).to(torch.uint8), "as floating-point numbers"),
+}
+
+
+@pytest.mark.parametrize("name", LIKE_BATCHES)
+def test_inputs_like_a_loaders_batches_are_told_what_to_give(name: str) -> None:
+    """In one line: PyTorch lists all signatures of an operator below its error."""
+    model = Plain()
+    given, message = LIKE_BATCHES[name]
+    plan = reference.halved(model, IMAGES)
+    calls: list[tuple[type[Exception], Any]] = [
+        (narrower.TraceError, lambda: narrower.trace(model, given)),
+        (narrower.VerifyError, lambda: narrower.verify(model, narrower.narrow(model, plan), plan, given, dtype=None)),
+        (narrower.DataError, lambda: narrower.export(model, given, "network.pt2")),
+        (narrower.DataError, lambda: narrower.benchmark({"dense": model}, given)),
+        (narrower.DataError, lambda: narrower.measure_latency(model, plan.graph, given)),
+        (narrower.DataError, lambda: narrower.write_latency_jobs(model, plan.graph, given, "folder")),
+    ]
+    for kind, call in calls:
+        with pytest.raises(kind, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
 def calls_on(model: nn.Module, graph: narrower.Graph) -> dict[str, Any]:
     """What reads batches as they come, one after the other."""
     return {

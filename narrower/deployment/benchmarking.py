@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigError, NoiseError, checked_numbers
 from ..inputs import call_model, checked, flatten_tensors, sample_count
-from ..measuring import macs_of
+from ..measuring import check_runs, macs_of
 from ..surgery.walk import in_eval_mode, named_tensors
 from .exporting import batch_size, resized
 from .layer_times import SETTLE, in_turn
@@ -145,6 +145,7 @@ def benchmark(
 
     Raises:
         ConfigError: no network, no such runtime, or what is no number of samples or threads.
+        DataError: a network does not run on the example inputs.
         ExportError, MissingExtraError: a network cannot be exported for a runtime, or computes something else there.
     """
     if not modules:
@@ -153,6 +154,8 @@ def benchmark(
     threads = checked_numbers("threads", threads, 1, whole=True)
     given = [runtime] if isinstance(runtime, (str, Runtime)) else runtime
     chosen = [runtime_named(r) if isinstance(r, str) else r for r in given]
+    for module in modules.values():
+        check_runs("benchmark", module, example_inputs)
     rows: list[Timing] = []
     for size in batch_sizes:
         inputs = example_inputs if batch_size(example_inputs) is None else resized(example_inputs, size)

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ConfigError, ExportError
 from ..graph.types import Graph
 from ..inputs import checked, flatten_tensors
+from ..measuring import check_runs
 from ..planning.latency import LatencyTable, Whole, kind_from, layer_from
 from . import layer_times
 from .exporting import export
@@ -40,7 +41,9 @@ def write_latency_jobs(model: nn.Module, graph: Graph, example_inputs: Any, fold
     Raises:
         ExportError, MissingExtraError: the network cannot be exported, or the script cannot make its inputs: whole numbers, or
             several of a `.ts` file.
+        DataError: the network does not run on the example inputs.
     """
+    check_runs("write_latency_jobs", model, example_inputs)
     tensors, place = flatten_tensors(example_inputs), place_of(model, example_inputs, "", 1)
     if not all(t.is_floating_point() for t in tensors) or (len(tensors) > 1 and suffix == ".ts"):
         raise ExportError(f"{SCRIPT} feeds networks with noise, a .ts file with one tensor of it: wrap the network in a module "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, NarrowerError, check_number
 from ..extras import optional
-from ..inputs import call_model, checked, flatten_tensors, map_tensors
+from ..inputs import call_model, checked, flatten_tensors, map_tensors, running_on
 from ..surgery.copying import moved
 from ..surgery.walk import in_eval_mode
 from .formats import Format, Writer, format_of
@@ -93,18 +93,11 @@ def export(
         ExportError: no such format; the exporter fails (with the operator that it does not take, if that is why); the runtime
             cannot run the file; it computes something else; an output has no finite value; nothing can be written there. No
             file is left then, and one of before stays.
+        DataError: the network does not run on the example inputs.
         MissingExtraError: a package is missing.
     """
     path = Path(path)
-    format = format_of(path)
-    if path.is_dir():
-        raise ExportError(f"cannot write {path}: it is a directory, give the name of a file")
-    if tolerance is not None:
-        check_number("tolerance", tolerance, 0)
-    if calibration is not None and format.name != "onnx":
-        raise ExportError(f"int8 is written as .onnx only, not as {path.name}: leave out calibration, or change the suffix")
-    for package in format.packages:
-        optional(package)
+    format = wanted_format(path, tolerance, calibration is not None)
     inputs = telling(example_inputs)
     if format.on_cpu:  # a GPU's convolutions round more than the tolerance (TF32)
         module, inputs = moved(module, torch.device("cpu")), map_tensors(inputs, Tensor.cpu)
@@ -122,6 +115,20 @@ def export(
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     batch = "any" if dynamic else str(batch_size(inputs) or "as given")
     return Exported(path, format.name, format.runtime, "float" if calibration is None else "int8", size, difference, batch)
+
+
+def wanted_format(path: Path, tolerance: float | None, to_int8: bool) -> Format:
+    """The format of a file, if its packages are here. Raises as `export`."""
+    format = format_of(path)
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a directory, give the name of a file")
+    if tolerance is not None:
+        check_number("tolerance", tolerance, 0)
+    if to_int8 and format.name != "onnx":
+        raise ExportError(f"int8 is written as .onnx only, not as {path.name}: leave out calibration, or change the suffix")
+    for package in format.packages:
+        optional(package)
+    return format
 
 
 def exactness(checks: list[Check], tolerance: float | None, to_int8: bool) -> float:
@@ -278,7 +285,8 @@ def expected_outputs(module: nn.Module, inputs: Any, dynamic: bool) -> list[Chec
     other = map_tensors(inputs, lambda t: t.flip(-1) if t.ndim > 2 else t)
     if dynamic:
         other = resized(other, max(2, batch_size(inputs) or 0) + 1)
-    found = [(inputs, [t.clone() for t in flatten_tensors(call_model(module, inputs))])]
+    with running_on("export", inputs):
+        found = [(inputs, [t.clone() for t in flatten_tensors(call_model(module, inputs))])]
     try:
         found.append((other, [t.clone() for t in flatten_tensors(call_model(module, other))]))
     except Exception as error:  # whatever the network raises

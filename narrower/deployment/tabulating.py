@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import ConfigError, ExportError, StorageError
 from ..graph.types import Graph, Scores
 from ..inputs import checked, flatten_tensors, sample_count, shapes_of
+from ..measuring import check_runs
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
@@ -73,7 +74,9 @@ def measure_latency(
         ConfigError: no such runtime or number of threads, or `cache` has times of another machine or runtime.
         ExportError, MissingExtraError: the network cannot be exported for the runtime, or is not in single precision.
         StorageError: `cache` cannot be written.
+        DataError: the network does not run on the example inputs.
     """
+    check_runs("measure_latency", model, example_inputs)
     place = runtime if isinstance(runtime, Runtime) else runtime_named(runtime)
     where = place_of(model, example_inputs, place.name, threads)
     if place.name in OPEN:

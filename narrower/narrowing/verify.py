@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import VerifyError, check_number
+from ..errors import VerifyError, check_number, first_line
 from ..graph.selection import Kept
 from ..graph.types import Mixer, Product
-from ..inputs import checked, device_of, flatten_tensors, has_float64, map_tensors, ordinary
+from ..inputs import advice, checked, device_of, flatten_tensors, has_float64, map_tensors, ordinary
 from ..planning.plan import Plan
 from ..surgery.copying import duplicate, same_tensors, where_float64_is
 from ..surgery.walk import named_tensors, outer_modes_off
@@ -76,7 +76,8 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, example_inputs: Any, 
             raise
         except Exception as e:
             own = "" if dtype is None else f" (it ran in {kind}: dtype=None takes the model's own)"
-            raise VerifyError(f"the {what} network fails on these inputs: {type(e).__name__}: {e}{own}") from e
+            raise VerifyError(f"the {what} network fails on these inputs: {first_line(e)}{own}"
+                              f"{advice(example_inputs)}") from e
     want, have = outs
     if [t.shape for t in want] != [t.shape for t in have]:
         raise VerifyError(f"the narrow network's outputs have shapes {[tuple(t.shape) for t in have]}, "

@@ -21,10 +21,10 @@ from ..inputs import (
     call_model,
     flatten_tensors,
     map_tensors,
-    running_on,
     samples,
     shapes_of,
 )
+from ..measuring import check_runs
 from ..surgery.walk import in_eval_mode
 
 Measure = Literal["kl", "relative"]
@@ -60,9 +60,7 @@ def checked_inputs(what: str, batches: Iterable[Any], model: nn.Module, images: 
         found.append((inputs, count))
     if (seen := sum(n for _, n in found)) < least:
         raise DataError(f"{what} got {seen} images: give it {least} at least, better some hundreds ({wanted})")
-    one = images_at(found[0][0], torch.tensor([0]))
-    with torch.no_grad(), in_eval_mode(model), running_on(what, one):
-        call_model(model, one)
+    check_runs(what, model, images_at(found[0][0], torch.tensor([0])))
     return found
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import TraceError
+from ..errors import TraceError, first_line
 from ..graph.types import Graph
-from ..inputs import checked, shapes_of
+from ..inputs import advice, checked, shapes_of
 from ..surgery.copying import restore_after, stage
 from ..surgery.walk import WRAPPERS, modules_of, named_tensors, outer_modes_off, pause_collector
 from .dense import DenseForwardError
@@ -51,8 +51,8 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = True,
         found = answers_of(model, example_inputs)
     except Exception as e:
         raise TraceError(
-            f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): {type(e).__name__}: "
-            f"{str(e).rstrip('.')}. Check that model(example_inputs) runs."
+            f"the model's forward fails on the example inputs ({shapes_of(example_inputs)}): {first_line(e)}"
+            f"{advice(example_inputs)}. Check that model(example_inputs) runs."
         ) from first
     for answers in (found, None):  # where zeros will not do (an inverse), with all values
         try:

@@ -229,7 +229,7 @@ def test_outputs_that_cannot_be_compared_are_refused() -> None:
 def test_a_teacher_that_is_narrower_than_the_student_is_refused() -> None:
     model, small, plan = cut()
     for features in (0.0, 1.0):
-        with pytest.raises(narrower.ConfigError, match=r"the teacher is narrower.*: 0\.0\.weight is \(8, 3, 3, 3\) in it, \(12"):
+        with pytest.raises(narrower.ConfigError, match=r"the teacher is narrower.*: 0\.0\.weight is \(8, 3, 3, 3\) in"):
             narrower.Distillation(small, model, plan, features=features)
         narrower.Distillation(model, small, plan, features=features).close()
     narrower.Distillation(copy.deepcopy(model), model, plan).close()  # the student in training, still dense
