@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError, TraceError
 from ..graph.types import Graph
+from ..inputs import contents as held_by
 from ..inputs import device_of, has_float64, map_tensors
 from .walk import WRAPPERS, keep_modes, modules_of, named_tensors, outer_modes_off, tensor_shapes
 
@@ -143,7 +144,8 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 
     Like copy.deepcopy with a memo, but several times faster: it copies the dicts of modules itself and leaves only other
     objects to copy.deepcopy. Modules with their own `__deepcopy__` or `__reduce__` go to copy.deepcopy whole. Modules that
-    override `train` are switched to train mode and back, so that they drop values cached from the old parameters.
+    override `train` are switched to train mode and back, so that they drop values cached from the old parameters. Tensors with
+    a history, such as an activation that a forward keeps, which copy.deepcopy refuses, are copied without it.
     """
     try:
         new = copy_module(model, Copies(model, tensors))
@@ -151,13 +153,23 @@ def duplicate(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
             with keep_modes(new):
                 new.train()
         return new
-    except RuntimeError as e:
-        computed = [n or "the model" for n, m in model.named_modules()
-                    if any(isinstance(v, Tensor) and v.grad_fn is not None for v in vars(m).values())]
+    except RuntimeError:
+        computed = {id(t): t.detach().clone() for t in computed_tensors(model) if id(t) not in tensors}
         if not computed:
             raise
-        raise TraceError(f"{computed[0]} holds a tensor that is computed from others (old-style weight_norm or prune): make it "
-                         "permanent first, with torch.nn.utils.remove_weight_norm or prune.remove") from e
+        return duplicate(model, {**tensors, **computed})
+
+
+def computed_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors with a history that modules hold, in containers, objects and hooks too."""
+    waiting = [v for m in model.modules() for v in vars(m).values()]
+    seen: dict[int, Any] = {}
+    while waiting:
+        x = waiting.pop()
+        if id(x) not in seen:
+            seen[id(x)] = x
+            waiting += [x.__self__] if isinstance(x, MethodType) else held_by(x) or ()
+    return [x for x in seen.values() if isinstance(x, Tensor) and x.grad_fn is not None]
 
 
 @outer_modes_off()

@@ -13,9 +13,11 @@ import torch.utils.checkpoint
 from support import reference
 from support.networks import IMAGES, PATTERNS, Plain
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
+import narrower
 from narrower.errors import TraceError
-from narrower.surgery.copying import duplicate, loose_tensors, moved
+from narrower.surgery.copying import computed_tensors, duplicate, loose_tensors, moved
 from narrower.surgery.walk import named_tensors
 
 
@@ -149,3 +151,78 @@ def test_a_forward_that_reads_a_part_of_the_model_as_a_global_variable_is_refuse
         duplicate(model, {})
     global_forward = nn.Identity()
     duplicate(model, {})
+
+
+class Saver:
+    """Keeps what a layer returned, as an object that is a hook, or whose method is."""
+
+    out: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self.out = out
+
+
+class Keeps(nn.Module):
+    """Keeps an activation of its last forward."""
+
+    def __init__(self, keep: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.conv, self.last, self.keep = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), keep
+        self.seen: Any = {}
+        self.saver = Saver()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.keep(self, x)
+        return self.last(x)
+
+
+KEEPS: dict[str, Callable[[Any, Tensor], None]] = {
+    "attribute": lambda m, x: setattr(m, "seen", x),
+    "dict": lambda m, x: m.seen.update(x=x),
+    "list": lambda m, x: setattr(m, "seen", [x, x]),
+    "nested": lambda m, x: m.seen.update(x=[{"y": (x,)}]),
+    "object": lambda m, x: setattr(m.saver, "out", x),
+    "hook": lambda m, x: m._forward_hooks or m.register_forward_hook(m.saver),
+    "method": lambda m, x: m._forward_hooks or m.register_forward_hook(m.saver.__call__),
+}
+
+
+@pytest.mark.parametrize("how", KEEPS)
+def test_an_activation_that_is_kept_is_copied_without_its_history(how: str) -> None:
+    model = Keeps(KEEPS[how]).eval()
+    model(IMAGES)
+    model(IMAGES)
+    (kept,) = computed_tensors(model)
+    graph = narrower.trace(model, IMAGES)
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    small = narrower.narrow(model, plan)
+    assert not computed_tensors(small) and kept.grad_fn is not None
+    narrower.verify(model, small, plan, IMAGES)
+    narrower.ResRep(model, graph, macs=0.7, steps=3).merge()
+
+
+@pytest.mark.parametrize("make", [nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
+                         ids=["norm", "prune"])
+def test_weights_that_hooks_compute_from_parameters_narrow(make: Callable[[nn.Module], nn.Module]) -> None:
+    """Old-style weight norm and pruning keep the computed weight as a plain attribute, with its history."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), make(nn.Conv2d(8, 6, 1)), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    assert computed_tensors(model)
+    graph = narrower.trace(model, IMAGES)
+    plan = narrower.plan(graph, narrower.random(graph), remove=0.5)
+    small = narrower.narrow(model, plan)
+    narrower.verify(model, small, plan, IMAGES)
+    small.train()(IMAGES).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_other_reasons_why_a_model_cannot_be_copied_are_raised() -> None:
+    class Stubborn:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("no copies of me")
+
+    model = Keeps(KEEPS["attribute"])
+    model.saver = Stubborn()  # type: ignore[assignment]
+    model(IMAGES)
+    with pytest.raises(RuntimeError, match="no copies of me"):
+        duplicate(model, {})
