@@ -215,8 +215,15 @@ def synchronize(device: torch.device) -> None:
 
 
 def precise(t: Tensor) -> Tensor:
-    """A tensor in float64, for long sums and for merging weights. In float32 where its device has no float64."""
-    return t.to(torch.float64 if has_float64(t.device) else torch.float32)
+    """A tensor in float64, for long sums and for merging weights. In float32 where its device has no float64. Complex numbers
+    stay complex."""
+    kind = torch.float64 if has_float64(t.device) else torch.float32
+    return t.to(kind.to_complex() if t.is_complex() else kind)
+
+
+def real_rows(rows: Tensor) -> Tensor:
+    """Rows `(n, k)`; of complex numbers as `(n, 2k)` real ones, with the same norms and distances."""
+    return torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
 
 
 def as_float64(t: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from narrower.inputs import (
     move_to,
     opaque,
     precise,
+    real_rows,
     sample_count,
     samples,
     shapes_of,
@@ -40,9 +41,18 @@ from narrower.inputs import (
 )
 
 
+def test_complex_numbers_stay_complex_in_sums_and_distances() -> None:
+    rows = torch.randn(5, 3, 2, dtype=torch.cfloat)
+    assert precise(rows).dtype == torch.complex128
+    assert precise(rows.real).dtype == precise(torch.ones(1).long()).dtype == torch.float64
+    assert real_rows(rows).shape == (5, 12)
+    assert torch.allclose(real_rows(rows).norm(dim=1), rows.flatten(1).norm(dim=1))
+    assert torch.equal(real_rows(rows.real), rows.real)
+
+
 def test_sums_are_in_float64_where_there_is_float64() -> None:
     assert precise(torch.ones(1)).dtype == torch.float64
-    apple: Any = SimpleNamespace(device=torch.device("mps"), to=lambda dtype: dtype)
+    apple: Any = SimpleNamespace(device=torch.device("mps"), to=lambda dtype: dtype, is_complex=lambda: False)
     assert precise(apple) == torch.float32
 
 

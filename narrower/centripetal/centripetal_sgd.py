@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PlanError, check_number, check_state
 from ..graph.types import ChannelGroup, Graph, Slice
-from ..inputs import checked, precise
+from ..inputs import checked, precise, real_rows
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps, not_done
 from ..planning.plan import Plan, check_groups, costed_plan
@@ -87,7 +87,8 @@ class CentripetalSGD:
         self.clusters: dict[str, np.ndarray] = {}
         for name, count in widths.items():
             made = maker(graph[name])
-            filters = rows_at(tensors[made.tensor].detach().cpu(), made.dim, torch.as_tensor(positions(made))).double().numpy()
+            rows = rows_at(tensors[made.tensor].detach().cpu(), made.dim, torch.as_tensor(positions(made)))
+            filters = real_rows(rows).double().numpy()
             size = graph[name].size
             self.clusters[name] = even_clusters(size, count) if clustering == "even" else nearest_clusters(filters, count, seed)
         self.optimizer: torch.optim.Optimizer | None = None

@@ -103,8 +103,9 @@ def in_place(call: Call) -> Any:
 class LayerWatch(TorchDispatchMode):
     """A forward of `model` in which `layer` is called for each layer that reads one of `weights` as it is.
 
-    Layers are told apart by the memory of their weights: no two of them may share it. The output of `layer` goes on. `finished`
-    sees the output of every call, by its number. Layers whose weight is used more than once in a forward are counted in `uses`.
+    Layers are told apart by the memory of their weights: no two of them may share it. Complex weights are passed over, as least
+    squares here are real. The output of `layer` goes on. `finished` sees the output of every call, by its number. Layers whose
+    weight is used more than once in a forward are counted in `uses`.
     `once`: calls whose output only one other call reads, as another forward has shown (`read_once`): that call may overwrite
     it. Fresh memory for all images takes longer than most arithmetic.
     """
@@ -115,7 +116,7 @@ class LayerWatch(TorchDispatchMode):
         super().__init__()
         named = named_tensors(model)
         self.model, self.held, self.tensors = model, list(named.values()), named
-        self.by_memory = {address(named[n]): n for n in weights}
+        self.by_memory = {address(named[n]): n for n in weights if not named[n].is_complex()}
         self.norms = {id(t): n.rpartition(".")[0] for n, t in named.items()}
         self.begin(0)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, PlanError, check_number
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
-from ..inputs import call_model, checked, on_device, paired_inputs, running_on, shapes_of
+from ..inputs import call_model, checked, on_device, paired_inputs, real_rows, running_on, shapes_of
 from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, outer_modes_off
 
@@ -20,7 +20,8 @@ def filters(group: ChannelGroup, tensors: dict[str, Tensor]) -> list[tuple[Slice
     out = []
     for s in group.slices:
         if s.makes:
-            w = tensors[s.tensor].detach().float()
+            w = tensors[s.tensor].detach()
+            w = w.to(torch.complex64 if w.is_complex() else torch.float32)
             if s.blocks > 1:  # transposed grouped convolution: (in, out / groups, ...), blocks split dimension 0
                 w = w.unflatten(0, (s.blocks, -1)).transpose(1, s.dim + 1).flatten(0, 1)
                 rows = w.flatten(1)
@@ -66,7 +67,7 @@ def magnitude(model: nn.Module, graph: Graph, p: float = 2) -> Scores:
 def fpgm(model: nn.Module, graph: Graph) -> Scores:
     """The sum of distances from a filter to the others of its layer (He et al., "Filter Pruning via Geometric Median",
     CVPR 2019, eq. 4). A filter near the geometric median can be replaced by others. Averaged over layers as in `magnitude`."""
-    return averaged(model, graph, lambda rows: torch.cdist(rows[None], rows[None])[0].sum(1))
+    return averaged(model, graph, lambda rows: torch.cdist(real_rows(rows)[None], real_rows(rows)[None])[0].sum(1))
 
 
 @checked
@@ -79,7 +80,7 @@ def bn_scale(model: nn.Module, graph: Graph) -> Scores:
     norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     out = Scores()
     for g in graph.free:
-        parts = [per_channel(tensors[s.tensor].detach().float().abs().cpu()[torch.as_tensor(s.positions)], s, g.size)
+        parts = [per_channel(tensors[s.tensor].detach().abs().float().cpu()[torch.as_tensor(s.positions)], s, g.size)
                  for s in g.slices if s.tensor in norms]
         if not parts:
             raise PlanError(f"group {g.name!r} has no BatchNorm, so bn_scale cannot rank it: exclude it or use another score")
@@ -113,9 +114,11 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
                 with running_on("taylor", inputs):
                     output = call_model(model, inputs)
                 value = loss(output, on_device(batch[1], model))
-                grads = dict(zip(params, torch.autograd.grad(value, list(params.values()), allow_unused=True), strict=True))
+                found = torch.autograd.grad(value, list(params.values()), allow_unused=True) if params else ()
+                grads = dict(zip(params, found, strict=True))
                 seen += 1
-                products = {n: torch.zeros_like(t) if grads[n] is None else grads[n] * t for n, t in params.items()}
+                products = {n: torch.zeros_like(t) if grads[n] is None else (grads[n].conj() * t).real
+                            for n, t in params.items()}
                 for g in graph.free:
                     for s, rows in filters(g, products):
                         total[g.name] += per_channel(rows.sum(1), s, g.size).square().cpu()

@@ -356,7 +356,7 @@ def relative_norms(graph: Graph, tensors: Mapping[str, Tensor], role: Literal["o
         for s in (s for s in g.slices if s.role in (role, "both")):
             t = tensors[s.tensor].detach()
             rest = [d for d in range(t.dim()) if d != s.dim]
-            squares = torch.cat([precise(part).square().sum(rest) for part in t.chunk(s.blocks, dim=0)]).cpu().numpy()
+            squares = torch.cat([precise(part).abs().square().sum(rest) for part in t.chunk(s.blocks, dim=0)]).cpu().numpy()
             norms = np.sqrt(np.bincount(s.channels, squares[s.positions], g.size))
             layers.append(norms / max(float(norms.mean()), 1e-20))
         found[g.name] = np.mean(layers, axis=0) if layers else np.ones(g.size)

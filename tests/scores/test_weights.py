@@ -206,3 +206,76 @@ def test_taylor_without_labels_says_so(batch: Any) -> None:
     graph = narrower.trace(model, IMAGES)
     with pytest.raises(narrower.DataError, match=r"taylor needs labels: each batch must be a pair \(inputs, targets\)"):
         narrower.taylor(model, graph, [batch], F.cross_entropy)
+
+
+class Spectral(nn.Module):
+    """A layer of a Fourier neural operator: complex weights `(in, out, 3, 3)` on the lowest frequencies."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs, 3, 3, dtype=torch.cfloat) / inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.einsum("bixy,ioxy->boxy", torch.fft.rfft2(x)[:, :, :3, :3], self.weight)
+        return torch.fft.irfft2(found, s=x.shape[-2:])
+
+
+class ComplexLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 8, dtype=torch.cfloat), nn.Linear(8, 5, dtype=torch.cfloat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)[:, :12].to(torch.cfloat))
+        return self.last(x * x).abs()
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+def test_complex_weights_count_whole() -> None:
+    """Their imaginary part was dropped."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Spectral(6, 8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    graph = narrower.trace(model, IMAGES)
+    rows = model.get_parameter("1.weight").detach().movedim(1, 0).flatten(1)
+    assert torch.allclose(narrower.magnitude(model, graph)["1"], relative(rows.abs().square().sum(1).sqrt()), rtol=1e-4)
+    assert torch.allclose(narrower.magnitude(model, graph, p=1)["1"], relative(rows.abs().sum(1)), rtol=1e-4)
+    distances = (rows[:, None] - rows[None]).abs().square().sum(2).sqrt().sum(1)
+    assert torch.allclose(narrower.fpgm(model, graph)["1"], relative(distances), rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+def test_taylor_of_complex_weights_is_the_change_along_both_parts() -> None:
+    model = ComplexLinear().eval()
+    graph = narrower.trace(model, IMAGES)
+    found = narrower.taylor(model, graph, [(IMAGES, 0.5)], squares)["first"]
+    want = torch.zeros(8)
+    for channel in range(8):
+        changed = ComplexLinear().eval()
+        changed.load_state_dict(model.state_dict())
+        scale = torch.ones((), requires_grad=True)
+        weight = changed.first.weight.detach()
+        mask = torch.eye(8)[channel][:, None]
+        del changed.first.weight
+        changed.first.weight = weight * (1 - mask) + weight * mask * scale  # type: ignore[assignment]
+        (gradient,) = torch.autograd.grad(squares(changed(IMAGES), 0.5), scale)
+        want[channel] = gradient.square()
+    assert torch.allclose(found, want, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+def test_what_measures_activations_leaves_complex_layers_alone() -> None:
+    """Least squares there are real: a group that only complex layers read gets its magnitude."""
+    model, x = ComplexLinear().eval(), torch.randn(32, 3, 4, 4)
+    graph = narrower.trace(model, x)
+    scores = narrower.obs(model, graph, [x])
+    assert torch.equal(scores["first"], narrower.magnitude(model, graph)["first"])
+    narrower.sensitivity(model, graph, scores, [x])
+    plan = narrower.plan(graph, scores, remove=0.5)
+    assert "last.weight" in narrower.reconstruct(model, narrower.narrow(model, plan), plan, [x]).left
+    assert narrower.CentripetalSGD(model, graph, remove=0.5, steps=3).clusters
+    assert narrower.SoftPruning(model, graph, macs=0.7, steps=3).step() > 0
+
+
+def test_scores_of_a_network_without_free_channels_are_empty() -> None:
+    model = nn.Conv2d(3, 4, 1)
+    graph = narrower.trace(model, IMAGES)
+    assert narrower.taylor(model, graph, [(IMAGES, 0.5)], squares) == narrower.magnitude(model, graph) == {}
