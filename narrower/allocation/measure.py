@@ -20,6 +20,7 @@ from ..planning.requests import checked_scores, lowest_channels
 from ..repair.held_out import Comparison, Measure, checked_inputs, images_wanted, input_counts, split
 from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import independent_copy, same_tensors, where_float64_is
+from ..surgery.masking import at_inputs
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.interface import address
@@ -118,19 +119,12 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
             weights[name], intercepts[name] = [r.weight for r in found], [r.intercept for r in found]
         else:
             before = weights.get(name, [named[name]] * len(masks))  # a tied weight may be read along two dimensions
-            weights[name] = [without_inputs(w, dim, mask) for w, mask in zip(before, masks, strict=True)]
+            weights[name] = [w.masked_fill(at_inputs(mask.reshape(-1, w.shape[dim]), w, dim), 0)
+                             for w, mask in zip(before, masks, strict=True)]
     total, mixed = int(part.sizes.sum()), bool(graph.mixers or graph.products or graph.computed)
     return [Cut(number, int(lost.sum()) / total, {n: w[k] for n, w in weights.items()},
                 {n: i[k] for n, i in intercepts.items()},
                 Survivors(Kept.without(graph, gone[k]), named.values()) if mixed else None) for k, lost in enumerate(losses)]
-
-
-def without_inputs(weight: Tensor, dim: int, removed: np.ndarray) -> Tensor:
-    """A weight that is zero for the `removed` inputs along `dim`: bool, of a grouped convolution for each group."""
-    along = [1] * weight.ndim
-    along[dim] = weight.shape[dim]
-    stay = torch.as_tensor(~removed, device=weight.device).view(-1, *along)  # of each group
-    return (weight.unflatten(0, (len(stay), -1)) * stay).view_as(weight)
 
 
 def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tuple[Any, int]], measure: Measure | None,

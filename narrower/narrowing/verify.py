@@ -19,6 +19,7 @@ from ..graph.types import Mixer, Product
 from ..inputs import advice, checked, device_of, flatten_tensors, has_float64, map_tensors, ordinary
 from ..planning.plan import Plan
 from ..surgery.copying import duplicate, same_tensors, where_float64_is
+from ..surgery.masking import removed_inputs
 from ..surgery.walk import named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
@@ -150,11 +151,8 @@ def mask_consumers(model: nn.Module, kept: Kept) -> nn.Module:
     """A copy of the dense model in which no weight reads a removed channel."""
     copy = duplicate(model, {})
     tensors = named_tensors(copy)
-    for (tensor, dim), slices in kept.graph.by_axis.items():
-        stays = kept.axis_mask(tensor, dim)
-        if slices[0].reads and not stays.all():
-            for part, mask in zip(tensors[tensor].data.chunk(len(stays), dim=0), stays, strict=True):
-                part.index_fill_(dim, torch.as_tensor(np.nonzero(~mask)[0], device=part.device), 0)
+    for (name, _), gone in removed_inputs(tensors, kept).items():
+        tensors[name].data.masked_fill_(gone, 0)
     return copy
 
 

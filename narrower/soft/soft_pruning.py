@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial, reduce
-from operator import and_
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +33,7 @@ from ..planning.plan import Plan, check_groups, costed_plan
 from ..planning.plan import plan as plan_budget
 from ..planning.requests import checked_scores, excluded, lowest_channels, restored_scores
 from ..surgery.copying import same_tensors
+from ..surgery.masking import Axis, removed_inputs
 from ..surgery.walk import named_tensors
 
 FORMAT = 1
@@ -107,7 +107,7 @@ class SoftPruning:
                      for part in self.parts]
         self.masked: Masks = {g.name: np.zeros(g.size, dtype=bool) for g in graph.free}
         self.hard: Masks = {name: m.copy() for name, m in self.masked.items()}
-        self.zeros: list[tuple[str, Tensor]] | None = None  # the factors that keep hard channels at zero, once they are needed
+        self.zeros: dict[Axis, Tensor] | None = None  # where weights read hard channels, once it is needed
         self.optimizer: torch.optim.Optimizer | None = None
 
     # ------------------------------------------------------------------------------------------------ the user's side
@@ -127,21 +127,17 @@ class SoftPruning:
 
         They would move nothing, as these weights return to zero, but clipping would count them and scale down the others.
         """
-        tensors, names = named_tensors(self.model), dict[Tensor, list[str]]()
-        for (name, _), slices in self.graph.by_axis.items() if self.harden is not None else ():
-            if slices[0].reads and tensors[name].requires_grad:
-                names.setdefault(tensors[name], []).append(name)
-        for t, own in names.items():
+        tensors, axes = named_tensors(self.model), dict[Tensor, list[Axis]]()
+        for axis, slices in self.graph.by_axis.items() if self.harden is not None else ():
+            if slices[0].reads and tensors[axis[0]].requires_grad:
+                axes.setdefault(tensors[axis[0]], []).append(axis)
+        for t, own in axes.items():
             t.register_post_accumulate_grad_hook(partial(self.zero_gradient, own))
 
-    @torch.no_grad()
-    def zero_gradient(self, names: Sequence[str], t: Tensor) -> None:
-        """Set the gradient of a weight with these names to zero where it reads a hard channel."""
-        if self.zeros is None or any(name in names and factors.device != t.device for name, factors in self.zeros):
-            self.zeros = reader_factors(named_tensors(self.model), kept_without(self.graph, self.hard), 0.0)
-        for name, factors in self.zeros:
-            if name in names and t.grad is not None:
-                t.grad.mul_(factors)
+    def zero_gradient(self, axes: Iterable[Axis], t: Tensor) -> None:
+        """Set the gradient of a weight, which reads along these axes, to zero where it reads a hard channel."""
+        if t.grad is not None:
+            self.fill_zeros(t.grad, axes)
 
     def step(self) -> float:
         """Choose the channels to mask anew, and multiply the weights that read them, in place. Returns the factor. Call it
@@ -248,14 +244,25 @@ class SoftPruning:
         return {g.name: ~kept.mask(g.name) for g in self.graph.free}
 
     def zero_hard(self) -> None:
-        """Set what reads a hard channel to zero. The factors are copied to a device once for each `step`, not for each of the
-        optimizer's: every copy would make the host wait for all that was queued before."""
-        if self.zeros == []:
-            return
-        tensors = named_tensors(self.model)
-        if self.zeros is None or any(factors.device != tensors[name].device for name, factors in self.zeros):
-            self.zeros = reader_factors(tensors, kept_without(self.graph, self.hard), 0.0)
-        multiply(tensors, self.zeros)
+        """Set what reads a hard channel to zero."""
+        if self.zeros != {}:
+            tensors = named_tensors(self.model)
+            for axis in self.graph.by_axis:
+                self.fill_zeros(tensors[axis[0]], [axis])
+
+    @torch.no_grad()
+    def fill_zeros(self, t: Tensor, axes: Iterable[Axis]) -> None:
+        """Set a weight, or its gradient, to zero where it reads hard channels along these axes.
+
+        The masks are copied to a device once for each `step`, not for each of the optimizer's: every copy would make the host
+        wait for all that was queued before.
+        """
+        if self.zeros is None:
+            self.zeros = removed_inputs(named_tensors(self.model), kept_without(self.graph, self.hard))
+        for axis in axes:
+            if axis in self.zeros:
+                self.zeros[axis] = self.zeros[axis].to(t.device)
+                t.masked_fill_(self.zeros[axis], 0)
 
 
 def reached(time: float, end: float) -> float:
@@ -301,48 +308,21 @@ def as_lists(masks: Masks) -> dict[str, list[int]]:
     return {name: np.nonzero(m)[0].tolist() for name, m in masks.items()}
 
 
-def readers(tensors: Mapping[str, Tensor], kept: Kept) -> list[tuple[str, int, np.ndarray]]:
-    """The weights that read a removed channel: name, dimension, and which positions stay, bool `(blocks, size)`. Tied tensors
-    come once."""
-    found: dict[tuple[int, int], tuple[str, list[np.ndarray]]] = {}
-    for (name, dim), slices in kept.graph.by_axis.items():
-        if slices[0].reads:
-            found.setdefault((id(tensors[name]), dim), (name, []))[1].append(kept.axis_mask(name, dim))
-    stays = [(name, dim, reduce(and_, masks)) for (_, dim), (name, masks) in found.items()]
-    return [(name, dim, mask) for name, dim, mask in stays if not mask.all()]
-
-
-def reader_factors(tensors: Mapping[str, Tensor], kept: Kept, factor: float) -> list[tuple[str, Tensor]]:
-    """What every weight that reads a removed channel is to be multiplied by: `factor` there, one elsewhere."""
-    found = []
-    for name, dim, stays in readers(tensors, kept):
-        t = tensors[name]
-        factors = torch.as_tensor(np.where(stays, 1.0, factor), dtype=t.dtype, device=t.device)
-        if dim:  # each block is a part of dimension 0
-            factors = factors if len(stays) == 1 else factors.repeat_interleave(len(t) // len(stays), 0)
-        found.append((name, factors.view([-1 if d == dim else len(factors) if d == 0 else 1 for d in range(t.dim())])))
-    return found
-
-
 @torch.no_grad()
-def multiply(tensors: Mapping[str, Tensor], factors: Iterable[tuple[str, Tensor]]) -> None:
-    """Multiply tensors by factors that broadcast, in place."""
-    for name, factor in factors:
-        tensors[name].mul_(factor)
-
-
 def multiply_readers(model: nn.Module, kept: Kept, factor: float) -> None:
-    """Multiply every weight that reads a removed channel by `factor`, in place."""
+    """Multiply every weight by `factor` where it reads a removed channel, in place."""
     tensors = named_tensors(model)
-    multiply(tensors, reader_factors(tensors, kept, factor))
+    for (name, _), gone in removed_inputs(tensors, kept).items():
+        t = tensors[name]
+        t.mul_(torch.where(gone, t.new_tensor(factor), 1.0))
 
 
 @torch.no_grad()
 def weight_left(model: nn.Module, kept: Kept) -> float:
     """The norm of what reads removed channels in a weight, relative to the weight's. The largest of all weights."""
     tensors = named_tensors(model)
-    left = [float(precise(tensors[name] * (1 - factors)).norm() / precise(tensors[name]).norm().clamp_min(1e-20))
-            for name, factors in reader_factors(tensors, kept, 0.0)]
+    left = [float(precise(tensors[name] * gone).norm() / precise(tensors[name]).norm().clamp_min(1e-20))
+            for (name, _), gone in removed_inputs(tensors, kept).items()]
     return max(left, default=0.0)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.allocation import measure as allocation
-from narrower.allocation.measure import MEASURED, Cut, measured_damages, without_inputs
+from narrower.allocation.measure import MEASURED, Cut, measured_damages
 from narrower.planning.plan import costed_plan
 from narrower.surgery.walk import named_tensors
 
@@ -252,17 +252,6 @@ def test_layers_whose_inputs_cannot_be_seen_are_cut_without_repair_and_named() -
     plan = narrower.plan(graph, scores, remove=0.5)
     repaired = narrower.reconstruct(model, narrower.narrow(model, plan), plan, batches())
     assert set(repaired.left) == {"b.weight", "matrix"} and [r.weight for r in repaired.layers] == ["c.weight", "head.weight"]
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_inputs_of_a_grouped_weight_are_zeroed_in_each_group(groups: int) -> None:
-    weight = torch.randn(6, 4 // groups, 3, 3)
-    removed = np.array([True, False, False, True])
-    x = torch.randn(2, 4, 5, 5)
-    x[:, [1, 2]] = 0
-    found = without_inputs(weight, 1, removed)
-    assert not nn.functional.conv2d(x, found, groups=groups).any()
-    assert found.count_nonzero() == weight.numel() // 2
 
 
 def test_readers_at_several_depths_are_all_cut() -> None:

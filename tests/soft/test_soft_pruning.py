@@ -176,7 +176,7 @@ def test_masked_channels_learn_again_between_soft_steps() -> None:
     assert bool((model.get_parameter(READS)[:, soft.masked["0.0"]].abs().amax((0, 2, 3)) > 0).all())
 
 
-def test_factors_are_copied_to_the_device_once_for_each_step_and_none_while_no_channel_is_hard() -> None:
+def test_masks_are_copied_to_the_device_once_for_each_step_and_none_while_no_channel_is_hard() -> None:
     model = chain()
     soft = soft_pruning(model, steps=4, factor=0.0, grow=0.0, harden=1.0)
     soft.zero_hard()
@@ -194,7 +194,7 @@ def test_factors_are_copied_to_the_device_once_for_each_step_and_none_while_no_c
     assert torch.equal((model.get_parameter(READS) == 0).all(0).all(-1).all(-1), torch.as_tensor(soft.hard["0.0"]))
     model.to("meta")
     soft.zero_hard()
-    assert soft.zeros and {factors.device.type for _, factors in soft.zeros} == {"meta"}
+    assert soft.zeros and {mask.device.type for mask in soft.zeros.values()} == {"meta"}
 
 
 def test_the_hard_channels_of_a_state_replace_those_before() -> None:
