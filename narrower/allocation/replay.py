@@ -13,6 +13,7 @@ from ..repair.watching import input_and_weight
 from ..surgery.walk import named_tensors
 from ..tracing.operators.call_counter import CallCounter
 from ..tracing.operators.interface import Call, address, tensors_in
+from ..tracing.operators.table import operator_of
 
 
 class Write(NamedTuple):
@@ -95,7 +96,7 @@ class Replay(TorchDispatchMode):
             out = self.survivors.run(func, call)
         else:
             out = func(*args, **(kwargs or {}))
-        factors = input_and_weight(func._schema.name.removeprefix("aten::"), args) if number >= self.start else None
+        factors = input_and_weight(operator_of(func), args) if number >= self.start else None
         added = self.intercepts.get(address(factors[1])) if factors is not None else None
         return out if added is None else out + added.view(-1, *(1,) * (out.ndim - 2))
 

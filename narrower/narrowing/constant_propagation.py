@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..graph.types import Graph, Step
+from ..tracing.operators.table import row_of
 from .constant_values import NAN, Values, constants_after, effect_of
 from .layers import Depthwise, Layer, Layers, Obstacle, Producer, Reader, Reference
 
@@ -89,9 +90,10 @@ class Walk:
 
     def after(self, step: Step) -> Activation:
         """What is known of the output of a step. Notes the consumers and gates there."""
-        if "batch_norm" in step.name:
+        kind = row_of(step.name).layer
+        if kind == "batch norm":
             return self.after_producer(step, None)
-        if step.name not in ("convolution", "mm", "addmm"):
+        if kind is None:
             return self.after_operator(step)
         layer = self.layers.layer(step)
         if layer is None:

@@ -130,7 +130,7 @@ class Layers:
             depthwise = blocks > 1 and (shape[0] == blocks if transposed else shape[1] == 1)
             return Layer(weight, self.bias(weight, step.inputs[2]), step.module, blocks, transposed,
                          transposed or any(padding), depthwise)
-        if step.name in ("mm", "addmm") and not step.options:
+        if row_of(step.name).layer == "linear" and not step.options:
             *given, x, matrix = step.inputs
             name = matrix if isinstance(matrix, str) else self.transposed(matrix)
             if name is not None and isinstance(x, int) and x not in self.moved and self.is_bias(*given):
@@ -196,7 +196,7 @@ class Layers:
         if bias is not None:
             return Reader(weight, bias, blocks, transposed=layer.transposed)
         behind = self.readers.get(step.outputs[0], ())
-        mean = behind[0].inputs[3] if len(behind) == 1 and "batch_norm" in behind[0].name else None
+        mean = behind[0].inputs[3] if len(behind) == 1 and row_of(behind[0].name).layer == "batch norm" else None
         if isinstance(mean, str) and self.used_once(mean, step):
             return Reader(weight, mean, blocks, "running mean", layer.transposed)
         if takes_bias(weight):

@@ -14,7 +14,7 @@ from ..inputs import flatten_tensors, map_tensors
 from ..surgery.walk import named_tensors
 from ..tracing.interpreter import run_forward
 from ..tracing.operators.call_counter import CallCounter
-from ..tracing.operators.interface import Call, address, tensors_in
+from ..tracing.operators.interface import Call, Operator, address, tensors_in
 from .patches import Geometry
 
 CHUNK = 1 << 20  # numbers that a convolution reads at once on the CPU, so that its memory is reused
@@ -57,11 +57,11 @@ class LayerCall(NamedTuple):
     run: Callable[[], Tensor]
 
 
-def input_and_weight(name: str, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+def input_and_weight(operator: Operator, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
     """What a call multiplies, if the operator is that of a convolution or linear layer."""
-    if name == "convolution":
+    if operator.layer == "convolution":
         return args[0], args[1]
-    if name in ("mm", "addmm"):
+    if operator.layer == "linear":
         x, matrix = tensors_in(args)[-2:]
         return x, matrix
     return None
@@ -171,7 +171,7 @@ class LayerWatch(TorchDispatchMode):
 
     def layer_call(self, func: Any, call: Call) -> LayerCall | None:
         """The layer that a call is, if it reads one of the weights."""
-        args, factors = call.args, input_and_weight(call.name, call.args)
+        args, factors = call.args, input_and_weight(call.operator, call.args)
         weight = self.by_memory.get(address(factors[1])) if factors is not None else None
         if factors is None or weight is None:
             return None
@@ -199,7 +199,7 @@ class LayerWatch(TorchDispatchMode):
         """Where the output of a call comes from; notes the sums that layers go into."""
         args = call.args
         first, second = ((*(getattr(a, ORIGIN, None) for a in args[:2]), None, None))[:2]
-        if "batch_norm" in call.name and first is not None and first.norm is None:
+        if call.operator.layer == "batch norm" and first is not None and first.norm is None:
             norm = self.norms.get(id(args[1]))
             fixed = norm is not None and isinstance(args[3], Tensor) and not args[5]  # else it is no known scale and shift
             return Origin(call.place, True, first.weight, norm) if fixed else Origin(call.place, True)

@@ -31,7 +31,7 @@ def outline(recorder: Recorder, outputs: Sequence[Tensor]) -> tuple[list[Any], l
         elif step.name.endswith("dropout") or (noisy and step.name in ("add", "mul", "div")):
             made.update(dict.fromkeys(step.outputs, real[0]))
         else:
-            numbers = () if "batch_norm" in step.name else (step.rest, step.options)
+            numbers = () if row_of(step.name).layer == "batch norm" else (step.rest, step.options)
             made.update((n, (len(calls), k)) for k, n in enumerate(step.outputs))
             calls.append((step.name, inputs, numbers))
     return calls, [made.get(n, n) for n in map(recorder.numbered, outputs)]

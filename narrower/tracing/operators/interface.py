@@ -42,6 +42,8 @@ class Operator:
     pools: Literal["never", "always", "over space"] = "never"
     # Whether the output, or its shape, depends on values ("by mask": where a mask is among the indices).
     data_dependent: Literal["never", "always", "by mask"] = "never"
+    # The layer that a call with a parameter as its weight is.
+    layer: Literal["convolution", "linear", "batch norm"] | None = None
     # A matrix product: the last two tensors among its arguments are the factors.
     matrix_product: bool = False
     # Reads a range of channels by their numbers.

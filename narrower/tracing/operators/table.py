@@ -54,15 +54,16 @@ ROWS: tuple[Operator, ...] = (
     *each("index_select embedding", data_movement.index),
 
     # layers
-    *each("convolution", convolutions.convolution, fixed_args=(3, 8), compared="expanded", shape_rule=shapes.convolution),
+    *each("convolution", convolutions.convolution, fixed_args=(3, 8), compared="expanded", shape_rule=shapes.convolution,
+          layer="convolution"),
     *each("deform_conv2d", convolutions.deformable, fixed_args=(5, 11)),  # torchvision's
-    *each("mm", matmuls.matmul, matrix_product=True, compared="expanded", shape_rule=shapes.mm),
-    *each("addmm", matmuls.matmul, matrix_product=True, compared="expanded", shape_rule=shapes.addmm),
+    *each("mm", matmuls.matmul, matrix_product=True, compared="expanded", shape_rule=shapes.mm, layer="linear"),
+    *each("addmm", matmuls.matmul, matrix_product=True, compared="expanded", shape_rule=shapes.addmm, layer="linear"),
     *each("bmm baddbmm", matmuls.matmul, matrix_product=True, compared="expanded", constants="product"),
     *each("mv addmv", matmuls.matmul, matrix_product=True, compared="expanded"),
-    *each("native_batch_norm", normalisation.batch_norm, shape_rule=shapes.batch_norm),
+    *each("native_batch_norm", normalisation.batch_norm, shape_rule=shapes.batch_norm, layer="batch norm"),
     *each("cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-          "_batch_norm_with_update batch_norm", normalisation.batch_norm),
+          "_batch_norm_with_update batch_norm", normalisation.batch_norm, layer="batch norm"),
     *each("native_layer_norm", normalisation.layer_norm, fixed_args=(4, None), shape_rule=shapes.layer_norm,
           restrict_args=normalisation.restrict_layer_norm),
     *each("native_group_norm", normalisation.group_norm, fixed_args=(6, None),
