@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from ..errors import BudgetError
 from ..graph.cost import CostKind, CostModel, RunningCost, shown
 from ..graph.equal_counts import Component
-from ..graph.types import Graph
 from .damage import Sensitivity
 from .requests import Budget, most_removable
 
@@ -23,24 +24,19 @@ Step = tuple[float, np.ndarray]
 class ComponentDescent:
     """The descent of one component: how many channels its cells have lost, and which steps remain."""
 
-    def __init__(self, graph: Graph, part: Component, scores: Mapping[str, np.ndarray], model: CostModel,
-                 round_to: int, min_channels: int) -> None:
+    def __init__(self, part: Component, model: CostModel, round_to: int, min_channels: int) -> None:
         self.part, self.model, self.round_to = part, model, round_to
-        self.sizes = {c.group: graph[c.group].size for c in part.cells}
-        self.layers = {name: max(1, len(graph[name].layers)) for name in self.sizes}
+        self.sizes = {c.group: model.graph[c.group].size for c in part.cells}
         self.columns = [model.column[c.group] for c in part.cells]
         self.moves = part.moves()
         self.most = most_removable(part, self.sizes, min_channels)
-        self.sorted = [np.sort(scores[c.group][c.channels]) for c in part.cells]
-        self.remaining = {name: float(scores[name].sum()) for name in self.sizes}
         self.lost = np.zeros(len(part.cells), dtype=np.int64)
         self.history: list[np.ndarray] = []
 
     def best_step(self, running: RunningCost, weight: Mapping[CostKind, float],
-                  sensitivity: Sensitivity | None = None) -> Step | None:
-        """The step that loses least for what it saves, by score or by measured damage; None when nothing more can go."""
-        values = [((self.loss(step) if sensitivity is None else self.damage(step, sensitivity)) / saved, step)
-                  for step, saved in self.steps(running, weight)]
+                  loss: Callable[[np.ndarray], float]) -> Step | None:
+        """The step that loses least for what it saves; None when nothing more can go. `loss`: what a step loses."""
+        values = [(loss(step) / saved, step) for step, saved in self.steps(running, weight)]
         return min(values, key=lambda found: found[0], default=None)
 
     def even_step(self, running: RunningCost, weight: Mapping[CostKind, float]) -> Step | None:
@@ -83,30 +79,6 @@ class ComponentDescent:
         return next((times for times in range(1, self.round_to) if all(
             (width[g] - times * n) % self.round_to == 0 for g, n in taken.items() if n)), self.round_to)
 
-    def scores_of(self, step: np.ndarray) -> list[np.ndarray]:
-        """For each cell the scores of the channels that a step removes: the lowest of those left."""
-        return [values[lost:lost + n] for values, lost, n in zip(self.sorted, self.lost, step, strict=True)]
-
-    def mean_score(self, step: np.ndarray) -> float:
-        """The mean score of the channels that a step removes."""
-        return float(np.concatenate(self.scores_of(step)).mean())
-
-    def loss(self, step: np.ndarray) -> float:
-        """Minus the log of the share of score that is left after a step.
-
-        Summed over the groups. Each counts once per layer, times the root of its size.
-        """
-        lost: dict[str, float] = {}
-        for cell, scores in zip(self.part.cells, self.scores_of(step), strict=True):
-            if len(scores):
-                lost[cell.group] = lost.get(cell.group, 0.0) + float(scores.sum())
-        out = 0.0
-        for name, value in lost.items():
-            left = self.remaining[name]
-            share = min(1 - 1e-12, value / left) if left > 0 else 1 - 1e-12
-            out -= self.layers[name] * math.sqrt(self.sizes[name]) * math.log1p(-share)
-        return out
-
     def per_group(self, step: np.ndarray) -> np.ndarray:
         """The channels that a step removes from each group, in the order of the cost model."""
         out = np.zeros(len(self.model.names))
@@ -115,14 +87,15 @@ class ComponentDescent:
 
     def take(self, step: np.ndarray) -> None:
         """Remove the channels of a step."""
-        for cell, scores in zip(self.part.cells, self.scores_of(step), strict=True):
-            self.remaining[cell.group] -= float(scores.sum())
         self.lost = self.lost + step
         self.history.append(step)
 
     def undo_last(self) -> None:
-        """Give back the channels of the last step. The scores are not restored: no step follows."""
+        """Give back the channels of the last step."""
         self.lost = self.lost - self.history.pop()
+
+
+Descent = TypeVar("Descent", bound=ComponentDescent)
 
 
 def fits(now: Mapping[CostKind, float], targets: Mapping[CostKind, float]) -> bool:
@@ -130,8 +103,8 @@ def fits(now: Mapping[CostKind, float], targets: Mapping[CostKind, float]) -> bo
     return all(now[k] <= targets[k] * (1 + 1e-12) for k in targets)
 
 
-def descend(descents: Sequence[ComponentDescent], running: RunningCost, targets: Mapping[CostKind, float],
-            best: Callable[[ComponentDescent], Step | None], most: float = math.inf) -> list[int]:
+def descend(descents: Sequence[Descent], running: RunningCost, targets: Mapping[CostKind, float],
+            best: Callable[[Descent], Step | None], most: float = math.inf) -> list[int]:
     """Greedy: take the step of the lowest value, until the costs fit or `most` channels are gone.
 
     Returns whose steps were taken, in order. The value of a step only grows while others are taken, so a heap whose entries
@@ -158,8 +131,8 @@ def descend(descents: Sequence[ComponentDescent], running: RunningCost, targets:
     return taken
 
 
-def by_budget(model: CostModel, parts: list[Component], scores: Mapping[str, np.ndarray], budget: Budget,
-              round_to: Mapping[str, int], min_channels: int, sensitivity: Sensitivity | None = None) -> list[np.ndarray]:
+def by_budget(model: CostModel, parts: list[Component], budget: Budget, round_to: Mapping[str, int], min_channels: int,
+              sensitivity: Sensitivity | None = None) -> list[np.ndarray]:
     """The number of channels that each cell of each component loses, so that the costs are within the budget.
 
     Without a sensitivity all groups lose the same share: the next step is one after which its cells have lost the least. With
@@ -171,10 +144,9 @@ def by_budget(model: CostModel, parts: list[Component], scores: Mapping[str, np.
     targets = budget.targets(dense)
     running = RunningCost(model, tuple(targets))
     weight = {k: 1 / dense[k] for k in targets}
-    descents = [ComponentDescent(model.graph, p, scores, model, max(round_to[c.group] for c in p.cells), min_channels)
-                for p in parts]
+    descents = [ComponentDescent(p, model, max(round_to[c.group] for c in p.cells), min_channels) for p in parts]
     taken = descend(descents, running, targets, lambda d: d.even_step(running, weight) if sensitivity is None
-                    else d.best_step(running, weight, sensitivity))
+                    else d.best_step(running, weight, partial(d.damage, sensitivity=sensitivity)))
     if not fits(running.now, targets):
         raise unreachable(running, budget, targets, dense)
     for k in reversed(taken):

@@ -219,8 +219,7 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     if remove is not None:
         lost = by_rate(graph, parts, remove, multiples, min_channels)
     else:
-        spend = partial(by_budget, CostModel(graph, latency), parts, values, budget, min_channels=min_channels,
-                        sensitivity=sensitivity)
+        spend = partial(by_budget, CostModel(graph, latency), parts, budget, min_channels=min_channels, sensitivity=sensitivity)
         try:
             lost = spend(multiples)
         except BudgetError:

@@ -14,7 +14,7 @@ from ..graph.cost import CostKind, CostModel, RunningCost
 from ..graph.equal_counts import Component, components
 from ..graph.selection import Kept
 from ..graph.types import Graph
-from ..planning.greedy import ComponentDescent, descend, fits
+from ..planning.greedy import ComponentDescent, Step, descend, fits
 from ..planning.plan import Plan, check_groups, widths
 from ..planning.requests import checked_scores, lowest_channels
 from .placement import Placement, without_groups
@@ -75,24 +75,18 @@ class Candidates:
         """Choose channels, lowest first, until the network without them meets the budget or `most` are chosen.
 
         `norms`: {group: array (size,)}. Ranking "norm": the lowest norm of all groups first (section 3.3 of the paper).
-        Channels tied together count with their mean. "share": as in `plan`, the smallest share of the group's sum per cost
-        saved. At least one channel of every cell stays. Of a plan's channels those with the lowest norms go first. Returns the
-        chosen channels, and the costs without them.
+        Channels tied together count with their mean. "share": the smallest share of the group's sum per cost saved. At least
+        one channel of every cell stays. Of a plan's channels those with the lowest norms go first. Returns the chosen channels,
+        and the costs without them.
         """
         if self.wanted is not None:
             chosen = lowest_of(self.wanted, norms, most)
             return chosen, self.costs(self.without(chosen))
         running = RunningCost(self.cost, tuple(self.targets))
         weight = {k: 1 / self.cost.cost(k, self.cost.dense) for k in self.targets}
-        steps = [ComponentDescent(self.graph, p, norms, self.cost, 1, 1) for p in self.parts]
-
-        def best(s: ComponentDescent) -> tuple[float, np.ndarray] | None:
-            if self.ranking == "share":
-                return s.best_step(running, weight)
-            moves = [m for m in s.moves if (s.lost + m <= s.most).all()]
-            return min(((s.mean_score(m), m) for m in moves), key=lambda found: found[0], default=None)
-
-        descend(steps, running, self.targets, best, most)
+        steps = [NormDescent(p, self.cost, norms) for p in self.parts]
+        descend(steps, running, self.targets,
+                lambda s: s.lowest_step() if self.ranking == "norm" else s.best_step(running, weight, s.share_lost), most)
         kept = Kept.without(self.graph, lowest_channels(self.parts, [s.lost for s in steps], norms))
         return {name: ~kept.mask(name) for name in self.placement.rows}, dict(running.now)
 
@@ -162,6 +156,47 @@ class Candidates:
                 np.maximum.at(value, m.channels, dense[m.positions])
                 out.setdefault(group, []).append(np.where(np.isinf(value), np.nan, value))
         return out
+
+
+class NormDescent(ComponentDescent):
+    """The descent of one component by the `norms` of its channels: {group: array (size,)}."""
+
+    def __init__(self, part: Component, model: CostModel, norms: Mapping[str, np.ndarray]) -> None:
+        super().__init__(part, model, round_to=1, min_channels=1)
+        self.layers = {name: max(1, len(model.graph[name].layers)) for name in self.sizes}
+        self.sorted = [np.sort(norms[c.group][c.channels]) for c in part.cells]
+        self.remaining = {name: float(norms[name].sum()) for name in self.sizes}
+
+    def norms_of(self, step: np.ndarray) -> list[np.ndarray]:
+        """For each cell the norms of the channels that a step removes: the lowest of those left."""
+        return [values[lost:lost + n] for values, lost, n in zip(self.sorted, self.lost, step, strict=True)]
+
+    def lowest_step(self) -> Step | None:
+        """The step whose channels have the lowest mean norm; None when nothing more can go."""
+        moves = [m for m in self.moves if (self.lost + m <= self.most).all()]
+        return min(((float(np.concatenate(self.norms_of(m)).mean()), m) for m in moves), key=lambda found: found[0],
+                   default=None)
+
+    def share_lost(self, step: np.ndarray) -> float:
+        """Minus the log of the share of the sum of norms that is left after a step.
+
+        Summed over the groups. Each counts once per layer, times the root of its size.
+        """
+        lost: dict[str, float] = {}
+        for cell, norms in zip(self.part.cells, self.norms_of(step), strict=True):
+            if len(norms):
+                lost[cell.group] = lost.get(cell.group, 0.0) + float(norms.sum())
+        out = 0.0
+        for name, value in lost.items():
+            left = self.remaining[name]
+            share = min(1 - 1e-12, value / left) if left > 0 else 1 - 1e-12
+            out -= self.layers[name] * math.sqrt(self.sizes[name]) * math.log1p(-share)
+        return out
+
+    def take(self, step: np.ndarray) -> None:
+        for cell, norms in zip(self.part.cells, self.norms_of(step), strict=True):
+            self.remaining[cell.group] -= float(norms.sum())
+        super().take(step)
 
 
 def lowest_of(wanted: Masks, norms: Mapping[str, np.ndarray], most: float) -> Masks:

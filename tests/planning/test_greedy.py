@@ -135,8 +135,7 @@ def test_without_measurement_all_groups_lose_the_same_share(name: str, round_to:
     """At the end of the descent nobody has lost more than any other would have lost after one more step."""
     graph = graph_of(name)
     model = CostModel(graph)
-    scores = {n: s.double().numpy() for n, s in narrower.random(graph).items()}
-    descents = [ComponentDescent(graph, p, scores, model, round_to, 1) for p in components(graph)]
+    descents = [ComponentDescent(p, model, round_to, 1) for p in components(graph)]
     running = RunningCost(model, ("macs",))
     target: dict[CostKind, float] = {"macs": 0.5 * running.now["macs"]}
     descend(descents, running, target, lambda d: d.even_step(running, {"macs": 1.0}))
@@ -182,40 +181,28 @@ def test_what_stands_in_the_way_is_named() -> None:
         narrower.plan(graph, narrower.random(graph), macs=0.01)
 
 
-def descent_of(scores: dict[str, list[float]], name: str = "plain", round_to: int = 1) -> ComponentDescent:
-    """The descent of the component that holds the one group in `scores`."""
-    graph = graph_of(name)
-    values = {g: np.array(v, dtype=np.float64) for g, v in scores.items()}
-    (part,) = [p for p in components(graph) if {c.group for c in p.cells} == values.keys()]
-    return ComponentDescent(graph, part, values, CostModel(graph), round_to, 1)
-
-
-def test_the_loss_of_a_step_is_the_log_of_the_share_that_it_leaves() -> None:
-    d = descent_of({"conv2": [3.0, *[1.0] * 13]})
-    factor = len(graph_of("plain")["conv2"].layers) * math.sqrt(14)
-    one = np.array([1])
-    assert d.loss(one) == pytest.approx(-factor * math.log(15 / 16))
-    assert d.mean_score(one) == 1.0
-    d.take(one)
-    assert d.loss(one) == pytest.approx(-factor * math.log(14 / 15)), "relative to what remains"
-    assert d.lost.tolist() == [1]
-    d.undo_last()
-    assert d.lost.tolist() == [0]
+def descent_of(group: str, round_to: int = 1) -> ComponentDescent:
+    """The descent of the component that holds one group."""
+    graph = graph_of("plain")
+    (part,) = [p for p in components(graph) if {c.group for c in p.cells} == {group}]
+    return ComponentDescent(part, CostModel(graph), round_to, 1)
 
 
 def test_the_last_channel_of_a_group_is_no_step() -> None:
-    d = descent_of({"conv2": [1.0] * 14})
+    d = descent_of("conv2")
     running = RunningCost(d.model, ("macs",))
     for _ in range(13):
-        found = d.best_step(running, {"macs": 1.0})
+        found = d.even_step(running, {"macs": 1.0})
         assert found is not None
         running.move(d.per_group(found[1]))
         d.take(found[1])
-    assert d.best_step(running, {"macs": 1.0}) is None
+    assert d.even_step(running, {"macs": 1.0}) is None
+    d.undo_last()
+    assert d.lost.tolist() == [12]
 
 
 def test_steps_lead_to_multiples_of_round_to() -> None:
-    d = descent_of({"conv2": [1.0] * 14}, round_to=4)
+    d = descent_of("conv2", round_to=4)
     (move,) = d.moves
     assert d.repetitions(move) == 2, "14 to 12"
     d.take(2 * move)
@@ -226,11 +213,10 @@ def test_descend_stops_at_the_target_or_after_so_many_channels() -> None:
     for targets, most in (({"macs": 0.7}, math.inf), ({"macs": 0.0}, 5)):
         graph = graph_of("plain")
         model = CostModel(graph)
-        scores = {n: s.double().numpy() for n, s in narrower.random(graph).items()}
-        descents = [ComponentDescent(graph, p, scores, model, 1, 1) for p in components(graph)]
+        descents = [ComponentDescent(p, model, 1, 1) for p in components(graph)]
         running = RunningCost(model, ("macs",))
         absolute: dict[CostKind, float] = {"macs": targets["macs"] * running.now["macs"]}
-        taken = descend(descents, running, absolute, lambda d, r=running: d.best_step(r, {"macs": 1.0}), most)  # type: ignore[misc]
+        taken = descend(descents, running, absolute, lambda d, r=running: d.even_step(r, {"macs": 1.0}), most)  # type: ignore[misc]
         assert fits(running.now, absolute) == (most == math.inf)
         assert sum(int(d.lost.sum()) for d in descents) == len(taken) == (5 if most == 5 else len(taken)) > 0
 

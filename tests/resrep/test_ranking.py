@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from narrower.graph.equal_counts import components
 from narrower.graph.selection import Kept
 from narrower.planning.requests import Budget
 from narrower.resrep.placement import place, without_groups
-from narrower.resrep.ranking import Candidates, priors, tied_parts
+from narrower.resrep.ranking import Candidates, NormDescent, priors, tied_parts
 from narrower.resrep.schedule import Ranking
 
 RANKINGS: tuple[Ranking, ...] = ("norm", "share")
@@ -54,6 +56,17 @@ def test_the_chosen_channels_are_the_lowest_of_their_cells_and_meet_the_budget(n
             assert not gone.any() or mine[gone].max() <= mine[~gone].min()
         lost = np.array([chosen[c.group][c.channels].sum() for c in part.cells])
         assert not len(part.equations) or not (part.equations @ lost).any(), "ties hold"
+
+
+def test_the_share_lost_by_a_step_is_relative_to_the_norms_that_remain() -> None:
+    of = candidates("plain")
+    (part,) = [p for p in of.parts if {c.group for c in p.cells} == {"conv2"}]
+    d = NormDescent(part, of.cost, {"conv2": np.array([3.0, *[1.0] * 13])})
+    factor, one = len(of.graph["conv2"].layers) * math.sqrt(14), np.array([1])
+    assert d.share_lost(one) == pytest.approx(-factor * math.log(15 / 16))
+    assert (found := d.lowest_step()) is not None and found[0] == 1.0
+    d.take(one)
+    assert d.share_lost(one) == pytest.approx(-factor * math.log(14 / 15))
 
 
 def test_by_norm_the_lowest_of_all_groups_go_first() -> None:
