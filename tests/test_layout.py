@@ -21,8 +21,8 @@ LEVELS: dict[str, int] = {
     "planning": 2, "surgery": 2,
     "batchnorm": 3, "tracing": 3,
     "measuring": 4, "narrowing": 4,
-    "centripetal": 5, "deployment": 5, "repair": 5, "resrep": 5, "soft": 5, "storage": 5,
-    "allocation": 6, "distillation": 6, "scores": 6, "sharing": 6,
+    "centripetal": 5, "repair": 5, "resrep": 5, "soft": 5, "storage": 5,
+    "allocation": 6, "deployment": 6, "distillation": 6, "scores": 6, "sharing": 6,
     # Outside the core: networks, data, training, the command line.
     "data": 7, "lightning": 7, "models": 7,
     "report": 8, "training": 8,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import ConfigError, ExportError, StorageError
+from ..errors import ConfigError, ExportError
 from ..graph.types import Graph, Scores
 from ..inputs import checked, flatten_tensors, sample_count, shapes_of
 from ..measuring import check_runs
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
+from ..storage import write_whole
 from ..surgery.walk import in_eval_mode, named_tensors
 from .layer_times import OPEN, PREPARE, clock_for, machine, measure_layers, measure_networks
 from .runtimes import Runtime, device_in, dtype_of, runtime_named, torch_threads
@@ -172,13 +173,5 @@ class Times:
         """Replace the file, whole or not at all. Raises StorageError if it cannot be written."""
         if self.path is None:
             return
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps({"place": dict(self.place), "layers": self.layers, "networks": self.networks}),
-                            encoding="utf-8")
-            part.replace(self.path)
-        except OSError as e:
-            with suppress(OSError):  # on a full disk the room counts
-                part.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {self.path}: {e.strerror or e}") from e
+        found = {"place": dict(self.place), "layers": self.layers, "networks": self.networks}
+        write_whole({self.path: json.dumps(found).encode()})

@@ -122,7 +122,7 @@ def test_times_that_cannot_be_written_are_an_error_of_one_line(tmp_path: Path, m
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(narrower.StorageError, match=r"cannot write .*times.json.*No space left"):
         times.write()
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
