@@ -13,7 +13,6 @@ import narrower
 
 from ..centripetal.centripetal_sgd import PUBLISHED, unmergeable
 from ..errors import ConfigError
-from ..storage import write_whole
 from ..training.methods import Methods
 from . import run_folder
 from .config import PruneConfig
@@ -74,6 +73,5 @@ def train_centripetal(job: Job, model: nn.Module, graph: narrower.Graph) -> tupl
                   methods=Methods(centripetal=csgd, distillation=distillation))
     small = merged(job, csgd, csgd.unified())
     found = replace(csgd.plan, latency_ms=plan.latency_ms)  # of the same widths
-    if job.run.writes:
-        write_whole({job.run.folder / run_folder.PLAN: found.to_json().encode()})
+    job.run.write(run_folder.PLAN, found.to_json().encode())
     return recalibrated(job, small), found

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ..data.task import titled
 from ..errors import ConfigError, MissingExtraError, NarrowerError
 from ..extras import optional
+from ..report.facts import MEASURE
 from ..soft.soft_pruning import PUBLISHED
 from ..storage import write_whole
 from ..training.agreement import first
@@ -214,7 +215,7 @@ def outcome(cell: Cell, folder: Path) -> Outcome | None:
         if not (folder / run_folder.CONFIG).is_file():
             return None
         run = run_folder.Run(folder, resume=True, writes=False)
-        if not (measured := run.last("measure")):
+        if not (measured := run.last(MEASURE)):
             return None
         dense, narrow = measured["dense"], measured["narrow"]
         name = next(iter(dense))  # of the figure that the task reports first

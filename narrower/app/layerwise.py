@@ -19,7 +19,6 @@ import narrower
 
 from ..graph.equal_counts import components
 from ..planning.plan import costed_plan
-from ..storage import write_whole
 from ..training.agreement import first
 from ..training.methods import Methods
 from ..training.train import read_checkpoint
@@ -79,7 +78,7 @@ def save_layers(job: Job, done: int, small: nn.Module) -> None:
     content = io.BytesIO()
     files = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in packed(small).items()}
     torch.save({"done": done, "files": files}, content)
-    write_whole({job.run.folder / LAYERS: content.getvalue()})
+    job.run.write(LAYERS, content.getvalue())
 
 
 def restored_layers(job: Job) -> tuple[int, nn.Module] | None:

@@ -20,6 +20,7 @@ from ..errors import ConfigError, TraceError
 from ..models import expected_images, make_model
 from ..models.checkpoints import load_checkpoint
 from ..narrowing.narrow import RECORD
+from ..report.facts import START
 from ..storage import META, WEIGHTS, write_whole
 from ..surgery.walk import in_eval_mode
 from ..training.accelerator import make_accelerator, to_device
@@ -174,7 +175,7 @@ def read_run(folder: Path, config: ModelConfig) -> nn.Module:
     """
     run_folder.read_settings(folder)
     if not (folder / run_folder.MODEL).exists():
-        command = run_folder.Run(folder, resume=True, writes=False).last(run_folder.START).get("command", "prune")
+        command = run_folder.Run(folder, resume=True, writes=False).last(START).get("command", "prune")
         raise ConfigError(f"the run in {folder} has no network yet: go on with it by narrower {command} --resume "
                           f"{run_folder.quoted(folder)}")
     if (folder / run_folder.NARROW).exists():
@@ -216,7 +217,7 @@ def input_size(config: ModelConfig, img_size: int | None, folder: Path | None) -
     Settings have no `img_size` where images are not square. Runs of older versions do not tell theirs.
     """
     run = None if img_size or folder is None else run_folder.Run(folder, resume=True, writes=False)
-    if run is not None and (found := run.last(run_folder.START).get(run_folder.INPUT_SIZE)):
+    if run is not None and (found := run.last(START).get(run_folder.INPUT_SIZE)):
         return found[0], found[1], found[2]
     size = img_size or int(expected_images(config.model).get("large", 224))
     return config.in_chans, size, size

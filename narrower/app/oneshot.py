@@ -22,7 +22,6 @@ from ..errors import ConfigError, StorageError
 from ..graph.cost import CostKind, CostModel
 from ..inputs import map_tensors
 from ..repair.held_out import Measure
-from ..storage import write_whole
 from ..training.agreement import first
 from ..training.settle import renew, settle
 from . import run_folder
@@ -135,8 +134,8 @@ def scored(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence[B
         watched = job.report.watch(images, f"scoring ({given.method})", given.images)
         facts["method"] = given.method
         found = score(given, model, graph, watched, job.settings.run.seed, job.data.task)
-    if job.run.writes and not again:
-        write_whole({file: save({name: values.detach().cpu().clone() for name, values in found.items()})})
+    if not again:
+        job.run.write(run_folder.SCORES, save({name: values.detach().cpu().clone() for name, values in found.items()}))
     return found
 
 
@@ -162,8 +161,8 @@ def measured(job: Job, model: nn.Module, graph: narrower.Graph, scores: narrower
     with job.stage("sensitivity") as facts:
         found = narrower.sensitivity(model, graph, scores, images, measure=measure_of(job), progress=job.note_slowly())
         facts |= {"images": found.images, "text": str(found)}
-    if job.run.writes and not again:
-        write_whole({file: found.to_json().encode()})
+    if not again:
+        job.run.write(run_folder.SENSITIVITY, found.to_json().encode())
     return found
 
 
@@ -204,8 +203,7 @@ def new_plan(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequence
     """Score, measure and plan."""
     given = job.settings.prune
     plan = planned_in_steps(job, model, graph, images) if given.steps > 1 else planned_once(job, model, graph, images)
-    if job.run.writes:
-        write_whole({job.run.folder / run_folder.PLAN: plan.to_json().encode()})
+    job.run.write(run_folder.PLAN, plan.to_json().encode())
     return plan
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..report.facts import START
 from ..training.agreement import first
 from ..training.config import TrainConfig
 from . import run_folder
@@ -51,7 +52,7 @@ def check_settings(folder: Path, settings: Settings, pruning: Iterable[str]) -> 
 def start_of(folder: Path) -> dict[str, Any]:
     """What a run began with. Runs of older versions do not say."""
     def read() -> dict[str, Any]:
-        row = run_folder.Run(folder, resume=True, writes=False).last(run_folder.START)
+        row = run_folder.Run(folder, resume=True, writes=False).last(START)
         return {key: row[key] for key in (IMAGES, WEIGHTS) if key in row}
 
     return first(read)

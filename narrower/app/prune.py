@@ -17,6 +17,7 @@ from ..data.streams import StreamImages
 from ..deployment.module_times import time_modules
 from ..errors import ConfigError, DataError
 from ..models.checkpoints import load_checkpoint
+from ..report.facts import MEASURE
 from ..training.agreement import first, share
 from ..training.evaluate import headline
 from ..training.methods import Methods
@@ -185,7 +186,7 @@ def run_stages(job: Job, model: nn.Module, graph: narrower.Graph) -> Result:
 def measured(job: Job, model: nn.Module, small: nn.Module, before: Mapping[str, Any], stages: dict[str, float]) -> Result:
     """The last stage: both networks measured. `before`: the headline of the first, `stages`: those of the second."""
     name = before["headline"]
-    with job.stage("measure", busy="measuring") as facts:
+    with job.stage(MEASURE, busy="measuring") as facts:
         dense, narrow = first(lambda: costs_of(job.example, model, small))
         facts |= first(lambda: layer_times(job.example, model, small))
         last = {name: [*stages.values()][-1]}

@@ -17,6 +17,7 @@ from ..errors import ConfigError, MissingExtraError, NarrowerError
 from ..models.checkpoints import load_checkpoint
 from ..planning.damage import Sensitivity
 from ..report import Facts, Layer, Scored, render
+from ..report.facts import START
 from ..report.feature_maps import FeatureMap, feature_maps
 from ..storage import read_meta, write_whole
 from . import run_folder
@@ -86,7 +87,7 @@ def facts_of(folder: Path) -> Facts:
             parts["maps"] = maps_of(folder, settings, parts["graph"])
         except Exception as error:  # whatever images and networks raise
             absent["maps"] = f"the maps cannot be computed ({reason(error)})"
-    agreement = not run.last(run_folder.START).get("labelled", True)
+    agreement = not run.last(START).get("labelled", True)
     return Facts(folder.absolute().name, settings, run.rows(), **parts, absent=absent, agreement=agreement)
 
 
@@ -95,7 +96,7 @@ def ended_run(folder: Path) -> tuple[dict[str, Any], run_folder.Run]:
     settings = run_folder.read_settings(folder)
     run = run_folder.Run(folder, resume=True, writes=False)
     if not any(run.last(stage) for stage in ENDS):
-        command = run.last(run_folder.START).get("command", "prune")
+        command = run.last(START).get("command", "prune")
         if command == "sensitivity":
             raise ConfigError(f"{folder} is a measurement of damage, not a run that narrowed or trained: nothing to report")
         raise ConfigError(f"the run in {folder} has not ended: go on with it by narrower {command} --resume "

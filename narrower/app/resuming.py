@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..report.facts import MEASURE, START
 from ..training.config import flag
 from .config import TRAINED
-from .run_folder import CONFIG, START, Run, quoted, read_settings
+from .run_folder import CONFIG, Run, quoted, read_settings
 
 WHERE = ("device", "workers", "amp", "channels_last", "data_dir", "dataset_download", "cache_dir", "checkpoint", "amp_dtype",
          "torchcompile", "report")
@@ -21,7 +22,7 @@ TRAINING = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_lr", "sched", "de
             "smoothing", "clip_grad", "mixup", "cutmix", "reprob")
 """Settings that may change for the rest of a training. Where the network narrows in it, the schedule follows from `epochs`,
 which must stay."""
-ENDS = ("measure", "train")
+ENDS = (MEASURE, "train")
 """The last rows of runs that have ended."""
 
 Changes = dict[str, tuple[Any, Any]]

@@ -35,12 +35,14 @@ from typing import Any
 
 import narrower
 
+from .. import storage
 from ..errors import ConfigError, StorageError
 from ..report import PICTURE_NAMES
-from ..storage import write_whole
+from ..report.facts import RESUME, START, last_row
 from ..training.agreement import is_of_another
 
-MODEL, NARROW, CONFIG, METRICS, LOG = "model.safetensors", "narrower.json", "config.yaml", "metrics.jsonl", "log.txt"
+MODEL, NARROW = storage.WEIGHTS, storage.META
+CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "log.txt"
 DENSE, PLAN, SCORES, SENSITIVITY = "dense.safetensors", "plan.json", "scores.safetensors", "sensitivity.json"
 LATENCY, TIMES = "latency.json", "latency.times.json"
 BEST = "best.safetensors"
@@ -53,8 +55,6 @@ FILES = (CONFIG, MODEL, BEST, NARROW, PLAN, METRICS, LOG, DENSE, SCORES, SENSITI
 DRAWN = tuple(f"{PICTURES}/{name}.svg" for name in PICTURE_NAMES)
 """The pictures of the report. They go with the files; others beside them stay."""
 PREVIOUS, MOVING = "previous", "previous.part"
-START, RESUME = "start", "resume"
-"""Rows of the metrics: which command began with which images and weights; which settings have changed since."""
 IMAGES, WEIGHTS = "training images", "weights of the dense network"
 """In the row `start`: what a run began with, the number of the one and the fingerprint of the other."""
 INPUT_SIZE = "input_size"
@@ -145,7 +145,7 @@ class Run:
             if not self.resume:
                 self._set_aside()
             if not self.resume or changed:
-                write_whole({self.folder / CONFIG: to_yaml(settings).encode()})
+                storage.write_whole({self.folder / CONFIG: to_yaml(settings).encode()})
         except (OSError, StorageError) as error:
             if not self.resume:
                 self._restore()
@@ -210,6 +210,11 @@ class Run:
             self._epochs.add((row["stage"], row["epoch"]))
         self._append(METRICS, json.dumps({**row, "time": round(time.time(), 3)}) + "\n")
 
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file, in the process that writes."""
+        if self.writes:
+            storage.write_whole({self.folder / name: content})
+
     def print(self, text: str) -> None:
         """Add printed text to the log."""
         self._append(LOG, text)
@@ -230,7 +235,7 @@ class Run:
 
     def last(self, stage: str) -> dict[str, Any]:
         """The last row of a stage, or an empty one."""
-        return next((row for row in reversed(self.rows()) if row.get("stage") == stage and "epoch" not in row), {})
+        return dict(last_row(self.rows(), stage))
 
     def _append(self, name: str, text: str) -> None:
         if not self.writes:

@@ -17,6 +17,7 @@ import narrower
 from ..errors import ConfigError, StorageError
 from ..models import origin
 from ..report import CARD, Facts, check_fields, model_card
+from ..report.facts import MEASURE, START
 from ..sharing import SUMS, checksums, open_hub, reach, upload
 from ..sharing.hub import is_repository
 from ..storage import META, WEIGHTS, differences, read_meta, write_whole
@@ -67,10 +68,10 @@ def push_run(folder: Path, repository: str, given: PushConfig, report: Reporter 
 def facts_of(folder: Path) -> Facts:
     """What the card says of a run. Of paths, only the last part; nothing of what was typed. Raises as `push_run`."""
     settings, run = ended_run(folder)
-    if not (folder / META).is_file() or not run.last("measure"):
+    if not (folder / META).is_file() or not run.last(MEASURE):
         raise ConfigError(f"the network of {folder} was not narrowed: there is nothing that narrower.load could read")
     check_network(folder)
-    agreement = not run.last(run_folder.START).get("labelled", True)
+    agreement = not run.last(START).get("labelled", True)
     rows = [{key: value for key, value in row.items() if key != "typed"} for row in run.rows()]
     return Facts(folder.absolute().name, without_paths(settings), without_paths(rows), agreement=agreement)
 
@@ -133,7 +134,7 @@ def without_paths(value: Any) -> Any:
 
 def command_line(facts: Facts) -> str:
     """The command of a run, with the settings that are not the default."""
-    command = str(facts.last(run_folder.START).get("command", "prune"))
+    command = str(facts.start.get("command", "prune"))
     words, defaults = ["narrower", command], FINE_TUNING if command == "prune" else {}
     for group in (ModelConfig, DataConfig, PruneConfig, TrainConfig, RunConfig):
         for item in fields(group):

@@ -13,7 +13,6 @@ import narrower
 
 from ..errors import ConfigError
 from ..soft.soft_pruning import PUBLISHED, unmaskable
-from ..storage import write_whole
 from ..training.methods import Methods
 from . import run_folder
 from .config import PruneConfig
@@ -69,6 +68,5 @@ def train_soft(job: Job, model: nn.Module, graph: narrower.Graph) -> tuple[nn.Mo
     found = replace(soft.plan, latency_ms=plan.latency_ms)  # of the same widths
     with job.stage("mask") as facts:
         facts |= {"macs": found.macs, "params": found.params, "text": str(soft)}
-        if job.run.writes:
-            write_whole({job.run.folder / run_folder.PLAN: found.to_json().encode()})
+        job.run.write(run_folder.PLAN, found.to_json().encode())
     return recalibrated(job, narrowed(job, training, found)), found

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from ..data.task import titled
 from ..errors import ConfigError, StorageError
+from ..report.facts import COSTS, STAGES
 from ..training.agreement import LOST, is_of_another, local_rank, tells
 from .comparing import Comparison
 from .job import Reporter
@@ -143,19 +144,16 @@ def stage_line(row: dict[str, Any]) -> str:
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
-NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "reconstructed", "tune": "tuned",
-         "fine-tune": "fine-tuned", "layers": "layer by layer", "narrow": "narrow"}
-
-
 def comparison(result: Result) -> Table:
     """The final table: the network before, the narrow one after each stage, and what changed in all."""
     dense, narrow = result.dense, result.narrow
     table = Table(title=f"{result.start} against narrow")
-    for name in ("", result.start, *(NAMES[stage] for stage in result.stages), "change"):
+    for name in ("", result.start, *(STAGES[stage] for stage in result.stages), "change"):
         table.add_column(name, justify="right" if name else "left")
     values = [result.before, *result.stages.values()]
     table.add_row(titled(result.headline), *(f"{value:.2f} %" for value in values), f"{values[-1] - values[0]:+.2f}")
-    for (name, one), (_, two), ratio in zip(costs(dense), costs(narrow), ratios(dense, narrow), strict=True):
+    for cost, (name, one), (_, two) in zip(COSTS, costs(dense), costs(narrow), strict=True):
+        ratio = getattr(narrow, cost.key) / getattr(dense, cost.key)
         table.add_row(name, one, *[""] * (len(result.stages) - 1), two, f"x {ratio:.3f}")
     if result.timed is not None:
         add_times(table, result.timed, len(result.stages) - 1)
@@ -171,16 +169,7 @@ def add_times(table: Table, timed: Timed, between: int) -> None:
 
 
 def costs(of: Costs) -> list[tuple[str, str]]:
-    return [
-        ("MACs", f"{of.macs / 1e6:,.2f} M"),
-        ("parameters", f"{of.params / 1e6:,.3f} M"),
-        ("size", f"{of.size_mb:,.3f} MB"),
-        ("latency", f"{of.latency_ms:,.2f} ms"),
-    ]
-
-
-def ratios(dense: Costs, narrow: Costs) -> list[float]:
-    return [getattr(narrow, key) / getattr(dense, key) for key in ("macs", "params", "size_mb", "latency_ms")]
+    return [(cost.title, cost.shown(getattr(of, cost.key))) for cost in COSTS]
 
 
 def grid(found: Comparison) -> Table:

@@ -16,7 +16,6 @@ from ..deployment.formats import format_of
 from ..errors import ConfigError, NoiseError
 from ..extras import optional
 from ..planning.requests import read_latency
-from ..storage import write_whole
 from ..training.agreement import first
 from . import run_folder
 from .config import PruneConfig
@@ -144,7 +143,7 @@ def with_times(job: Job, model: nn.Module, graph: narrower.Graph) -> Job:
         job = replace(job, times=narrower.LatencyTable.from_json(first(lambda: own_table(job, model, graph).to_json())))
         check_request(job, model, graph)
     if job.run.writes and job.times is not None:
-        write_whole({job.run.folder / run_folder.LATENCY: job.times.to_json().encode()})
+        job.run.write(run_folder.LATENCY, job.times.to_json().encode())
         (job.run.folder / run_folder.TIMES).unlink(missing_ok=True)
     return job
 

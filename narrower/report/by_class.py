@@ -34,7 +34,7 @@ def classes_of(facts: Facts) -> list[Class]:
     if not dense or not narrow:
         return []
     images, before, after = dense[-1]["images"], dense[-1]["right"], narrow[-1]["right"]
-    names = facts.last("start").get("classes") or range(len(images))
+    names = facts.start.get("classes") or range(len(images))
     return [Class(str(name), count, 100 * right / count, 100 * later / count)
             for name, count, right, later in zip(names, images, before, after, strict=False) if count]
 

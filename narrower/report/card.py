@@ -80,7 +80,7 @@ def metadata(facts: Facts, repository: str) -> dict[str, Any]:
     if settings.get("task"):
         return found
     found |= {"pipeline_tag": "image-classification", "model_name": repository.partition("/")[2]}
-    top1 = facts.last("measure").get("narrow", {}).get("top1")
+    top1 = facts.measured.get("narrow", {}).get("top1")
     if top1 is not None and not facts.agreement:
         found["metrics"] = ["accuracy"]
         found["eval_results"] = [hub.EvalResult("image-classification", data, data, "accuracy", round(top1, 4),
@@ -96,7 +96,7 @@ def data_set(settings: Mapping[str, Any]) -> str:
 
 def summary(facts: Facts) -> str:
     """What the network is, in a sentence or two."""
-    settings, found = facts.settings, facts.last("measure")
+    settings, found = facts.settings, facts.measured
     parts = [f"{found['narrow'][key] / found['dense'][key]:.1%} of its {title}"
              for key, title in (("macs", "multiply-adds"), ("params", "parameters")) if found["dense"].get(key)]
     return (f"`{settings['model']}` with fewer channels: {' and '.join(parts)}. Made by narrower, method "
@@ -150,7 +150,7 @@ def usage(settings: Mapping[str, Any], repository: str) -> str:
 
 def versions(facts: Facts) -> str:
     """What computed the run."""
-    start = facts.last("start")
+    start = facts.start
     text = f"Seed {facts.settings.get('seed', 'unknown')}, narrower {start.get('narrower', 'of an unknown version')}"
     return text + (f", torch {start['torch']}, Python {start['python']}." if {"torch", "python"} <= start.keys() else ".")
 

@@ -16,6 +16,29 @@ from .feature_maps import FeatureMap
 
 Row = Mapping[str, Any]
 
+START, RESUME, MEASURE = "start", "resume", "measure"
+"""Rows of the metrics: which command began with which images and weights; which settings have changed since; the result."""
+STAGES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "reconstructed", "tune": "tuned",
+          "fine-tune": "fine-tuned", "layers": "layer by layer", "narrow": "narrow"}
+"""Stages after which the narrow network is evaluated, and what it is called then."""
+
+
+class Cost(NamedTuple):
+    """A cost of a network by its key in the row `MEASURE`: how it is called, its unit and decimals."""
+
+    key: str
+    title: str
+    scale: float
+    unit: str
+    decimals: int
+
+    def shown(self, value: float) -> str:
+        return f"{value / self.scale:,.{self.decimals}f} {self.unit}"
+
+
+COSTS = (Cost("macs", "MACs", 1e6, "M", 2), Cost("params", "parameters", 1e6, "M", 3), Cost("size_mb", "size", 1, "MB", 3),
+         Cost("latency_ms", "latency", 1, "ms", 2))  # fmt: skip
+
 
 class Layer(NamedTuple):
     """A layer by the name of its weight, with the shapes of the weight before and after."""
@@ -30,6 +53,11 @@ class Scored(NamedTuple):
 
     values: np.ndarray
     kept: np.ndarray
+
+
+def last_row(rows: Sequence[Row], stage: str) -> Row:
+    """The last row of a stage, or an empty one."""
+    return next((row for row in reversed(rows) if row.get("stage") == stage and "epoch" not in row), {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +94,17 @@ class Facts:
 
     def last(self, stage: str) -> Row:
         """The last row of a stage, or an empty one."""
-        return next((row for row in reversed(self.rows) if row.get("stage") == stage and "epoch" not in row), {})
+        return last_row(self.rows, stage)
+
+    @property
+    def start(self) -> Row:
+        """What the run began with."""
+        return self.last(START)
+
+    @property
+    def measured(self) -> Row:
+        """What came of a run that narrowed."""
+        return self.last(MEASURE)
 
     @property
     def epochs(self) -> list[Row]:

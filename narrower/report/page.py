@@ -5,12 +5,10 @@ from __future__ import annotations
 from importlib.resources import files
 
 from ..extras import optional
-from .facts import Facts
+from .facts import COSTS, Facts
 from .sections import sections
 
 TEMPLATE = "page.html.jinja"
-COSTS = (("macs", "MACs", 1e6, "M"), ("params", "parameters", 1e6, "M"), ("size_mb", "size", 1, "MB"),
-         ("latency_ms", "latency", 1, "ms"))  # fmt: skip
 
 
 def render(facts: Facts) -> tuple[str, dict[str, bytes]]:
@@ -30,14 +28,14 @@ def render(facts: Facts) -> tuple[str, dict[str, bytes]]:
 
 def tiles(facts: Facts) -> list[tuple[str, str, str]]:
     """What the run came to, in a few numbers: (what, the number, what it was)."""
-    measured = facts.last("measure")
+    measured = facts.measured
     if not measured:
         return []
     dense, narrow = measured["dense"], measured["narrow"]
     found = []
     if (name := facts.headline) in dense and name in narrow:
         found.append((facts.headline_title, f"{narrow[name]:.2f} %", f"dense {dense[name]:.2f} %"))
-    for key, title, scale, unit in COSTS:
+    for key, title, scale, unit, _ in COSTS:
         if dense.get(key) and key in narrow:
             values = f"{dense[key] / scale:,.2f} → {narrow[key] / scale:,.2f} {unit}"
             found.append((title, f"{narrow[key] / dense[key]:.1%}", values))

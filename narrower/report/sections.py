@@ -14,12 +14,8 @@ import torch
 from ..resrep.history import spread
 from . import pictures
 from .by_class import classes_of, told
-from .facts import Facts, Row
+from .facts import COSTS, RESUME, STAGES, START, Facts, Row
 from .pictures import Picture
-
-NAMES = {"cut": "cut", "merge": "merged", "recalibrate": "BatchNorm renewed", "reconstruct": "repaired", "tune": "tuned",
-         "fine-tune": "fine-tuned", "layers": "layer by layer"}  # fmt: skip
-
 
 MOST_ROWS = 2000
 """Of a table, for the size of the page."""
@@ -48,38 +44,30 @@ class Section(NamedTuple):
 def stages(facts: Facts) -> Section:
     """The table of the network after each stage."""
     title = "Stages"
-    measured = facts.last("measure")
+    measured = facts.measured
     if not measured:
         found = facts.last("train")
         rows = [("trained", percent(found.get(facts.headline)), seconds(found))] if found else []
         return Section(title, table=Table(("", facts.headline_title, "seconds"), rows))
     dense, narrow = measured["dense"], measured["narrow"]
-    header = ("", facts.headline_title, "MACs", "parameters", "size", "latency", "seconds")
+    header = ("", facts.headline_title, *(cost.title for cost in COSTS), "seconds")
     lines = [("dense", percent(dense.get(facts.headline)), *costs(dense), "")]
     names = list(measured["stages"])
     for name in names:
         last = name == names[-1]
         shown = costs(narrow) if last else (*costs(narrow)[:3], "")
-        lines.append((NAMES.get(name, name), percent(measured["stages"][name]), *shown, seconds(facts.last(name))))
+        lines.append((STAGES.get(name, name), percent(measured["stages"][name]), *shown, seconds(facts.last(name))))
     if not names:
         lines.append(("narrow", percent(narrow.get(facts.headline)), *costs(narrow), ""))
     change = narrow.get(facts.headline, 0.0) - dense.get(facts.headline, 0.0)
-    ratios = [f"× {narrow[key] / dense[key]:.3f}" if dense.get(key) else "" for key in COSTS]
+    ratios = [f"× {narrow[cost.key] / dense[cost.key]:.3f}" if dense.get(cost.key) else "" for cost in COSTS]
     lines.append(("change", f"{change:+.2f}", *ratios, ""))
     return Section(title, "Latency: one image, measured in turn on the machine of the run, at its end.",
                    table=Table(header, lines))
 
 
-COSTS: dict[str, Callable[[float], str]] = {
-    "macs": lambda n: f"{n / 1e6:,.2f} M",
-    "params": lambda n: f"{n / 1e6:,.3f} M",
-    "size_mb": lambda n: f"{n:,.3f} MB",
-    "latency_ms": lambda n: f"{n:,.2f} ms",
-}
-
-
 def costs(of: Row) -> tuple[str, ...]:
-    return tuple(show(of[key]) if key in of else "" for key, show in COSTS.items())
+    return tuple(cost.shown(of[cost.key]) if cost.key in of else "" for cost in COSTS)
 
 
 def percent(value: float | None) -> str:
@@ -122,7 +110,7 @@ def macs(facts: Facts) -> Section:
 
 def latency(facts: Facts) -> Section | None:
     """Milliseconds of each layer."""
-    measured = facts.last("measure")
+    measured = facts.measured
     if not measured:
         return None
     title, rows = "Latency by layer", table_rows(facts)
@@ -160,7 +148,7 @@ def table_rows(facts: Facts) -> list[tuple[str, float, float]]:
 
 def scores(facts: Facts) -> Section | None:
     """Sorted scores, with the cut."""
-    if not facts.last("measure"):
+    if not facts.measured:
         return None
     title = "Scores and the cut"
     if not facts.scores:
@@ -209,7 +197,7 @@ def training(facts: Facts) -> Section:
 
 def classes(facts: Facts) -> Section | None:
     """Where accuracy went."""
-    if not facts.last("measure") or facts.settings.get("task"):
+    if not facts.measured or facts.settings.get("task"):
         return None
     figure = "agreement" if facts.agreement else "accuracy"
     title = f"Where {figure} went, class by class"
@@ -228,7 +216,7 @@ def classes(facts: Facts) -> Section | None:
 
 def resrep(facts: Facts) -> Section | None:
     """How ResRep went."""
-    if facts.settings.get("method") != "resrep" or not facts.last("measure"):
+    if facts.settings.get("method") != "resrep" or not facts.measured:
         return None
     title = "ResRep: from masks to zeros"
     if not any("masked" in row for row in facts.epochs):
@@ -238,7 +226,7 @@ def resrep(facts: Facts) -> Section | None:
 
 def norms(facts: Facts) -> Section | None:
     """The way of the row norms."""
-    if facts.settings.get("method") != "resrep" or not facts.last("measure"):
+    if facts.settings.get("method") != "resrep" or not facts.measured:
         return None
     title = "ResRep: the way of the row norms"
     rows = [row for row in facts.rows if "norms" in row]
@@ -254,7 +242,7 @@ def norms(facts: Facts) -> Section | None:
 
 def maps(facts: Facts) -> Section | None:
     """Feature maps with their ranks."""
-    if facts.settings.get("method") != "hrank" or not facts.last("measure"):
+    if facts.settings.get("method") != "hrank" or not facts.measured:
         return None
     title = "HRank: feature maps that stay and that go"
     if not facts.maps:
@@ -276,14 +264,14 @@ def pins(facts: Facts) -> Section:
 
 def made_by(facts: Facts) -> Section:
     """The command, the versions and all settings."""
-    start = facts.last("start")
-    command = start.get("command", "prune" if facts.last("measure") else "train")
+    start = facts.start
+    command = start.get("command", "prune" if facts.measured else "train")
     text = f"Seed {facts.settings.get('seed', 'unknown')}. "
     text += f"Run by narrower {start.get('narrower', 'of a version that was not recorded')}"
     text += f", torch {start['torch']}, Python {start['python']}" if {"torch", "python"} <= start.keys() else ""
     text += f", in {start['processes']} processes" if start.get("processes", 1) > 1 else ""
     text += f". Page by torch {torch.__version__}, Python {sys.version.split()[0]}."
-    typed = [row["typed"] for row in facts.rows if row.get("stage") in ("start", "resume") and row.get("typed")]
+    typed = [row["typed"] for row in facts.rows if row.get("stage") in (START, RESUME) and row.get("typed")]
     again = f"narrower {command} --config {shlex.quote(f'{facts.name}/config.yaml')}"
     text += " The command as it was typed, and one that takes the same settings:" if typed else " To run it again:"
     rows = [(str(key), str(value)) for key, value in facts.settings.items()]

@@ -29,6 +29,7 @@ from support.command_line import rows, weights
 import narrower
 from narrower.app import cli, run_folder, terminal
 from narrower.app.config import DataConfig, ModelConfig, PruneConfig, RunConfig
+from narrower.report.facts import START
 from narrower.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +84,7 @@ def test_prune_trains_its_own_dense_network(capsys: pytest.CaptureFixture[str]) 
     stages = {row["stage"]: row for row in rows("one") if "epoch" not in row}
     before = "start, trace, settle, train dense, score, sensitivity, plan, narrow, verify"
     assert ", ".join(stages) == f"{before}, cut, reconstruct, save, fine-tune, measure"
-    assert all(row["seconds"] >= 0 for row in stages.values() if row["stage"] != run_folder.START)
+    assert all(row["seconds"] >= 0 for row in stages.values() if row["stage"] != START)
     assert stages["start"]["typed"] == shlex.join(["narrower", "prune", *SHORT, "--output", "one"])
     assert [row["epoch"] for row in rows("one") if row["stage"] == "fine-tune" and "epoch" in row] == [1, 2]
     figures = stages["measure"]

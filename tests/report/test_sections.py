@@ -21,7 +21,7 @@ def cells(section: sections.Section | None) -> list[tuple[str, ...]]:
 
 def test_each_stage_has_a_row_and_only_what_was_timed_a_latency() -> None:
     rows = cells(sections.stages(make_facts()))
-    assert [row[0] for row in rows] == ["dense", "cut", "repaired", "fine-tuned", "change"]
+    assert [row[0] for row in rows] == ["dense", "cut", "reconstructed", "fine-tuned", "change"]
     assert [row[1] for row in rows] == ["88.29 %", "23.93 %", "81.27 %", "86.51 %", "-1.78"]
     assert [row[5] for row in rows] == ["2.00 ms", "", "", "1.50 ms", "× 0.750"]
 
