@@ -97,9 +97,9 @@ def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "")
     return f"; did you mean {', '.join(prefix + found for found in near)}?" if near else ""
 
 
-def first_few(names: Sequence[str], most: int) -> str:
+def first_few(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """A part of a message: the first `most` of some names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import StorageError
+from ..errors import StorageError, first_few
 
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module", "net")
 BEGINNINGS = (b"PK", b"\x80")  # of a zip archive, and of a pickle, which torch.save wrote before 1.6
@@ -182,8 +182,5 @@ def other_outputs(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> int
     return shapes[0][0][0] if len(numbers) == 1 and all(a[1:] == b[1:] and len(a) and len(b) for a, b in shapes) else None
 
 
-def _some(label: str, names: list[str], separator: str = ", ", limit: int = 5) -> str:
-    if not names:
-        return ""
-    more = f"{separator}and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} {label}: {separator.join(names[:limit])}{more}"
+def _some(label: str, names: list[str], separator: str = ", ") -> str:
+    return f"{len(names)} {label}: {first_few(names, 5, separator)}" if names else ""

@@ -17,8 +17,6 @@ import numpy as np
 
 Ids = np.ndarray
 
-Shape = Sequence[int]
-
 
 class Axis(NamedTuple):
     """One dimension of a parameter or buffer."""

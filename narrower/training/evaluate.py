@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def evaluate(
-    model: nn.Module, images: Images, config: TrainConfig | None = None, accelerator: Accelerator | None = None,
-    watch: Watch = silent,
-) -> dict[str, float]:  # fmt: skip
+def evaluate(model: nn.Module, images: Images, config: TrainConfig | None = None,
+             accelerator: Accelerator | None = None) -> dict[str, float]:
     """`{"top1": percent, "top5": percent, "loss": mean cross-entropy}` of `model` on `images`, in eval mode (put back after).
 
     Of a user's task: its figures, the headline first, and the mean of its loss. With several processes each takes a part, and
     all get the figures of the whole.
     """
-    return evaluate_classes(model, images, config, accelerator, watch)[0]
+    return evaluate_classes(model, images, config, accelerator)[0]
 
 
 def evaluate_classes(
