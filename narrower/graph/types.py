@@ -59,9 +59,9 @@ class ChannelMap:
 class Slice(ChannelMap):
     """Where the channels of a group are along dimension `dim` of a parameter or buffer.
 
-    `role`: "out" produces the channels, "in" reads them, "both" does so in two uses (a tied autoencoder), "along" has one entry
-    per channel (BatchNorm, bias, depthwise filters). `blocks`: the number of groups of a grouped convolution whose groups read
-    different channels. A position is then group * size + position within the group.
+    `role`: "out" produces the channels (depthwise filters do too), "in" reads them, "both" does so in two uses (a tied
+    autoencoder), "along" has one entry per channel (BatchNorm, bias). `blocks`: the number of groups of a grouped convolution
+    whose groups read different channels. A position is then group * size + position within the group.
     """
 
     tensor: str
