@@ -68,7 +68,8 @@ def train_centripetal(job: Job, model: nn.Module, graph: narrower.Graph) -> tupl
     plan = choose(job, model, graph)
     training = copy.deepcopy(model)
     csgd = pulled(job, training, graph, plan, job.updates)
-    with save_if_interrupted(job, csgd.merge), distilling(job, model, training) as distillation:
+    with (save_if_interrupted(job, lambda: csgd.merge() if csgd.step else None),
+          distilling(job, model, training) as distillation):
         job.train(training, "centripetal", run_folder.CHECKPOINT, job.settings.train,
                   methods=Methods(centripetal=csgd, distillation=distillation))
     small = merged(job, csgd, csgd.unified())

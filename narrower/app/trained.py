@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 import narrower
 
-from ..errors import ConfigError, PlanError, VerifyError
+from ..errors import PlanError, VerifyError
 from ..inputs import flatten_tensors
 from ..training.agreement import first
 from .config import PruneConfig
@@ -45,16 +45,18 @@ def plan_by_prior(job: Job, model: nn.Module, graph: narrower.Graph, left: Mappi
 
 
 @contextmanager
-def save_if_interrupted(job: Job, narrowed: Callable[[], nn.Module]) -> Iterator[None]:
-    """Ctrl-C within saves what `narrowed` makes of the network by then, without its warning that training was too short.
-    Before the first step there may be nothing to save."""
+def save_if_interrupted(job: Job, narrowed: Callable[[], nn.Module | None]) -> Iterator[None]:
+    """Ctrl-C within saves what `narrowed` makes of the network by then (None: there is nothing to save yet), without its
+    warning that training was too short."""
     try:
         yield
     except KeyboardInterrupt:
         if job.run.writes:
-            with warnings.catch_warnings(), suppress(ConfigError):
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                narrower.save(narrowed(), job.run.folder)
+                small = narrowed()
+            if small is not None:
+                narrower.save(small, job.run.folder)
         raise
 
 

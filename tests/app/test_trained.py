@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_networks_are_compared_in_float32() -> None:
     before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     assert before[0] and difference(one, two, torch.ones(2, 3, 4, 4)) == 0
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == before
+
+
+def test_ctrl_c_saves_what_there_is_and_an_error_of_the_merge_is_told(tmp_path: Path) -> None:
+    job: Any = SimpleNamespace(run=SimpleNamespace(writes=True, folder=tmp_path))
+
+    def broken() -> nn.Module:
+        raise narrower.ConfigError("no such setting")
+
+    for narrowed, error in ((lambda: None, KeyboardInterrupt), (broken, narrower.ConfigError)):
+        with pytest.raises(error), trained.save_if_interrupted(job, narrowed):
+            raise KeyboardInterrupt
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_merged_network_that_computes_something_else_is_an_error() -> None:
