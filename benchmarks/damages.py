@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import narrower
 from narrower.allocation import measure
 from narrower.models import make_model
-from narrower.repair.held_out import divergences
+from narrower.repair.comparison import divergences
 
 
 def network(name: str) -> nn.Module:

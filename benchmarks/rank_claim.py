@@ -27,7 +27,7 @@ import narrower
 from narrower.graph.types import ChannelGroup, Graph, Scores
 from narrower.models.checkpoints import load_checkpoint
 from narrower.models.resnet import cifar_resnet20, cifar_resnet56
-from narrower.repair.held_out import kl_divergence
+from narrower.repair.comparison import kl_divergence
 
 BATCHES, BATCH, SETTLED = 5, 128, 1000
 COUNTS = (10, 30, 100, 300)

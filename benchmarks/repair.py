@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import narrower
 from narrower.models.checkpoints import load_checkpoint
 from narrower.models.resnet import cifar_resnet20, cifar_resnet56
-from narrower.repair.held_out import kl_divergence
+from narrower.repair.comparison import kl_divergence
 
 BATCH = 32
 

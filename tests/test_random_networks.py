@@ -15,7 +15,7 @@ from support.random_networks import LEAVES, Block, Random, examples
 
 import narrower
 from narrower.allocation import measure
-from narrower.repair.held_out import divergences
+from narrower.repair.comparison import divergences
 
 INPUTS = networks.images(size=12)[:, :, :8]
 

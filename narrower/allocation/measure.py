@@ -17,7 +17,9 @@ from ..inputs import checked
 from ..narrowing.verify import Survivors
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
-from ..repair.held_out import Comparison, Measure, checked_inputs, images_wanted, input_counts, split
+from ..repair.comparison import Comparison, Measure
+from ..repair.held_out import checked_inputs, split
+from ..repair.readers import images_wanted, input_counts
 from ..repair.second_moments import SecondMoments, repaired, second_moments
 from ..surgery.copying import independent_copy, same_tensors, where_float64_is
 from ..surgery.masking import at_inputs

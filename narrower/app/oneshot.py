@@ -21,7 +21,7 @@ from ..deployment.fitting import elsewhere
 from ..errors import ConfigError, StorageError
 from ..graph.cost import CostKind, CostModel
 from ..inputs import map_tensors
-from ..repair.held_out import Measure
+from ..repair.comparison import Measure
 from ..training.agreement import first
 from ..training.settle import renew, settle
 from . import run_folder

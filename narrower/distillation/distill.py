@@ -12,7 +12,7 @@ from ..errors import ConfigError, check_number
 from ..graph.selection import Kept
 from ..inputs import call_model, checked, model_inputs
 from ..planning.plan import Plan
-from ..repair.held_out import floats
+from ..repair.comparison import floats
 from ..surgery.walk import in_eval_mode, tensor_shapes
 from .features import Tap, Watched, find_taps
 

@@ -14,7 +14,8 @@ from ..errors import ConfigError, check_number
 from ..graph.selection import Kept
 from ..inputs import call_model, checked, flatten_tensors
 from ..planning.plan import Plan
-from ..repair.held_out import Measure, checked_inputs, divergences, images_at, joined, measure_of, split
+from ..repair.comparison import Measure, divergences, measure_of
+from ..repair.held_out import checked_inputs, images_at, joined, split
 from ..repair.reconstruct import cut_tensors
 from ..surgery.copying import independent_copy
 from ..surgery.walk import in_eval_mode

@@ -1,18 +1,41 @@
-"""The layers that lose inputs, and where their intercepts go."""
+"""The layers that read channels: how many images they ask for, which lose inputs, and where their intercepts go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import partial
+from math import ceil, prod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..graph.selection import Kept
-from ..graph.types import Step
+from ..graph.types import Graph, Step
 from ..narrowing.layers import Layer, Layers, Reader
 from ..surgery.resize import give_bias, takes_bias
+
+
+def input_counts(graph: Graph) -> dict[str, int]:
+    """The weights of the layers that read free groups, and how many inputs each reads at a position.
+
+    A weight of two layers that read it along different dimensions, as in a tied autoencoder, is not among them: what is best
+    for one is not for the other.
+    """
+    axes = {(s.tensor, s.dim) for g in graph for s in g.slices if s.reads}
+    times = Counter(tensor for tensor, _ in axes)
+    names = {s.tensor for g in graph.free for s in g.slices if s.reads and s.tensor in graph.uses and times[s.tensor] == 1}
+    return {name: prod(graph.shapes[name][1:]) for name in sorted(names)}
+
+
+def images_wanted(graph: Graph, reads: Mapping[str, int]) -> str:
+    """Which layer asks for the most images. `reads`: how many inputs each weight reads at a position."""
+    wanted = {name: ceil(count / max(1.0, graph.uses.get(name, 1.0))) for name, count in reads.items()}
+    name = max(wanted, key=lambda n: wanted[n], default="")
+    if not name:
+        return "no layer to repair"
+    return f"{name} reads {reads[name]:,} inputs: {wanted[name]:,} images give as many samples"
 
 
 def losing_inputs(kept: Kept) -> tuple[dict[str, Tensor], dict[str, str]]:

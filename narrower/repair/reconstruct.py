@@ -19,10 +19,11 @@ from ..planning.plan import Plan
 from ..surgery.copying import independent_copy, moved, same_tensors, where_float64_is
 from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
-from .held_out import Measure, checked_inputs, divergences, images_wanted, joined, split
+from .comparison import Measure, divergences
+from .held_out import checked_inputs, joined, split
 from .least_squares import choose
 from .patches import as_matrix, as_weight, patches_at, values_at, widened
-from .readers import give_intercepts, losing_inputs
+from .readers import give_intercepts, images_wanted, losing_inputs
 from .second_moments import MOST_INPUTS
 from .targets import Target, dense_targets
 from .watching import LayerCall, LayerWatch

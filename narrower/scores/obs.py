@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..graph.types import ChannelGroup, Graph, Scores
 from ..inputs import checked
-from ..repair import held_out
+from ..repair.held_out import checked_inputs
 from ..repair.patches import as_matrix
+from ..repair.readers import images_wanted, input_counts
 from ..repair.second_moments import SecondMoments, ridge_factor, second_moments
 from ..surgery.copying import independent_copy, same_tensors, where_float64_is
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
@@ -49,8 +50,8 @@ def obs(model: nn.Module, graph: Graph, batches: Iterable[Any], *, images: int |
     """
     same_tensors(model, graph)
     model = where_float64_is(model)
-    counts = held_out.input_counts(graph)
-    inputs = held_out.checked_inputs("obs", batches, model, images, 1, held_out.images_wanted(graph, counts))
+    counts = input_counts(graph)
+    inputs = checked_inputs("obs", batches, model, images, 1, images_wanted(graph, counts))
     copy = independent_copy(model)  # layers are told apart by memory
     with in_eval_mode(copy):
         moments = second_moments(copy, counts, inputs, SAMPLES_PER_INPUT)

@@ -16,7 +16,8 @@ from torch import nn
 import narrower
 from narrower.distillation import tuning
 from narrower.distillation.tuning import TEMPERATURE, Cosine, minibatches
-from narrower.repair.held_out import divergences, split
+from narrower.repair.comparison import divergences
+from narrower.repair.held_out import split
 from narrower.surgery.copying import moved
 
 BATCHES = list(torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(32))

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.graph.selection import Kept
-from narrower.repair.held_out import input_counts
-from narrower.repair.readers import give_intercepts, losing_inputs
+from narrower.repair.readers import give_intercepts, images_wanted, input_counts, losing_inputs
 
 
 def kept_of(model: nn.Module, keep: dict[str, list[int]], x: Tensor) -> Kept:
@@ -61,3 +60,11 @@ def test_intercepts_go_into_a_bias_a_running_mean_or_a_new_bias() -> None:
         "1.weight": ("2.running_mean", "running mean"), "4.weight": ("4.bias", "new bias"),
         "6.fc.weight": ("6.fc.bias", "bias")}
     assert not small.get_parameter("4.bias").any()
+
+
+def test_the_layer_that_needs_most_images_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+    graph = narrower.trace(model, torch.randn(1, 3, 8, 8))
+    assert images_wanted(graph, {"0.weight": 27, "4.weight": 32}) == "4.weight reads 32 inputs: 32 images give as many samples"
+    assert images_wanted(graph, {"0.weight": 27 * 64}) == "0.weight reads 1,728 inputs: 27 images give as many samples"
+    assert images_wanted(graph, {}) == "no layer to repair"
