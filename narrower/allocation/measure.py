@@ -20,7 +20,7 @@ from ..planning.requests import checked_scores, lowest_channels
 from ..repair.comparison import Comparison, Measure
 from ..repair.held_out import checked_inputs, split
 from ..repair.readers import images_wanted, input_counts
-from ..repair.second_moments import SecondMoments, repaired, second_moments
+from ..repair.second_moments import SecondMoments, repaired_weights, second_moments
 from ..surgery.copying import independent_copy, same_tensors, where_float64_is
 from ..surgery.masking import at_inputs
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
@@ -33,7 +33,7 @@ MEASURED = 6  # one image in so many is measured on, the others are fitted
 MEASURED_IMAGES = 64
 
 
-class Cut(NamedTuple):
+class TrialCut(NamedTuple):
     """One removal to be measured: the number of its curve, the share that goes, the weights of the readers then, what is added
     to their outputs, and what runs the calls that mix channels (None: there are none)."""
 
@@ -96,7 +96,7 @@ def sensitivity(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ba
 
 
 def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.ndarray], model: nn.Module,
-            moments: Mapping[str, SecondMoments], shares: Sequence[float]) -> list[Cut]:
+            moments: Mapping[str, SecondMoments], shares: Sequence[float]) -> list[TrialCut]:
     """The removals of one component, with the repaired weights of all its readers."""
     losses = [part.removable(np.round(part.sizes * s).astype(np.int64), part.sizes - 1) for s in sorted(shares)]
     losses = [n for k, n in enumerate(losses) if n.any() and not any(np.array_equal(n, m) for m in losses[:k])]
@@ -117,19 +117,20 @@ def cuts_of(graph: Graph, number: int, part: Component, scores: Mapping[str, np.
     intercepts: dict[str, list[Tensor]] = {}
     for (name, dim), masks in removed.items():
         if name in moments:
-            found = repaired(named[name], moments[name], [m.reshape(moments[name].geometry.groups, -1) for m in masks])
+            found = repaired_weights(named[name], moments[name], [m.reshape(moments[name].geometry.groups, -1) for m in masks])
             weights[name], intercepts[name] = [r.weight for r in found], [r.intercept for r in found]
         else:
             before = weights.get(name, [named[name]] * len(masks))  # a tied weight may be read along two dimensions
             weights[name] = [w.masked_fill(at_inputs(mask.reshape(-1, w.shape[dim]), w, dim), 0)
                              for w, mask in zip(before, masks, strict=True)]
     total, mixed = int(part.sizes.sum()), bool(graph.mixers or graph.products or graph.computed)
-    return [Cut(number, int(lost.sum()) / total, {n: w[k] for n, w in weights.items()},
-                {n: i[k] for n, i in intercepts.items()},
-                Survivors(Kept.without(graph, gone[k]), named.values()) if mixed else None) for k, lost in enumerate(losses)]
+    return [TrialCut(number, int(lost.sum()) / total, {n: w[k] for n, w in weights.items()},
+                     {n: i[k] for n, i in intercepts.items()},
+                     Survivors(Kept.without(graph, gone[k]), named.values()) if mixed else None)
+            for k, lost in enumerate(losses)]
 
 
-def measured_damages(model: nn.Module, cuts: Sequence[Cut], inputs: Sequence[tuple[Any, int]], measure: Measure | None,
+def measured_damages(model: nn.Module, cuts: Sequence[TrialCut], inputs: Sequence[tuple[Any, int]], measure: Measure | None,
                      progress: Callable[[str], None] | None) -> tuple[list[float], Measure]:
     """The damage of each cut, and by which measure. The model's weights are changed in place and put back."""
     named, comparison, seen = named_tensors(model), Comparison(len(cuts), measure), 0

@@ -112,7 +112,7 @@ class Distillation:
             if have.shape != want.shape:
                 raise ConfigError(f"{tap.module} reads features {tuple(have.shape)} in the student, {tuple(want.shape)} by the "
                                   "plan: compare features before channels are removed, or when all of the plan's are")
-            errors.append(relative_error(want, have))
+            errors.append(relative_square(want, have))
         return torch.stack(errors).mean()
 
     def close(self) -> None:
@@ -163,10 +163,10 @@ def divergence(wanted: Any, outputs: Any, temperature: float | None = 1.0, logit
     if temperature is not None and scores and (logits or want[0].ndim in (2, 4)):
         p, q = ((t.float() / temperature).log_softmax(1) for t in (want[0], have[0]))
         return F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean() * temperature**2
-    return torch.stack([relative_error(a, b) for a, b in zip(want, have, strict=True)]).mean()
+    return torch.stack([relative_square(a, b) for a, b in zip(want, have, strict=True)]).mean()
 
 
-def relative_error(want: Tensor, have: Tensor) -> Tensor:
+def relative_square(want: Tensor, have: Tensor) -> Tensor:
     """The mean squared difference, relative to the variance of what is wanted. Zero for a single number, such as the output
     `(N, 1)` of a batch of one: it has no variance."""
     error = (have.float() - want.float()).square().mean()

@@ -148,7 +148,7 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterabl
     whole = joined([x for x, _ in fit])
     found: dict[str, tuple[nn.Module, tuple[LayerRepair, ...]]] = {CUT: (cut, ())}
     for streams in ways:
-        found[STREAMS if streams else LAYERS] = repaired(small, kept, targets, whole, streams, once)
+        found[STREAMS if streams else LAYERS] = repaired_network(small, kept, targets, whole, streams, once)
     values, measure = divergences(model, [m for m, _ in found.values()], judges, measure)
     by_name = dict(zip(found, values, strict=True))
     best = min(by_name, key=lambda name: by_name[name])
@@ -180,8 +180,8 @@ def solvable(kept: Kept, named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
     return {name: outputs[name] for name in reads}, reads, left
 
 
-def repaired(small: nn.Module, kept: Kept, targets: Mapping[str, Target], inputs: Any,
-             stream_targets: bool, once: frozenset[int]) -> tuple[nn.Module, tuple[LayerRepair, ...]]:
+def repaired_network(small: nn.Module, kept: Kept, targets: Mapping[str, Target], inputs: Any,
+                     stream_targets: bool, once: frozenset[int]) -> tuple[nn.Module, tuple[LayerRepair, ...]]:
     """A repaired copy of the cut network, and what was gained. `once`: the calls whose output one other call reads."""
     model = independent_copy(small)
     intercepts = give_intercepts(model, kept, targets)

@@ -86,7 +86,7 @@ def ridge_factor(h: Tensor) -> Tensor:
         ridge = 10 * ridge
 
 
-def repaired(weight: Tensor, m: SecondMoments, removed: Sequence[np.ndarray]) -> list[Repaired]:
+def repaired_weights(weight: Tensor, m: SecondMoments, removed: Sequence[np.ndarray]) -> list[Repaired]:
     """The weights for several widths. `removed`: for each the inputs that go, bool `(G, C / G)`, each a part of the next.
 
     Least squares from the inputs that stay, with a ridge on the difference to the weights as they are. The inputs are ordered

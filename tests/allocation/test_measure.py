@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.allocation import measure as allocation
-from narrower.allocation.measure import MEASURED, Cut, measured_damages
+from narrower.allocation.measure import MEASURED, TrialCut, measured_damages
 from narrower.planning.plan import costed_plan
 from narrower.surgery.walk import named_tensors
 
@@ -269,7 +269,7 @@ def test_readers_at_several_depths_are_all_cut() -> None:
     x = torch.randn(4, 3, 8, 8)
     named = named_tensors(model)
     weights = {n: named[n] * (torch.arange(8) < 4).view(1, -1, 1, 1) for n in ("early.0.weight", "late.weight")}
-    found, _ = measured_damages(model, [Cut(0, 0.5, weights, {})], [(x, 4)], None, None)
+    found, _ = measured_damages(model, [TrialCut(0, 0.5, weights, {})], [(x, 4)], None, None)
     other = copy.deepcopy(model)
     for name, weight in weights.items():
         named_tensors(other)[name].data.copy_(weight)

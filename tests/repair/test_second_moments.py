@@ -9,7 +9,7 @@ from torch import nn
 
 from narrower.repair import second_moments as module
 from narrower.repair.patches import as_matrix, patches_at, sample_positions
-from narrower.repair.second_moments import repaired, second_moments
+from narrower.repair.second_moments import repaired_weights, second_moments
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(6, 4, 1, groups=2), nn.ConvTranspose2d(6, 5, 2, 2)],
@@ -22,7 +22,7 @@ def test_each_width_is_the_ridge_solution_of_its_own(layer: nn.Module, monkeypat
     groups = m.geometry.groups
     per_group = 6 // groups
     removed = [np.arange(per_group) < n for n in (1, 2)]
-    found = repaired(weight, m, [np.broadcast_to(r, (groups, per_group)) for r in removed])
+    found = repaired_weights(weight, m, [np.broadcast_to(r, (groups, per_group)) for r in removed])
     with torch.no_grad():
         out = model(x)
     at = sample_positions(out, 6, 10**6, torch.Generator())
