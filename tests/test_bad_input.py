@@ -79,38 +79,39 @@ def test_what_is_no_module_is_refused(model: Any) -> None:
         narrower.trace(model, IMAGES)
 
 
+API: Any = narrower  # untyped, for calls that the type checker would refuse
 SWAPPED: dict[str, Any] = {
-    r"plan takes \(graph, scores\): graph must be Graph and is a Scores; scores must be": lambda n: narrower.plan(
+    r"plan takes \(graph, scores\): graph must be Graph and is a Scores; scores must be": lambda n: API.plan(
         n.scores, n.graph, remove=0.5),
-    r"scores must be Mapping\[str, Tensor\] and is a NoneType": lambda n: narrower.plan(n.graph, None, remove=0.5),
-    r"plan .*sensitivity must be Sensitivity \| None and is a Scores": lambda n: narrower.plan(
+    r"scores must be Mapping\[str, Tensor\] and is a NoneType": lambda n: API.plan(n.graph, None, remove=0.5),
+    r"plan .*sensitivity must be Sensitivity \| None and is a Scores": lambda n: API.plan(
         n.graph, n.scores, macs=0.5, sensitivity=n.scores),
     r"narrow takes \(model, plan\): model must be nn\.Module and is a Plan; plan must be Plan and is a Plain": lambda n:
-        narrower.narrow(n.plan, n.model),
-    r"narrow .*plan must be Plan and is a Graph": lambda n: narrower.narrow(n.model, n.graph),
-    r"verify takes \(model, small, plan, example_inputs\): small must": lambda n: narrower.verify(
+        API.narrow(n.plan, n.model),
+    r"narrow .*plan must be Plan and is a Graph": lambda n: API.narrow(n.model, n.graph),
+    r"verify takes \(model, small, plan, example_inputs\): small must": lambda n: API.verify(
         n.model, n.plan, n.small, IMAGES),
-    r"verify .*plan must be Plan and is a Tensor": lambda n: narrower.verify(n.model, n.small, IMAGES, n.plan),
-    r"taylor .*loss must be Callable\[\[Any, Any\], Tensor\] and is a list": lambda n: narrower.taylor(
+    r"verify .*plan must be Plan and is a Tensor": lambda n: API.verify(n.model, n.small, IMAGES, n.plan),
+    r"taylor .*loss must be Callable\[\[Any, Any\], Tensor\] and is a list": lambda n: API.taylor(
         n.model, n.graph, nn.functional.cross_entropy, [IMAGES]),
-    "sensitivity .*graph must be Graph and is a Scores": lambda n: narrower.sensitivity(n.model, n.scores, n.graph, [IMAGES]),
-    "random .*graph must be Graph and is a Plain": lambda n: narrower.random(n.model),
-    "reconstruct .*small must be": lambda n: narrower.reconstruct(n.model, n.plan, n.small, [IMAGES]),
-    "recalibrate .*model must be nn.Module and is a list": lambda n: narrower.recalibrate([IMAGES], n.model),
-    "measure .*model must be": lambda n: narrower.measure(IMAGES, n.model),
-    r"export takes \(module, example_inputs, path\): module must": lambda n: narrower.export(IMAGES, n.model, "x.onnx"),
-    r"export .*path must be str \| os\.PathLike\[str\] and is a Tensor": lambda n: narrower.export(n.model, "x.onnx", IMAGES),
-    r"benchmark .*modules must be Mapping\[str, nn\.Module\] and is a Plain": lambda n: narrower.benchmark(n.model, IMAGES),
-    "tune .*plan must be": lambda n: narrower.tune(n.model, n.plan, n.small, [IMAGES]),
-    "Distillation takes .teacher, student, plan.: student": lambda n: narrower.Distillation(n.model, n.plan, n.small),
-    r"ResRep takes \(model, graph\): model must": lambda n: narrower.ResRep(n.graph, n.model, macs=0.5, steps=3),
-    "SoftPruning .*model must": lambda n: narrower.SoftPruning(n.graph, n.model, macs=0.5, steps=3),
-    "CentripetalSGD .*model must": lambda n: narrower.CentripetalSGD(n.graph, n.model, macs=0.5, steps=3),
-    "compose .*second must be Plan": lambda n: narrower.compose(n.plan, n.small),
-    "fold .*model must": lambda n: narrower.fold(n.plan, n.model),
-    "save .*model must .*folder must": lambda n: narrower.save("folder", n.small),
-    "measure_latency .*graph must": lambda n: narrower.measure_latency(n.model, IMAGES, n.graph),
-    "load takes a function": lambda n: narrower.load("folder", n.small),
+    "sensitivity .*graph must be Graph and is a Scores": lambda n: API.sensitivity(n.model, n.scores, n.graph, [IMAGES]),
+    "random .*graph must be Graph and is a Plain": lambda n: API.random(n.model),
+    "reconstruct .*small must be": lambda n: API.reconstruct(n.model, n.plan, n.small, [IMAGES]),
+    "recalibrate .*model must be nn.Module and is a list": lambda n: API.recalibrate([IMAGES], n.model),
+    "measure .*model must be": lambda n: API.measure(IMAGES, n.model),
+    r"export takes \(module, example_inputs, path\): module must": lambda n: API.export(IMAGES, n.model, "x.onnx"),
+    r"export .*path must be str \| os\.PathLike\[str\] and is a Tensor": lambda n: API.export(n.model, "x.onnx", IMAGES),
+    r"benchmark .*modules must be Mapping\[str, nn\.Module\] and is a Plain": lambda n: API.benchmark(n.model, IMAGES),
+    "tune .*plan must be": lambda n: API.tune(n.model, n.plan, n.small, [IMAGES]),
+    "Distillation takes .teacher, student, plan.: student": lambda n: API.Distillation(n.model, n.plan, n.small),
+    r"ResRep takes \(model, graph\): model must": lambda n: API.ResRep(n.graph, n.model, macs=0.5, steps=3),
+    "SoftPruning .*model must": lambda n: API.SoftPruning(n.graph, n.model, macs=0.5, steps=3),
+    "CentripetalSGD .*model must": lambda n: API.CentripetalSGD(n.graph, n.model, macs=0.5, steps=3),
+    "compose .*second must be Plan": lambda n: API.compose(n.plan, n.small),
+    "fold .*model must": lambda n: API.fold(n.plan, n.model),
+    "save .*model must .*folder must": lambda n: API.save("folder", n.small),
+    "measure_latency .*graph must": lambda n: API.measure_latency(n.model, IMAGES, n.graph),
+    "load takes a function": lambda n: API.load("folder", n.small),
 }
 
 

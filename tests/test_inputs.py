@@ -281,6 +281,7 @@ def test_arguments_are_told_apart_by_their_annotations() -> None:
         return "run"
 
     run: Any = asks
+    args: Any
     assert run(nn.DataParallel(nn.ReLU()), Own(), None, "any", path=Path("x"), batches=3, loss=nn.ReLU()) == "run"
     assert run(scores={}, model=torch.jit.script(nn.ReLU())) == "run"
     assert list(inspect.signature(run).parameters)[:3] == ["model", "scores", "plan"] and run.__name__ == "asks"

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..inputs import are_images, arguments_of, call_model, flatten_tensors, map_tensors, samples, shapes_of
+from ..inputs import are_images, arguments_of, flatten_tensors, map_tensors, samples, shapes_of
 from ..measuring import check_runs
-from ..surgery.walk import in_eval_mode
 
 CHUNK = 3 << 18  # numbers in the images that run at once: activations of some ten times as many stay in memory that is reused
 MOST_AT_ONCE = 64

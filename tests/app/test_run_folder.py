@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("yaml")
 
 from narrower.app import run_folder
-from narrower.app.run_folder import CONFIG, LOG, METRICS, MODEL, MOVING, PICTURES, PREVIOUS, RESUME, START, Run
+from narrower.app.run_folder import CONFIG, LOG, METRICS, MODEL, MOVING, PICTURES, PREVIOUS, Run
 from narrower.errors import ConfigError, StorageError
+from narrower.report.facts import RESUME, START
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -39,12 +41,14 @@ def test_the_penalty_is_decoupled_for_adaptive_optimizers_only() -> None:
                                      "lr_scale", "threshold"])
 def test_settings_that_are_no_numbers_are_refused(setting: str) -> None:
     """With them no row was ever chosen, or all were, without a word."""
-    for value in (-1, float("nan"), "1"):
+    wrong: Any
+    for wrong in (-1, float("nan"), "1"):
         with pytest.raises(narrower.ConfigError, match=f"{setting}=.*give a"):
-            narrower.Forgetting(**{setting: value})
+            narrower.Forgetting(**{setting: wrong})
 
 
 def test_steps_are_whole_and_rankings_known() -> None:
+    settings: dict[str, Any]
     for settings in ({"warmup_steps": 2.5}, {"mask_interval": 0}, {"momentum": 1.5}, {"ranking": "size"}):
         with pytest.raises(narrower.ConfigError, match=f"{next(iter(settings))}="):
-            narrower.Forgetting(**settings)  # type: ignore[arg-type]
+            narrower.Forgetting(**settings)

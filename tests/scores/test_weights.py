@@ -192,6 +192,7 @@ def test_a_users_own_score() -> None:
 def test_bad_calls() -> None:
     model = Plain()
     graph = narrower.trace(model, IMAGES)
+    p: Any
     for p in (0, -1, float("nan"), float("inf"), "2"):
         with pytest.raises(narrower.ConfigError, match=f"p='?{p}'?: give a number above 0"):
             narrower.magnitude(model, graph, p=p)
@@ -255,7 +256,7 @@ def test_taylor_of_complex_weights_is_the_change_along_both_parts() -> None:
         weight = changed.first.weight.detach()
         mask = torch.eye(8)[channel][:, None]
         del changed.first.weight
-        changed.first.weight = weight * (1 - mask) + weight * mask * scale  # type: ignore[assignment]
+        changed.first.weight = weight * (1 - mask) + weight * mask * scale
         (gradient,) = torch.autograd.grad(squares(changed(IMAGES), 0.5), scale)
         want[channel] = gradient.square()
     assert torch.allclose(found, want, rtol=1e-3)
