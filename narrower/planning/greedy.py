@@ -108,18 +108,19 @@ def descend(descents: Sequence[Descent], running: RunningCost, targets: Mapping[
     """Greedy: take the step of the lowest value, until the costs fit or `most` channels are gone.
 
     Returns whose steps were taken, in order. The value of a step only grows while others are taken, so a heap whose entries
-    are updated when they come up is exact.
+    are updated when they come up is exact. (Not quite in milliseconds: on a runtime that likes multiples, a step may save more
+    after another one.)
     """
     heap = [(found[0], k) for k, d in enumerate(descents) if (found := best(d))]
     heapq.heapify(heap)
     taken: list[int] = []
     count = 0
     while heap and count < most and not fits(running.now, targets):
-        old, k = heapq.heappop(heap)
+        _, k = heapq.heappop(heap)
         found = best(descents[k])
         if found is None:
             continue
-        if heap and found[0] > heap[0][0] and found[0] > old:  # its value has changed since it was pushed
+        if heap and found[0] > heap[0][0]:  # its value has grown since it was pushed
             heapq.heappush(heap, (found[0], k))
             continue
         running.move(descents[k].per_group(found[1]))

@@ -38,6 +38,24 @@ def test_every_free_group_has_a_curve_and_the_model_is_untouched() -> None:
     assert found.measure == "kl" and found.images == 72 // MEASURED and "12 of 12 images" in lines[-1]
 
 
+def test_the_images_measured_on_do_not_count_in_what_is_fitted() -> None:
+    """So the damage on images is the mean of that on each, whichever else are measured: every sixth one."""
+    model, x = network(), torch.cat(batches())
+    graph = narrower.trace(model, x[:1])
+    scores = narrower.magnitude(model, graph)
+    others = torch.randn(12, 3, 8, 8) * torch.linspace(0.5, 3, 12).view(-1, 1, 1, 1)
+
+    def damages(measured: Tensor) -> np.ndarray:
+        x[MEASURED - 1::MEASURED] = measured
+        return np.array([c.damages for c in narrower.sensitivity(model, graph, scores, [x]).curves])
+
+    some, first = x[MEASURED - 1::MEASURED].clone(), torch.arange(12) < 6
+    apart = damages(some), damages(others)
+    mixed = [damages(torch.where(chosen.view(-1, 1, 1, 1), some, others)) for chosen in (first, ~first)]
+    assert not np.allclose(*apart, rtol=0.1)
+    np.testing.assert_allclose(sum(mixed), sum(apart), rtol=1e-9)
+
+
 def test_duplicated_channels_cost_nothing_others_do() -> None:
     model = network()
     with torch.no_grad():

@@ -47,6 +47,17 @@ def test_a_tuned_network_is_nearer_to_the_dense_one_on_held_out_images(networks:
     assert statistics and all(torch.equal(v, before[k]) for k, v in statistics.items())
 
 
+def test_the_images_that_decide_are_never_trained_on(networks: Any) -> None:
+    model, small, plan = networks
+    x, found = torch.cat(BATCHES), []
+    for factor in (1.0, 1.5):
+        x[5::6] *= factor
+        found.append(narrower.tune(model, small, plan, x.split(32), steps=20, lr=3e-3))
+    assert found[0].kept and found[1].kept and found[0].after != found[1].after
+    states = [tuned.model.state_dict() for tuned in found]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
 @pytest.mark.parametrize(("measure", "temperature"), [(None, TEMPERATURE), ("relative", None)])
 def test_the_loss_and_what_decides_are_of_the_measure_that_is_given(
     networks: Any, measure: Any, temperature: float | None, monkeypatch: pytest.MonkeyPatch,

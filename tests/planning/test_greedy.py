@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
 from support.networks import PATTERNS
@@ -142,6 +142,32 @@ def test_without_measurement_all_groups_lose_the_same_share(name: str, round_to:
     most = max((d.lost / d.part.sizes).max() for d in descents)
     after = [found[0] for d in descents if (found := d.even_step(running, {"macs": 1.0}))]
     assert most > 0 and all(share >= most for share in after)
+
+
+@given(st.floats(0.4, 0.9), st.sampled_from(["macs", "params"]), st.sampled_from(["plain", "residual", "unet"]),
+       st.integers(0, 99), st.sampled_from([1, 2]), st.sampled_from(["best_step", "even_step"]))
+@settings(max_examples=15)
+def test_every_step_of_the_descent_is_the_best_of_all(
+    fraction: float, kind: CostKind, name: str, seed: int, round_to: int, way: str,
+) -> None:
+    """As found by looking at all of them each time."""
+    graph = graph_of(name)
+    model = CostModel(graph)
+    scores = {n: s.double().numpy() for n, s in narrower.random(graph, seed).items()}
+    descents, again = ([ComponentDescent(graph, p, scores, model, round_to, 1) for p in components(graph)] for _ in range(2))
+    running, looked = RunningCost(model, (kind,)), RunningCost(model, (kind,))
+    targets = {kind: fraction * running.now[kind]}
+    taken = descend(descents, running, targets, lambda d: getattr(d, way)(running, {kind: 1.0}))
+    want = []
+    while not fits(looked.now, targets):
+        found = {k: step for k, d in enumerate(again) if (step := getattr(d, way)(looked, {kind: 1.0}))}
+        if not found:
+            break
+        best = min(found, key=lambda k: found[k][0])
+        looked.move(again[best].per_group(found[best][1]))
+        again[best].take(found[best][1])
+        want.append(best)
+    assert taken == want
 
 
 LEAST = re.compile(r"the least is ([\d,]+)")

@@ -121,6 +121,18 @@ def test_new_images_are_nearer_to_the_dense_outputs_and_the_models_are_untouched
     assert "1.0.weight" in str(found) and all(line in found._repr_html_() for line in found.footer)
 
 
+def test_the_images_that_judge_are_never_fitted() -> None:
+    model, x, found = network(), torch.cat(batches()), []
+    plan, small = cut(model)
+    for factor in (1.0, 1.5):
+        x[7::8] *= factor
+        found.append(narrower.reconstruct(model, small, plan, x.split(32)))
+    assert found[0].kept == found[1].kept != "cut"
+    assert all(v != found[1].divergences[way] for way, v in found[0].divergences.items())
+    states = [repaired.model.state_dict() for repaired in found]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
 def shaken(inputs: Any) -> list[Any]:
     """Batches like the given inputs."""
     return [map_tensors(inputs, lambda t: t + torch.randn_like(t) if t.is_floating_point() else t) for _ in range(24)]

@@ -154,6 +154,25 @@ def test_the_best_epoch_is_that_with_the_lowest_loss_on_images_held_out(tmp_path
     assert pieces[-1]["best_epoch"] == best
 
 
+def test_images_held_out_are_not_trained_on() -> None:
+    """Black ones, with wrong labels, in their place change their loss and no weight."""
+    config, states, losses = replace(CONFIG, epochs=1, recalibrate=0, model_ema=False), [], []
+    for spoiled in (False, True):
+        images = data()
+        assert isinstance(images.train, TensorImages)
+        held = hold_out(replace(images.train, labels=torch.arange(90)), config.held_out, 1)[1]
+        assert isinstance(held, TensorImages)
+        if spoiled:
+            images.train.images[held.labels] = 0
+            images.train.labels[held.labels] = 1 - images.train.labels[held.labels]
+        rows: list[dict[str, Any]] = []
+        context = TrainContext(make_accelerator("cpu"), log=rows.append)
+        states.append(train(network(), images, config, context, seed=1).state_dict())
+        losses.append(rows[0]["held_loss"])
+    assert losses[0] != losses[1]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
 def test_accumulated_batches_are_one_large_batch() -> None:
     """Also the last step of an epoch, of fewer batches: 90 images are 6 batches of 16, or 12 of 8."""
 
