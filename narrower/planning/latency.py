@@ -137,9 +137,12 @@ class LatencyTable:
         return calls * slower * np.exp((coef * log_terms(n / dense)).sum(axis=1))
 
     def outputs(self, layers: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """The out channels of layers. A transposed convolution has them in dimension 1, for each of its groups."""
+        """The out channels of layers. A transposed convolution has them in dimension 1, for each of its groups.
+
+        A depthwise one has as many groups as there are entries in dimension 0.
+        """
         turned, groups = self.turned[layers], self.turned_groups[layers]
-        return np.where(turned, sizes[:, 1] * groups, sizes[:, 0])
+        return np.where(turned, sizes[:, 1] * np.where(groups, groups, sizes[:, 0]), sizes[:, 0])
 
     @cached_property
     def turned(self) -> np.ndarray:
@@ -147,7 +150,7 @@ class LatencyTable:
 
     @cached_property
     def turned_groups(self) -> np.ndarray:
-        return np.array([max(1, self.kinds[layer.kind].groups) for layer in self.layers])
+        return np.array([self.kinds[layer.kind].groups for layer in self.layers])
 
     @cached_property
     def written(self) -> np.ndarray:
