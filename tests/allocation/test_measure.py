@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import narrower
 from narrower.allocation import measure as allocation
-from narrower.allocation.measure import MEASURED, TrialCut, measured_damages
+from narrower.allocation.measure import MEASURED, TrialCut, cuts_of, measured_damages
+from narrower.graph.equal_counts import components
 from narrower.planning.plan import costed_plan
 from narrower.surgery.walk import named_tensors
 
@@ -54,6 +55,50 @@ def test_the_images_measured_on_do_not_count_in_what_is_fitted() -> None:
     mixed = [damages(torch.where(chosen.view(-1, 1, 1, 1), some, others)) for chosen in (first, ~first)]
     assert not np.allclose(*apart, rtol=0.1)
     np.testing.assert_allclose(sum(mixed), sum(apart), rtol=1e-9)
+
+
+def test_no_more_images_are_measured_on_than_it_says() -> None:
+    model, x = network(), torch.randn(66 * MEASURED, 3, 4, 4)
+    graph = narrower.trace(model, x[:1])
+    assert narrower.sensitivity(model, graph, narrower.random(graph), [x], shares=(0.5,)).images == 64
+
+
+def test_shares_may_come_in_any_order() -> None:
+    """A curve has them ascending: another order could not be read from a file again."""
+    model = network()
+    graph = narrower.trace(model, batches()[0][:1])
+    found, want = (narrower.sensitivity(model, graph, narrower.random(graph), batches(), shares=shares)
+                   for shares in ((0.5, 0.25, 0.75), (0.25, 0.5, 0.75)))
+    assert found == want == narrower.Sensitivity.from_json(found.to_json())
+
+
+def test_a_weight_that_reads_a_group_along_both_dimensions_is_cut_along_both() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).mean((2, 3))
+            return self.c((x + self.b(x)) @ self.b.weight)
+
+    model = Tied().eval()
+    graph = narrower.trace(model, batches()[0][:1])
+    (part,) = components(graph)
+    scores = {"a": np.array([5.0, 0, 3, 1, 4, 2])}
+    (cut,) = cuts_of(graph, 0, part, scores, model, {}, (0.5,))
+    stays = torch.tensor([1.0, 0, 1, 0, 1, 0])
+    assert torch.equal(cut.weights["b.weight"], model.b.weight * stays * stays[:, None])
+
+
+def test_constant_channels_cost_nothing_as_an_intercept_makes_up_for_them() -> None:
+    model = randomised(nn.Sequential(unit(3, 12), Head(12))).eval()
+    with torch.no_grad():
+        named_tensors(model)["0.1.weight"][:3] = 0
+        named_tensors(model)["0.1.bias"][:3] = 2.0
+    graph = narrower.trace(model, batches()[0][:1])
+    found = narrower.sensitivity(model, graph, {"0.0": torch.arange(12.0)}, batches(), shares=(0.25, 0.5))
+    assert found.curves[0].damages[0] < 1e-9 < 1e-6 < found.curves[0].damages[1]
 
 
 def test_duplicated_channels_cost_nothing_others_do() -> None:

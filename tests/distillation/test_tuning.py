@@ -58,6 +58,13 @@ def test_the_images_that_decide_are_never_trained_on(networks: Any) -> None:
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
+def test_no_more_images_decide_than_it_says(networks: Any) -> None:
+    model, small, plan = networks
+    x = torch.randn(6 * 130, 3, 4, 4)
+    found = narrower.tune(model, small, plan, [x], steps=1, lr=1e-5)
+    assert found.before == pytest.approx(divergences(model, [small], [(x[5::6][:128], 128)])[0][0])
+
+
 @pytest.mark.parametrize(("measure", "temperature"), [(None, TEMPERATURE), ("relative", None)])
 def test_the_loss_and_what_decides_are_of_the_measure_that_is_given(
     networks: Any, measure: Any, temperature: float | None, monkeypatch: pytest.MonkeyPatch,

@@ -75,3 +75,12 @@ def test_networks_are_compared_in_eval_mode_and_get_their_modes_back() -> None:
     found = [divergences(dense, [other, dense], [(x[:5], 5), (x[5:], 3)]) for _ in range(2)]
     assert found[0] == found[1] and found[0][0][1] == 0 < found[0][0][0]
     assert dense.training and other.training and dense[0].training
+
+
+def test_networks_that_write_into_their_inputs_see_the_same_images() -> None:
+    writes, reads = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten()), nn.Flatten()
+    x = torch.randn(8, 3, 2, 2)
+    before = x.clone()
+    (same, other), _ = divergences(writes, [writes, reads], [(x, 8)])
+    (again,), _ = divergences(reads, [reads], [(x, 8)])
+    assert same == again == 0 < other and torch.equal(x, before)

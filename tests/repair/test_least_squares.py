@@ -83,6 +83,14 @@ def test_fewer_samples_than_inputs_do_not_ruin_the_layer() -> None:
     assert choice.correction is None or (choice.strength or 0) >= 1
 
 
+def test_where_inputs_say_nothing_the_intercept_alone_is_fitted() -> None:
+    x, ones = torch.randn(1, 60, 40, dtype=torch.float64), torch.ones(1, 5, dtype=torch.float64)
+    r = 3 + 0.1 * torch.randn(1, 60, 5, dtype=torch.float64)
+    choice = choose(x, r, torch.arange(60) >= 40, ones)
+    assert choice.strength == float("inf") and choice.correction is not None and not choice.correction.weight.any()
+    torch.testing.assert_close(choice.correction.intercept, r.mean(1))
+
+
 def test_weights_stay_where_nothing_helps_on_held_out_samples() -> None:
     held_out = torch.arange(40) >= 30
     x = torch.randn(1, 40, 6, dtype=torch.float64)

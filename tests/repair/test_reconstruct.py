@@ -133,6 +133,12 @@ def test_the_images_that_judge_are_never_fitted() -> None:
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
+def test_no_more_images_judge_than_it_says() -> None:
+    model = network()
+    plan, small = cut(model)
+    assert narrower.reconstruct(model, small, plan, [torch.randn(8 * 66, 3, 4, 4)], stream_targets=False).images == 64
+
+
 def shaken(inputs: Any) -> list[Any]:
     """Batches like the given inputs."""
     return [map_tensors(inputs, lambda t: t + torch.randn_like(t) if t.is_floating_point() else t) for _ in range(24)]

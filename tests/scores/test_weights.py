@@ -139,6 +139,21 @@ def test_taylor_gives_the_model_all_its_inputs() -> None:
     assert torch.equal(both["conv"], difference["conv"])
 
 
+def test_a_layer_that_the_loss_does_not_see_has_no_taylor_score() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(n, 4, 1) for n in (3, 3, 4, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.c(self.a(x)), self.d(self.b(x))
+
+    model = Two().eval()
+    graph = narrower.trace(model, IMAGES)
+    found = narrower.taylor(model, graph, [(IMAGES, None)], lambda out, _: out[0].square().mean())
+    assert found["a"].min() > 0 and not found["b"].any()
+
+
 def test_taylor_leaves_the_model_as_it_was() -> None:
     model = Plain().train()
     model.conv1.requires_grad_(False)
