@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from support.latency import survey_of
-from support.networks import PATTERNS, images
+from support.networks import PATTERNS, Plain, images
 from support.plans import graph_of
+from torch import Tensor
 
 import narrower
 from narrower.deployment.layer_times import key_of
@@ -44,13 +45,20 @@ def test_times_from_elsewhere_give_the_table(tmp_path: Path) -> None:
     assert survey_of("plain").layers
 
 
+class Repeated(Plain):
+    """Takes a whole number beside the images."""
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * times
+
+
 def test_what_the_script_cannot_feed_is_refused(tmp_path: Path) -> None:
     case = PATTERNS["many_ends"]
     with pytest.raises(narrower.ExportError, match="feeds networks with noise"):
         narrower.write_latency_jobs(case.make(), graph_of("many_ends"), case.inputs, tmp_path / "jobs", suffix=".ts")
     plain, graph, x = PATTERNS["plain"].make(), graph_of("plain"), images(batch=1)
     with pytest.raises(narrower.ExportError, match="feeds networks with noise"):
-        narrower.write_latency_jobs(plain, graph, (x, torch.tensor([3])), tmp_path / "jobs")
+        narrower.write_latency_jobs(Repeated(), graph, (x, torch.tensor([3])), tmp_path / "jobs")
     with pytest.raises(narrower.ExportError, match="this network is in float16"):
         narrower.write_latency_jobs(plain.half(), graph, x.half(), tmp_path / "jobs")
     assert not list(tmp_path.iterdir())
