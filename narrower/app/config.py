@@ -142,10 +142,10 @@ class PruneConfig:
         "auto where --latency is given",
     ] = None
     dry_run: Annotated[bool, "plan only: nothing is cut, trained or written"] = False
-    exclude: Annotated[list[str], "patterns of groups or layers to leave alone, such as layer1.* fc"] = field(
-        default_factory=list
-    )
-    min_channels: Annotated[int, "channels that every group keeps at least"] = 1
+    exclude: Annotated[list[str], "patterns of groups or layers to leave alone: layer1.* fc"] = field(default_factory=list)
+    min_channels: Annotated[
+        int | float | None, "that every group keeps at least, below 1 a share; default: 1, or 1/8 if that, repaired, is nearer"
+    ] = None
     allow_inexact: Annotated[
         bool, "also narrow channels that a layer normalises or pools across (removal changes such a layer by definition)"
     ] = True
@@ -218,7 +218,7 @@ class PruneConfig:
             raise ConfigError(f"--tune-steps tunes what was repaired, and {other} repairs nothing: leave one of them out")
         if self.allocate == "norms" and self.method != "resrep":
             raise ConfigError("--allocate norms is for --method resrep: the other methods have no compactors")
-        if self.allocate == "norms" and (self.remove is not None or self.round_to not in (None, 1) or self.min_channels > 1):
+        if self.allocate == "norms" and (self.remove, self.min_channels, self.round_to or 1) != (None, None, 1):
             raise ConfigError("--allocate norms works towards a budget (--macs, --params): it takes no --remove, --round-to or "
                               "--min-channels")
         if self.allocate != "norms" and self.method in TRAINED and self.prior == "none":

@@ -24,7 +24,7 @@ Step = tuple[float, np.ndarray]
 class ComponentDescent:
     """The descent of one component: how many channels its cells have lost, and which steps remain."""
 
-    def __init__(self, part: Component, model: CostModel, round_to: int, min_channels: int) -> None:
+    def __init__(self, part: Component, model: CostModel, round_to: int, min_channels: float) -> None:
         self.part, self.model, self.round_to = part, model, round_to
         self.sizes = {c.group: model.graph[c.group].size for c in part.cells}
         self.columns = [model.column[c.group] for c in part.cells]
@@ -132,7 +132,7 @@ def descend(descents: Sequence[Descent], running: RunningCost, targets: Mapping[
     return taken
 
 
-def by_budget(model: CostModel, parts: list[Component], budget: Budget, round_to: Mapping[str, int], min_channels: int,
+def by_budget(model: CostModel, parts: list[Component], budget: Budget, round_to: Mapping[str, int], min_channels: float,
               sensitivity: Sensitivity | None = None) -> list[np.ndarray]:
     """The number of channels that each cell of each component loses, so that the costs are within the budget.
 

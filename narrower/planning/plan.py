@@ -173,7 +173,7 @@ def costed_plan(graph: Graph, keep: Mapping[str, np.ndarray], request: Mapping[s
 @checked
 def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = None, params: float | None = None,
          latency_ms: float | str | None = None, remove: float | Mapping[str, float] | None = None,
-         round_to: int | Literal["auto"] | None = None, exclude: Sequence[str] = (), min_channels: int = 1,
+         round_to: int | Literal["auto"] | None = None, exclude: Sequence[str] = (), min_channels: float = 1,
          sensitivity: Sensitivity | None = None, latency: LatencyTable | None = None) -> Plan:
     """Choose the channels that stay: those with the highest scores, under a budget or at a rate.
 
@@ -192,7 +192,7 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
             `latency` computes in. 1 unless given, "auto" with latency_ms. A group that is no wider than one multiple stays
             whole under `macs` and `params`, unless they cannot be reached otherwise.
         exclude: patterns of groups and layers that are left alone.
-        min_channels: the least number of channels that each group keeps.
+        min_channels: the least number of channels that each group keeps: a whole number, or below 1 a share of its channels.
         sensitivity: the measured damage of each group, from `narrower.sensitivity` with the same scores. A budget is then met
             with the least damage: the step that minimises (damage added) per cost saved goes first. Groups that were not
             measured keep all channels.
@@ -209,8 +209,8 @@ def plan(graph: Graph, scores: Mapping[str, Tensor], *, macs: float | None = Non
     round_to = ("auto" if latency_ms else 1) if round_to is None else round_to
     # A budget of milliseconds knows what a width costs. Others first leave groups whole that are one multiple wide.
     multiples = multiples_of(graph, round_to, latency, blocks=1 if macs or params else 2)
-    if type(min_channels) is not int or min_channels < 1:
-        raise PlanError(f"min_channels={min_channels!r}: give a whole number from 1")
+    if type(min_channels) not in (int, float) or not (0 < min_channels < 1 or (min_channels >= 1 and min_channels % 1 == 0)):
+        raise PlanError(f"min_channels={min_channels!r}: give a whole number from 1, or a share between 0 and 1")
     free, left_out = {g.name for g in graph.free}, excluded(graph, exclude)
     values = checked_scores(graph, scores, left_out)
     parts = components(graph, left_out if sensitivity is None else left_out | free - sensitivity.by_group.keys())

@@ -10,11 +10,11 @@ import numpy as np
 from ..errors import PlanError
 from ..graph.equal_counts import Component, nearest_integers
 from ..graph.types import Graph
-from .requests import matching, most_removable
+from .requests import least_width, matching, most_removable
 
 
 def by_rate(graph: Graph, parts: list[Component], remove: float | Mapping[str, float],
-            round_to: Mapping[str, int], min_channels: int) -> list[np.ndarray]:
+            round_to: Mapping[str, int], min_channels: float) -> list[np.ndarray]:
     """The number of channels that each cell of each component loses.
 
     Kept widths are rounded up to multiples of `round_to`, given for each group: to the next ones that the ties allow, which may
@@ -26,7 +26,7 @@ def by_rate(graph: Graph, parts: list[Component], remove: float | Mapping[str, f
         sizes = {c.group: graph[c.group].size for c in part.cells}
         wanted = {}
         for name, size in sizes.items():
-            kept = max(min_channels, 1, size - math.floor(rates.get(name, 0.0) * size + 1e-9))
+            kept = max(least_width(min_channels, size), size - math.floor(rates.get(name, 0.0) * size + 1e-9))
             wanted[name] = size - min(size, math.ceil(kept / round_to[name]) * round_to[name])
         want = spread([c.group for c in part.cells], part.sizes, wanted)
         most = np.minimum(part.sizes - 1, most_removable(part, sizes, min_channels))

@@ -149,6 +149,12 @@ def lowest_channels(parts: Sequence[Component], counts: Sequence[np.ndarray],
             for part, numbers in zip(parts, counts, strict=True) for cell, n in zip(part.cells, numbers, strict=True)]
 
 
-def most_removable(part: Component, sizes: Mapping[str, int], min_channels: int) -> np.ndarray:
+def least_width(min_channels: float, size: int) -> int:
+    """How many channels a group of that size keeps at least: `min_channels`, or below 1 that share of them, rounded up."""
+    return int(min_channels) if min_channels >= 1 else math.ceil(min_channels * size)
+
+
+def most_removable(part: Component, sizes: Mapping[str, int], min_channels: float) -> np.ndarray:
     """The most that each cell may lose: one channel of it stays, and its share of the `min_channels` of its group."""
-    return np.array([max(0, sizes[c.group] - min_channels) * len(c.channels) // sizes[c.group] for c in part.cells])
+    return np.array([max(0, size - least_width(min_channels, size)) * len(c.channels) // size
+                     for c in part.cells for size in [sizes[c.group]]])
