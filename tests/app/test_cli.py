@@ -316,6 +316,7 @@ def test_each_stage_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     (["--distill-temperature", "2", "--distill-weight", "0.5", "--distill-features", "0.1", "--epochs", "1"], "Distillation",
      {"temperature": 2.0, "weight": 0.5, "features": 0.1}),
     (["--min-channels", "3"], "plan", {"min_channels": 3}),
+    (["--min-channels", "0.25"], "plan", {"min_channels": 0.25}),
     (["--no-allow-inexact"], "trace", {"allow_inexact": False}),
 ])  # fmt: skip
 def test_settings_reach_the_library(flags: list[str], name: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch

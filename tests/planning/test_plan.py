@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -51,6 +52,15 @@ def test_excluded_groups_stay_whole_and_min_channels_stay() -> None:
     assert set(widths(least).values()) == {5}
     least = narrower.plan(graph, narrower.random(graph), macs=0.5, min_channels=5)
     assert min(widths(least).values()) >= 5
+
+
+@pytest.mark.parametrize("request_", [{"remove": 0.95}, {"macs": 0.3}])
+@pytest.mark.parametrize("share", [0.3, np.float32(0.5)])
+def test_below_one_min_channels_is_a_share_of_each_group_rounded_up(share: Any, request_: dict[str, Any]) -> None:
+    graph = graph_of("residual")
+    found = widths(narrower.plan(graph, narrower.random(graph), min_channels=share, **request_))
+    least = {name: math.ceil(graph[name].size * share) for name in found}
+    assert all(found[name] >= least[name] for name in found) and ("macs" in request_ or found == least)
 
 
 @pytest.mark.parametrize("request_", [{"remove": 0.37}, {"macs": 0.5}, {"macs": 0.3}, {"params": 0.7}])

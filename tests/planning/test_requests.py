@@ -45,7 +45,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"macs": 0.5, "round_to": 0}, "round_to"), ({"macs": 0.5, "round_to": -4}, "round_to"),
     ({"macs": 0.5, "round_to": 2.5}, "round_to"), ({"macs": 0.5, "round_to": "8"}, "round_to"),
     ({"macs": 0.5, "min_channels": 0}, "min_channels"), ({"macs": 0.5, "min_channels": 1.5}, "min_channels"),
-    ({"remove": 0.5, "min_channels": None}, "min_channels"),
+    ({"remove": 0.5, "min_channels": None}, "min_channels"), ({"remove": 0.5, "min_channels": True}, "min_channels"),
+    ({"macs": 0.5, "min_channels": -0.1}, "min_channels"), ({"macs": 0.5, "min_channels": float("nan")}, "min_channels"),
 ]
 
 
