@@ -52,7 +52,6 @@ TESTED_ELSEWHERE = {
     "__main__.py": "app/test_cli.py",
     "app/config.py": "app/test_cli.py: a setting is a flag of the command line",
     "app/networks.py": "app/test_cli.py",
-    "app/oneshot.py": "app/test_cli.py",
     "app/prune.py": "app/test_cli.py",
     "app/resrep_run.py": "app/test_cli.py",
     "data/decoding.py": "data/test_sources.py",

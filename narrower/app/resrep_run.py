@@ -39,6 +39,8 @@ def forgetting(given: PruneConfig) -> narrower.Forgetting:
     except TypeError as error:
         known = ", ".join(narrower.Forgetting.__dataclass_fields__)
         raise ConfigError(f"--forgetting {given.forgetting}: it knows {known}") from error
+    except ConfigError as error:
+        raise ConfigError(f"--forgetting {given.forgetting}: {error}") from error
 
 
 def compacted(given: PruneConfig, model: nn.Module, graph: narrower.Graph, steps: int, choice: Choice) -> narrower.ResRep:

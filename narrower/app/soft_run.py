@@ -35,7 +35,7 @@ def check(job: Job, model: nn.Module, graph: narrower.Graph) -> None:
     plan = check_plan(scored_by_prior(given, graph, unmaskable(graph)), model, graph, job.times)
     try:
         narrower.SoftPruning(model, graph, plan=plan, steps=1, **softness(given))
-    except TypeError as error:  # a text where a number belongs
+    except ConfigError as error:
         raise ConfigError(f"--softness {given.softness}: {error}") from error
 
 
