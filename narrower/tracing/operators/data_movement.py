@@ -232,13 +232,18 @@ def pixel_shuffle(r: RuleContext, call: Call) -> Sequence[Carried]:
             continue
         flat = label.ids.reshape(-1)
         if call.name == "pixel_shuffle":
-            rows = flat.reshape(-1, factor * factor)
-            r.unite(rows[:, :1], rows)
-            flat = rows[:, 0]
+            flat = united_blocks(r, flat, factor * factor)
         else:
             flat = flat.repeat(factor * factor)
         out.append(Label(along(flat, x.ndim, channel), channel))
     return [Carried(tuple(out))]
+
+
+def united_blocks(r: RuleContext, ids: Ids, size: int) -> Ids:
+    """Unite the ids of each block of `size` along the last dimension, which live and die together. One of each block."""
+    rows = ids.reshape(*ids.shape[:-1], -1, size)
+    r.unite(rows[..., :1], rows)
+    return rows[..., 0]
 
 
 def im2col(r: RuleContext, call: Call) -> Sequence[Carried]:
@@ -258,12 +263,9 @@ def col2im(r: RuleContext, call: Call) -> Sequence[Carried]:
     channel = x.ndim - 2
     out = []
     for label in labels_outside(r, x, range(channel + 1, x.ndim), "col2im"):
-        ids = collapsed(label, [x.ndim - 1], r.unite).ids
-        if ids.shape[channel] > 1:
-            rows = ids.reshape(*ids.shape[:channel], -1, block)
-            r.unite(rows[..., :1], rows)
-            ids = rows[..., :1]
-        out.append(Label(ids[..., None], label.free))
+        ids = collapsed(label, [x.ndim - 1], r.unite).ids[..., 0]
+        ids = united_blocks(r, ids, block) if ids.shape[channel] > 1 else ids
+        out.append(Label(ids[..., None, None], label.free))
     return [Carried(tuple(out))]
 
 
