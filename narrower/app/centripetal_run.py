@@ -50,7 +50,7 @@ def pulled(job: Job, model: nn.Module, graph: narrower.Graph, plan: narrower.Pla
     options: dict[str, Any] = {"scope": given.scope, "seed": job.settings.run.seed, **found}
     try:
         return narrower.CentripetalSGD(model, graph, plan=plan, steps=steps, **options)
-    except (TypeError, ConfigError) as error:  # a text where a number belongs
+    except ConfigError as error:
         raise ConfigError(f"--pull {named}: {error}") from error
 
 

@@ -66,7 +66,8 @@ class CentripetalSGD:
             raise ConfigError(f"steps={steps!r}: give the number of optimizer steps of the training")
         if clustering not in ("kmeans", "even") or scope not in ("inner", "all"):
             raise ConfigError(f"clustering={clustering!r}, scope={scope!r}: give 'kmeans' or 'even', 'inner' or 'all'")
-        if not 0 < together <= 1:
+        check_number("together", together, 0, 1)
+        if not together:
             raise ConfigError(f"together={together!r}: give a fraction of the steps, up to 1")
         if strength is not None:
             check_number("strength", strength, 0, inside=True)

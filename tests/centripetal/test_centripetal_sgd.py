@@ -258,6 +258,7 @@ def test_plans_give_the_widths() -> None:
     ({"clustering": "odd"}, narrower.ConfigError, "'kmeans' or 'even'"),
     ({"scope": "outer"}, narrower.ConfigError, "'inner' or 'all'"),
     ({"together": 0.0}, narrower.ConfigError, "fraction of the steps"),
+    ({"together": "soon"}, narrower.ConfigError, "together='soon': give a number"),
     ({"strength": -1.0}, narrower.ConfigError, "above 0"),
     ({"strength": float("inf")}, narrower.ConfigError, "strength=inf: give a number above 0"),
     ({"seed": -1}, narrower.ConfigError, "seed=-1: give a whole number from 0"),
