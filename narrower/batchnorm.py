@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .errors import DataError
-from .inputs import call_model, checked, running_on, samples
+from .inputs import call_model, running_on, samples
+from .preconditions import checked
 from .surgery.walk import in_eval_mode
 
 

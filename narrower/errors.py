@@ -19,8 +19,6 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from math import inf
-from numbers import Integral, Real
 from typing import Any
 
 
@@ -70,25 +68,6 @@ class MissingExtraError(NarrowerError):
 
 class ConfigError(NarrowerError):
     """Arguments in the wrong order or out of range, settings that contradict each other, or an output folder that is in use."""
-
-
-def check_number(name: str, value: Any, low: float, high: float = inf, *, whole: bool = False, inside: bool = False) -> None:
-    """Raise ConfigError for what is no number from `low` to `high`. `whole`: nor a whole one. `inside`: nor between them."""
-    known = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not known or not (low < value < high if inside else low <= value <= high):
-        bounds = f"between {low:g} and {high:g}" if high < inf else f"{'above' if inside else 'from'} {low:g}"
-        raise ConfigError(f"{name}={value!r}: give a {'whole ' if whole else ''}number {bounds}")
-
-
-def checked_numbers(name: str, values: Any, low: float, high: float = inf, *, whole: bool = False,
-                    inside: bool = False) -> list[Any]:
-    """Several numbers, one at least. Raises ConfigError for anything else, and for one that `check_number` does not take."""
-    given = [*values] if isinstance(values, Iterable) else []
-    if not given:
-        raise ConfigError(f"{name}={values!r}: give a tuple of numbers, one at least")
-    for value in given:
-        check_number(name, value, low, high, whole=whole, inside=inside)
-    return given
 
 
 def similar(name: str, known: Iterable[str], *, most: int = 1, prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Arguments of public functions; inputs and outputs of models: nested tensors, batches, devices."""
+"""Inputs and outputs of models: nested tensors, batches, devices."""
 
 from __future__ import annotations
 
@@ -7,61 +7,17 @@ from collections import deque
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from enum import Enum
-from functools import cache, partial, wraps
-from os import PathLike
-from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType, UnionType
-from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
 from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, DataError, NarrowerError, check_number, first_line
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A decorator of public functions, which take several things that are easily swapped: raise ConfigError for an argument of
-    another class than its annotation says. `KINDS` are told apart, numbers and batches are not."""
-    name, signature = function.__qualname__.removesuffix(".__init__"), inspect.signature(function)
-    order = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            given = signature.bind_partial(*args, **kwargs).arguments
-        except TypeError:  # too many, or unknown ones: Python's own error below
-            given = {}
-        wrong = [f"{n} must be {signature.parameters[n].annotation} and is {described(given[n])}"
-                 for n, kinds in kinds_of(function).items() if n in given and not isinstance(given[n], kinds)]
-        if wrong:
-            raise ConfigError(f"{name} takes ({', '.join(order)}): {'; '.join(wrong)}")
-        return function(*args, **kwargs)
-
-    return call
-
-
-# What `checked` tells apart: these, and the classes of narrower.
-KINDS = (nn.Module, torch.optim.Optimizer, Mapping, Callable, str, PathLike, type(None))
-
-
-@cache
-def kinds_of(function: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
-    """The classes that arguments may be of, by name, where all of them are told apart."""
-    found = {}
-    for name, hint in get_type_hints(function).items():
-        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        classes = [get_origin(option) or option for option in options]
-        if all(c in KINDS or str(getattr(c, "__module__", "")).startswith("narrower.") for c in classes):
-            found[name] = tuple(classes)
-    return found
-
-
-def described(x: Any) -> str:
-    return f"the class {x.__name__}" if isinstance(x, type) else f"a {type(x).__name__}"
+from .errors import DataError, NarrowerError, first_line
+from .preconditions import check_number
 
 
 def model_inputs(batch: Any, model: nn.Module) -> Any:

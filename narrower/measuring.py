@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import call_model, checked, flatten_tensors, running_on, sample_count, synchronize
+from .inputs import call_model, flatten_tensors, running_on, sample_count, synchronize
+from .preconditions import checked
 from .surgery.copying import stage
 from .surgery.walk import in_eval_mode, outer_modes_off
 from .tracing.constraints import ConstraintCollector

@@ -17,8 +17,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from .errors import ConfigError, StorageError
-from .inputs import checked
 from .narrowing.narrow import RECORD, NarrowRecord
+from .preconditions import checked
 from .surgery.attributes import Place, set_attributes
 from .surgery.copying import parameter_like
 from .surgery.resize import fit, format_of, give_bias, takes_bias

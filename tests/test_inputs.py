@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import UserDict, deque, namedtuple
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
-from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -20,11 +17,9 @@ from support.devices import Calls
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import narrower
 from narrower.deployment import layer_times
 from narrower.inputs import (
     call_model,
-    checked,
     device_of,
     first_samples,
     flatten_tensors,
@@ -267,31 +262,3 @@ def test_every_tensor_of_a_batch_is_cut_to_the_samples_that_are_wanted() -> None
     batch = {"x": torch.zeros(5, 2), "y": torch.zeros(5)}
     (inputs, count), = samples("test", [batch], Keywords(), 3)
     assert count == 3 and {k: tuple(v.shape) for k, v in inputs.items()} == {"x": (3, 2), "y": (3,)}
-
-
-def test_arguments_are_told_apart_by_their_annotations() -> None:
-    """Subclasses, None where it is allowed, and what has another kind of annotation pass; Python says what is too much."""
-    class Own(narrower.Scores):
-        pass
-
-    @checked
-    def asks(model: nn.Module, scores: Mapping[str, Tensor], plan: narrower.Plan | None = None, images: int | None = None,
-             *, path: str | PathLike[str] = "", batches: Iterable[Any] = (),
-             loss: Callable[[Tensor], Tensor] | None = None) -> str:
-        return "run"
-
-    run: Any = asks
-    args: Any
-    assert run(nn.DataParallel(nn.ReLU()), Own(), None, "any", path=Path("x"), batches=3, loss=nn.ReLU()) == "run"
-    assert run(scores={}, model=torch.jit.script(nn.ReLU())) == "run"
-    assert list(inspect.signature(run).parameters)[:3] == ["model", "scores", "plan"] and run.__name__ == "asks"
-    for args, options, message in (
-        ((nn.ReLU, {}), {}, r"asks takes \(model, scores, plan, images\): model must be nn\.Module and is the class ReLU$"),
-        (({}, nn.ReLU()), {"path": 3}, "model must .* a dict; scores must .* a ReLU; path must .* a int"),
-        ((nn.ReLU(), {}, {}), {"loss": 3}, r"plan must be narrower\.Plan \| None and is a dict; loss must be Callable"),
-    ):
-        with pytest.raises(narrower.ConfigError, match=message):
-            run(*args, **options)
-    for args, options in (((), {}), ((nn.ReLU(), {}, None, 1, 2), {}), ((nn.ReLU(), {}), {"unknown": 1})):
-        with pytest.raises(TypeError, match="asks"):
-            run(*args, **options)

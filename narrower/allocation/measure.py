@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import checked_numbers
 from ..graph.equal_counts import Component, components
 from ..graph.selection import Kept
 from ..graph.types import Graph
-from ..inputs import checked
 from ..narrowing.verify import Survivors
 from ..planning.damage import Curve, Sensitivity
 from ..planning.requests import checked_scores, lowest_channels
+from ..preconditions import checked, checked_numbers
 from ..repair.comparison import Comparison, Measure
 from ..repair.held_out import checked_inputs, split
 from ..repair.readers import images_wanted, input_counts

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PlanError, check_number, check_state
+from ..errors import ConfigError, PlanError, check_state
 from ..graph.types import ChannelGroup, Graph, Slice
-from ..inputs import checked, precise, real_rows
+from ..inputs import precise, real_rows
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps, not_done
 from ..planning.plan import Plan, check_groups, costed_plan
 from ..planning.plan import plan as plan_widths
 from ..planning.requests import excluded
+from ..preconditions import check_number, checked
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .clusters import cluster_means, cluster_sums, even_clusters, nearest_clusters

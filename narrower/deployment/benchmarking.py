@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import ConfigError, NoiseError, checked_numbers
-from ..inputs import call_model, checked, flatten_tensors, sample_count
+from ..errors import ConfigError, NoiseError
+from ..inputs import call_model, flatten_tensors, sample_count
 from ..measuring import check_runs, macs_of
+from ..preconditions import checked, checked_numbers
 from ..surgery.walk import in_eval_mode, named_tensors
 from .exporting import batch_size, resized
 from .layer_times import SETTLE, in_turn

@@ -12,9 +12,10 @@ from torch import nn
 
 from ..errors import ConfigError, ExportError
 from ..graph.types import Graph
-from ..inputs import checked, flatten_tensors
+from ..inputs import flatten_tensors
 from ..measuring import check_runs
 from ..planning.latency import LatencyTable, Whole, kind_from, layer_from
+from ..preconditions import checked
 from . import layer_times
 from .exporting import export
 from .survey import Survey, sizes_in, survey

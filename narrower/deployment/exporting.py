@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportError, NarrowerError, check_number
+from ..errors import ExportError, NarrowerError
 from ..extras import optional
-from ..inputs import call_model, checked, flatten_tensors, map_tensors, running_on
+from ..inputs import call_model, flatten_tensors, map_tensors, running_on
+from ..preconditions import check_number, checked
 from ..surgery.copying import moved
 from ..surgery.walk import in_eval_mode
 from .formats import Format, Writer, format_of

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, ConfigError
 from ..graph.types import Graph
-from ..inputs import checked
 from ..narrowing import narrow
 from ..planning import Plan, plan
 from ..planning.latency import LatencyTable
 from ..planning.requests import Budget, read_latency
+from ..preconditions import checked
 from .runtimes import Runtime, runtime_named
 from .tabulating import place_of, time_networks
 

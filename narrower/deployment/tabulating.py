@@ -17,11 +17,12 @@ from torch import nn
 
 from ..errors import ConfigError, ExportError
 from ..graph.types import Graph, Scores
-from ..inputs import checked, flatten_tensors, sample_count, shapes_of
+from ..inputs import flatten_tensors, sample_count, shapes_of
 from ..measuring import check_runs
 from ..narrowing import narrow
 from ..planning import plan
 from ..planning.latency import LatencyTable, Whole
+from ..preconditions import checked
 from ..storage import write_whole
 from ..surgery.walk import in_eval_mode, named_tensors
 from .layer_times import OPEN, PREPARE, clock_for, machine, measure_layers, measure_networks

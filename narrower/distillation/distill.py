@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, check_number
+from ..errors import ConfigError
 from ..graph.selection import Kept
-from ..inputs import call_model, checked, model_inputs
+from ..inputs import call_model, model_inputs
 from ..planning.plan import Plan
+from ..preconditions import check_number, checked
 from ..repair.comparison import floats
 from ..surgery.walk import in_eval_mode, tensor_shapes
 from .features import Tap, Watched, find_taps

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, check_number
+from ..errors import ConfigError
 from ..graph.selection import Kept
-from ..inputs import call_model, checked, flatten_tensors
+from ..inputs import call_model, flatten_tensors
 from ..planning.plan import Plan
+from ..preconditions import check_number, checked
 from ..repair.comparison import Measure, divergences, measure_of
 from ..repair.held_out import checked_inputs, images_at, joined, split
 from ..repair.reconstruct import cut_tensors

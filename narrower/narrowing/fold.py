@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..graph.selection import Kept
 from ..graph.types import Graph
-from ..inputs import checked, precise
+from ..inputs import precise
 from ..planning.plan import Plan, costed_plan
+from ..preconditions import checked
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.resize import add_biases, takes_bias
 from ..surgery.walk import named_tensors, outer_modes_off

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.selection import Kept
-from ..inputs import checked
 from ..planning.plan import Plan
+from ..preconditions import checked
 from ..surgery.attributes import Place, attribute_values, set_attributes
 from ..surgery.copying import duplicate, parameter_like, same_tensors
 from ..surgery.resize import fit, format_of, outputs_dim, slice_tensor

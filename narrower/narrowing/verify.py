@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import VerifyError, check_number, first_line
+from ..errors import VerifyError, first_line
 from ..graph.selection import Kept
 from ..graph.types import Mixer, Product
-from ..inputs import advice, checked, device_of, flatten_tensors, has_float64, map_tensors, ordinary
+from ..inputs import advice, device_of, flatten_tensors, has_float64, map_tensors, ordinary
 from ..planning.plan import Plan
+from ..preconditions import check_number, checked
 from ..surgery.copying import duplicate, same_tensors, where_float64_is
 from ..surgery.masking import removed_inputs
 from ..surgery.walk import named_tensors, outer_modes_off

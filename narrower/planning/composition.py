@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import PlanError
 from ..graph.selection import Kept
-from ..inputs import checked
+from ..preconditions import checked
 from .plan import Plan, costed_plan
 
 

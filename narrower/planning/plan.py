@@ -16,7 +16,7 @@ from ..graph.cost import CostModel
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph, Slice, html_table, table
-from ..inputs import checked
+from ..preconditions import checked
 from .damage import Sensitivity
 from .drawing import draw_bars, new_axes
 from .greedy import by_budget

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..errors import DataError, PlanError
 from ..graph.selection import Kept
 from ..graph.types import html_table, table
-from ..inputs import checked, device_of, sample_count
+from ..inputs import device_of, sample_count
 from ..narrowing.layers import Reader
 from ..narrowing.narrow import RECORD, record_biases
 from ..planning.plan import Plan
+from ..preconditions import checked
 from ..surgery.copying import independent_copy, moved, same_tensors, where_float64_is
 from ..surgery.resize import slice_tensor
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 import torch
 
-from ..errors import ConfigError, check_number
+from ..errors import ConfigError
+from ..preconditions import check_number
 
 Ranking = Literal["share", "norm"]
 

@@ -1,7 +1,5 @@
-"""ResRep: insert compactors into a model, train them towards a budget, and merge them.
-
-Ding et al., "ResRep: Lossless CNN Pruning via Decoupling Remembering and Forgetting" (ICCV 2021).
-"""
+"""Insert compactors into a model, train them towards a budget, and merge them: Ding et al., "ResRep: Lossless CNN Pruning via
+Decoupling Remembering and Forgetting" (ICCV 2021)."""
 
 from __future__ import annotations
 
@@ -20,12 +18,13 @@ from ..graph.cost import CostKind, CostModel
 from ..graph.equal_counts import Component
 from ..graph.selection import Kept
 from ..graph.types import ChannelMap, Graph, html_table
-from ..inputs import checked, precise
+from ..inputs import precise
 from ..narrowing.narrow import record_narrowing
 from ..narrowing.optimizer import carry_optimizers, check_carried
 from ..narrowing.step_hooks import group_of, hook_steps, not_done
 from ..planning.plan import Plan
 from ..planning.requests import Budget, excluded, restored_scores
+from ..preconditions import checked
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
 from .checks import check_gradients, check_optimizer, check_reached, check_used, used_gradients

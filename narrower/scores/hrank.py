@@ -14,9 +14,10 @@ from ..errors import DataError
 from ..graph.cost import CostModel
 from ..graph.selection import Keep
 from ..graph.types import ChannelMap, Graph, MapSource, Scores
-from ..inputs import as_float64, checked, running_on, samples
+from ..inputs import as_float64, running_on, samples
 from ..planning.plan import plan
 from ..planning.requests import Budget
+from ..preconditions import checked
 from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, named_tensors, outer_modes_off
 from ..tracing.interpreter import run_forward

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.types import ChannelGroup, Graph, Scores
-from ..inputs import checked
+from ..preconditions import checked
 from ..repair.held_out import checked_inputs
 from ..repair.patches import as_matrix
 from ..repair.readers import images_wanted, input_counts

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, PlanError, check_number
+from ..errors import DataError, PlanError
 from ..graph.types import ChannelGroup, Graph, Scores, Slice
-from ..inputs import call_model, checked, on_device, paired_inputs, real_rows, running_on, shapes_of
+from ..inputs import call_model, on_device, paired_inputs, real_rows, running_on, shapes_of
+from ..preconditions import check_number, checked
 from ..surgery.copying import same_tensors
 from ..surgery.walk import in_eval_mode, outer_modes_off
 

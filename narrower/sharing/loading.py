@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import storage
 from ..errors import HubError, MissingExtraError, StorageError
-from ..inputs import checked
+from ..preconditions import checked
 from .hub import fetch, is_repository
 
 

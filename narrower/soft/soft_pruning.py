@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PlanError, check_number, check_state
+from ..errors import ConfigError, PlanError, check_state
 from ..graph.equal_counts import components
 from ..graph.selection import Kept
 from ..graph.types import Graph
-from ..inputs import checked, precise
+from ..inputs import precise
 from ..narrowing.narrow import narrow
 from ..narrowing.step_hooks import hook_steps
 from ..planning.plan import Plan, check_groups, costed_plan
 from ..planning.plan import plan as plan_budget
 from ..planning.requests import checked_scores, excluded, lowest_channels, restored_scores
+from ..preconditions import check_number, checked
 from ..surgery.copying import same_tensors
 from ..surgery.masking import Axis, removed_inputs
 from ..surgery.walk import named_tensors

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..errors import TraceError, first_line
 from ..graph.types import Graph
-from ..inputs import advice, checked, shapes_of
+from ..inputs import advice, shapes_of
+from ..preconditions import checked
 from ..surgery.copying import restore_after, stage
 from ..surgery.walk import WRAPPERS, modules_of, named_tensors, outer_modes_off, pause_collector
 from .dense import DenseForwardError
