@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from narrower.resrep.compactor import Compactor, diagonal, insert_compactor, resrep_gradient, row_norms, rows_at_zero
+from narrower.resrep.compactor import (
+    Compactor,
+    diagonal,
+    insert_compactor,
+    resrep_gradient,
+    row_norms,
+    rows_at_zero,
+    submatrix,
+)
 from narrower.resrep.merging import apply_compactor
 from narrower.resrep.placement import Site
 
@@ -92,3 +101,10 @@ def test_behind_a_convolution_a_single_image_gives_what_a_batch_gives(kind: str,
     nn.init.normal_(compactor.weight)
     x = torch.randn(2, 3, *(6,) * (layer.weight.dim() - 2))
     torch.testing.assert_close(layer(x[0]), layer(x)[0])
+
+
+def test_of_a_block_diagonal_weight_each_block_gives_its_own_rows_and_columns() -> None:
+    blocks = torch.randn(2, 4, 4)
+    rows, columns = np.array([1, 2, 4, 7]), np.array([2, 3, 5, 7])
+    whole = torch.block_diag(*blocks)[rows][:, columns]
+    assert torch.equal(torch.block_diag(*submatrix(blocks, rows, columns)), whole)

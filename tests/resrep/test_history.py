@@ -43,6 +43,7 @@ def test_what_was_not_taken_is_there_after_a_break() -> None:
     run(whole, 1, 20, 20)
     run(halves, 1, 10, 20)
     state: dict[str, Any] = halves.state_dict()
+    run(halves, 11, 20, 20)  # a state is what it was, whatever follows
     again = training(20)[1]
     again.load_state_dict(state)
     run(again, 11, 20, 20)

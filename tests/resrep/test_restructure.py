@@ -83,6 +83,18 @@ def test_folded_compactors_are_diagonals_of_their_row_norms() -> None:
     torch.testing.assert_close(c.weight.detach(), torch.diag(torch.as_tensor(norms)))
 
 
+def test_a_row_that_stays_and_is_nearly_zero_can_still_grow_after_it_is_folded() -> None:
+    """A diagonal compactor of nothing would have no gradient left to come back by."""
+    model, resrep, kept = compacted()
+    c = resrep.compactors()["1"]
+    with torch.no_grad():
+        c.weight[kept.keep["0"][0]] = 0
+    before = outputs(model, X)
+    restructure(model, resrep.placement, resrep.kept, kept, "fold")
+    assert difference(before, outputs(model, X)) < 1e-12
+    assert 0 < float(c.weight.detach().diagonal().min()) <= 1e-3
+
+
 def test_frozen_compactors_are_identities_without_gradient() -> None:
     model, resrep, kept = compacted()
     restructure(model, resrep.placement, resrep.kept, kept, "freeze")

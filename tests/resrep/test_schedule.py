@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,15 @@ def test_momentum_is_scaled_where_learning_rates_jump_up_and_nowhere_else() -> N
 
 def test_the_penalty_is_decoupled_for_adaptive_optimizers_only() -> None:
     w = [torch.nn.Parameter(torch.zeros(1))]
-    assert not decouples_penalty(torch.optim.SGD(w)) and decouples_penalty(torch.optim.AdamW(w))
+    for make, decoupled in ((torch.optim.SGD, False), (torch.optim.AdamW, True)):
+        optimizer = make(w)
+        assert decouples_penalty(optimizer) == decoupled
+        wrapped: Any = SimpleNamespace(optimizer=optimizer)  # as accelerate does
+        assert decouples_penalty(wrapped) == decoupled
+
+
+def test_rows_are_chosen_every_two_hundred_steps_at_least_however_long_the_training() -> None:
+    assert [narrower.Forgetting().over(steps, 100).mask_interval for steps in (10, 1000, 40_000, 1_000_000)] == [1, 5, 200, 200]
 
 
 @pytest.mark.parametrize("setting", ["strength", "warmup_steps", "mask_interval", "rows_per_update", "forget_steps", "momentum",

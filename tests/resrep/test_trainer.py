@@ -314,6 +314,15 @@ def test_weight_decay_is_the_optimizers_own_unless_it_is_given() -> None:
     resrep.attach(optimizer)
 
 
+def test_compactors_move_as_fast_as_the_network_and_never_faster() -> None:
+    """The ratio of the two momenta would raise the learning rate in short trainings, where compactors have little momentum."""
+    for steps, momentum, scale in ((10, 0.0, 1.0), (1000, 0.95, 0.5), (10_000, 0.99, 0.1)):
+        resrep, _ = made(small_resnet, IMAGES, 0.5, steps=steps)
+        network, compactors = resrep.param_groups(lr=0.1, momentum=0.9)
+        assert network["momentum"] == 0.9 and network["lr"] == 0.1
+        assert [compactors[k] for k in ("momentum", "lr_scale", "lr")] == pytest.approx([momentum, scale, 0.1 * scale])
+
+
 def test_the_rule_acts_once_for_each_step_of_an_accumulated_gradient() -> None:
     """Two half batches summed are one whole batch (without BatchNorm in the way of it)."""
     results = []
@@ -376,6 +385,9 @@ def test_compactors_are_frozen_by_a_shrink_at_rest() -> None:
     other.load_state_dict(saved[0])
     other.model.load_state_dict(saved[1])
     other_optimizer.load_state_dict(saved[2])
+    late, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
+    late.load_state_dict(saved[0])
+    sgd(late)  # an optimizer that is made afterwards will do
     for r, o in ((resrep, optimizer), (other, other_optimizer)):
         resrep_training.train(r, o, IMAGES, 5)
     trained = outputs(resrep.model, IMAGES)
@@ -540,11 +552,13 @@ def test_resumed_is_uninterrupted_bit_for_bit_across_a_shrink(name: str, kinds: 
     until(whole, optimizer, list(range(50)))
     assert whole.kept.cuts, "nothing has been taken out before the interruption"
     saved = copy.deepcopy((whole.state_dict(), whole.model.state_dict(), optimizer.state_dict()))
+    progress = whole.progress()
     until(whole, optimizer, list(range(50, 70)))
     resumed, optimizer = fresh()
     resumed.load_state_dict(saved[0])
     resumed.model.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[2])
+    assert resumed.progress() == progress
     until(resumed, optimizer, list(range(50, 70)))
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert list(a) == list(b)
@@ -792,6 +806,25 @@ def test_a_state_goes_on_with_the_scores_that_it_was_begun_with() -> None:
         with pytest.raises(StorageError, match="its scores= were others"):
             begun(seed).load_state_dict(state)
         begun(seed).load_state_dict({key: value for key, value in state.items() if key != "scores"})  # of an earlier version
+
+
+def test_scores_decide_where_the_norms_are_equal() -> None:
+    """At the first choice all rows have norm one: of each group the lowest scores go, whatever their unit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(4, 3, 9, 9)
+    graph = narrower.trace(model, x)
+    scores = narrower.Scores({g.name: 10.0**k * torch.randperm(g.size).add(1).float() for k, g in enumerate(graph.free)})
+    settings = narrower.Forgetting(warmup_steps=0, mask_interval=1, rows_per_update=100)
+    resrep = narrower.ResRep(model, graph, macs=0.6, steps=10, scores=scores, settings=settings)
+    optimizer = sgd(resrep)
+    model(x).sum().backward()
+    optimizer.step()
+    chosen = resrep.chosen_channels()
+    assert len(chosen) == 2
+    for name, mask in chosen.items():
+        assert 0 < mask.sum() < 8
+        assert set(np.nonzero(mask)[0]) == set(scores[name].argsort()[: mask.sum()].tolist())
 
 
 def test_a_missed_budget_is_said_and_what_is_there_is_merged() -> None:

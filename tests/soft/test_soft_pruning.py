@@ -220,6 +220,16 @@ def test_a_plan_says_which_channels_go() -> None:
     narrower.verify(model, soft.narrow(), plan, X)
 
 
+def test_of_a_plan_that_is_not_fixed_only_the_widths_count() -> None:
+    """The plan here takes what is largest, the training what is lowest."""
+    model, graph = chain(), chain_graph()
+    plan = narrower.plan(graph, {n: s.max() - s for n, s in narrower.magnitude(model, graph).items()}, macs=0.5)
+    soft = soft_pruning(model, plan=plan, steps=1, fixed=False)
+    soft.step()
+    assert any(not np.array_equal(kept, plan.keep[n]) for n, kept in soft.plan.keep.items())
+    assert {n: len(kept) for n, kept in soft.plan.keep.items()} == {n: len(kept) for n, kept in plan.keep.items()}
+
+
 def test_scores_weigh_the_choice() -> None:
     model = chain()
     scores = narrower.Scores({g.name: torch.where(torch.arange(g.size) < 2, 1e-9, 1.0) for g in chain_graph().free})

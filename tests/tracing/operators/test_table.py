@@ -54,7 +54,7 @@ def test_names_of_operators() -> None:
     assert row_of("exp").constants == "pointwise" and row_of("cat") is TABLE["cat"]
 
 
-@torch.library.custom_op("narrower_tests::silu", mutates_args=())
+@torch.library.custom_op("narrower_tests::silu", mutates_args=(), schema="(Tensor x) -> Tensor")
 def silu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.linspace(0, 1, x.shape[1])[None, :, None, None]
 
