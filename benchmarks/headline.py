@@ -37,7 +37,8 @@ LOGS = (
     ("EfficientNet-Lite1, 150 images of ImageNet", "90 %", "efficientnet-lite1-80-90-obs.txt", 0.9),
     ("EfficientNet-Lite1, 150 images of ImageNet", "80 %", "efficientnet-lite1-80-obs-32768-positions.txt", 0.8),
 )
-GRIDS = (("50 %", "compare/resnet20-50-3-epochs"), ("30 %", "compare/resnet20-30-3-epochs"))
+GRIDS = (("50 %", 3, "compare/resnet20-50-3-epochs"), ("30 %", 3, "compare/resnet20-30-3-epochs"),
+         ("30 %", 10, "compare/resnet20-30-10-epochs"))  # fmt: skip
 ROUTES = {"obs": "**narrower**: cut, repaired, distilled", "magnitude": "narrower, order by L2 norms",
           "hrank": "narrower, order by HRank", "resrep": "ResRep", "soft": "soft pruning", "centripetal:all": "centripetal SGD",
           "dense": "the dense network, trained on",
@@ -83,24 +84,30 @@ def accuracy(results: Path) -> str:
 
 
 def grid(results: Path) -> str:
-    """Routes side by side at two budgets, by the same training."""
-    found = {budget: json.loads((results / folder / "compare.json").read_text()) for budget, folder in GRIDS}
-    dense = {f"{one['dense']:.2f} %" for one in found.values()}
-    head = " | ".join(f"{budget} of the MACs, no training | 3 epochs" for budget in found)
-    out = [f"| ResNet-20 (dense {' and '.join(sorted(dense))}) | {head} |", "|---" * (1 + 2 * len(found)) + "|"]
-    for method, name in ROUTES.items():
-        lines = [next((of for of in one["lines"] if of["method"] == method), None) for one in found.values()]
-        if any(lines):
-            out.append(f"| {name} | " + " | ".join(" | | " if of is None else cells(of) for of in lines) + " |")
+    """Routes side by side, by the same training. Each budget begins with the column before it, of its first grid."""
+    grids = [(budget, epochs, json.loads((results / folder / "compare.json").read_text())) for budget, epochs, folder in GRIDS]
+    head, columns, dense = [], [], {f"{one['dense']:.2f} %" for *_, one in grids}
+    for k, (budget, epochs, one) in enumerate(grids):
+        lines = {of["method"]: of for of in one["lines"]}
+        if k == 0 or budget != grids[k - 1][0]:
+            head.append(f"{budget} of the MACs, no training")
+            columns.append({method: before(of) for method, of in lines.items()})
+        head.append(f"{epochs} epochs")
+        columns.append({method: after(of) for method, of in lines.items()})
+    out = [f"| ResNet-20 (dense {' and '.join(sorted(dense))}) | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+    out += [f"| {name} | {' | '.join(column.get(method, '') for column in columns)} |" for method, name in ROUTES.items()]
     return "\n".join(out) + "\n"
 
 
-def cells(of: dict[str, Any]) -> str:
-    """Before and after the training. Methods that narrow in it have no before."""
+def before(of: dict[str, Any]) -> str:
+    """Top-1 before the training. Methods that narrow in it have none."""
     in_training = of["method"].partition(":")[0] in ("resrep", "soft", "centripetal", "dense")
-    before = "" if in_training else f"{of['right_after']:.2f} %"
-    spread = f" ± {of['spread']:.2f} (n = {of['n']})" if of["spread"] is not None else ""
-    return f"{before} | {of['last']:.2f} %{spread}"
+    return "" if in_training else f"{of['right_after']:.2f} %"
+
+
+def after(of: dict[str, Any]) -> str:
+    """Top-1 after the training, and how far several seeds spread."""
+    return f"{of['last']:.2f} %" + (f" ± {of['spread']:.2f} (n = {of['n']})" if of["spread"] is not None else "")
 
 
 def speeds(results: Path) -> dict[str, dict[str, float]]:

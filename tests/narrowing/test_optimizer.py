@@ -40,6 +40,7 @@ def test_the_optimizer_goes_on_with_its_state(name: str) -> None:
     old = {n: dict(optimizer.state[p]) for n, p in model.named_parameters()}
     small = narrower.narrow(model, plan, optimizer=optimizer)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
+    assert {id(p) for p in optimizer.state} == {id(p) for p in small.parameters()}, "the old parameters' state is left"
 
     fresh_model = copy.deepcopy(small)
     fresh = OPTIMIZERS[name](fresh_model.parameters())

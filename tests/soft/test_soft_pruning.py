@@ -176,6 +176,18 @@ def test_masked_channels_learn_again_between_soft_steps() -> None:
     assert bool((model.get_parameter(READS)[:, soft.masked["0.0"]].abs().amax((0, 2, 3)) > 0).all())
 
 
+def test_a_frozen_layer_may_read_masked_channels() -> None:
+    model = chain()
+    model.get_parameter(READS).requires_grad_(False)
+    soft = soft_pruning(model, **HARD)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    soft.attach(optimizer)
+    soft.step()
+    train(model, optimizer, X, 2)
+    assert not model.get_parameter(READS)[:, soft.masked["0.0"]].any()
+    assert difference(outputs(model, X), outputs(soft.narrow(), X)) < 1e-5
+
+
 def test_masks_are_copied_to_the_device_once_for_each_step_and_none_while_no_channel_is_hard() -> None:
     model = chain()
     soft = soft_pruning(model, steps=4, factor=0.0, grow=0.0, harden=1.0)
