@@ -43,7 +43,6 @@ def spread_centres(points: np.ndarray, count: int, rng: np.random.Generator) -> 
     far = np.full(len(points), np.inf)
     for _ in range(count - 1):
         far = np.minimum(far, ((points - points[chosen[-1]]) ** 2).sum(1))
-        far[chosen] = 0.0
         rest = np.isin(np.arange(len(points)), chosen, invert=True)
         chosen.append(int(rng.choice(len(points), p=(far if far.any() else rest) / (far if far.any() else rest).sum())))
     return points[chosen]

@@ -251,6 +251,15 @@ def test_plans_give_the_widths() -> None:
     csgd = narrower.CentripetalSGD(chain(), chain_graph(), plan=plan, steps=1)
     assert {n: int(c.max()) + 1 for n, c in csgd.clusters.items()} == {"0.0": 6, "2.0": 6}
     assert csgd.plan.macs == plan.macs and np.array_equal(csgd.plan.keep["1.0"], np.arange(10))
+    with pytest.raises(narrower.PlanError, match="a plan= says what remains"):
+        narrower.CentripetalSGD(chain(), chain_graph(), plan=plan, macs=0.5, steps=1)
+
+
+def test_the_seed_decides_where_the_clusters_begin() -> None:
+    model = chain()
+    found = [narrower.CentripetalSGD(model, chain_graph(), remove=0.5, steps=1, seed=seed).clusters for seed in (0, 0, 1, 2, 3)]
+    same = [all(np.array_equal(one[n], found[0][n]) for n in one) for one in found]
+    assert same[1] and not all(same)
 
 
 @pytest.mark.parametrize(("options", "error", "says"), [

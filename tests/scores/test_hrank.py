@@ -202,7 +202,8 @@ def test_a_number_of_images(limit: int) -> None:
     assert all(torch.allclose(found[n], want[n], atol=1e-5) for n in want)
 
 
-def test_it_stops_when_the_kept_channels_have_settled() -> None:
+@pytest.mark.parametrize("budget", [{"macs": 0.7}, {"params": 0.7}], ids=str)
+def test_it_stops_when_the_kept_channels_have_settled(budget: dict[str, float]) -> None:
     model = lively(Plain())
     graph = narrower.trace(model, IMAGES)
     taken = 0
@@ -213,13 +214,12 @@ def test_it_stops_when_the_kept_channels_have_settled() -> None:
             taken += 1
             yield batches(1, 8, seed=taken)[0]
 
-    early = narrower.hrank(model, graph, endless(), macs=0.7)
-    assert 8 <= taken < 200
-    used, taken = taken, 0
-    assert used * 8 >= 64, "at least two looks"
+    early = narrower.hrank(model, graph, endless(), **budget)
+    assert taken * 8 in (256, 512, 1024), "it looks again after twice as many images"
+    taken = 0
     late = narrower.hrank(model, graph, endless())
     assert taken == 200
-    a, b = (narrower.plan(graph, s, macs=0.7).keep for s in (early, late))
+    a, b = (narrower.plan(graph, s, **budget).keep for s in (early, late))
     same = sum(len(set(a[n].tolist()) & set(b[n].tolist())) for n in a)
     assert same >= 0.9 * sum(len(k) for k in b.values())
 
