@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import narrower
 from narrower.errors import ConfigError
+from narrower.resrep.checks import check_reached
 
 
 def compacted(model: nn.Module | None = None) -> narrower.ResRep:
@@ -28,6 +30,16 @@ def test_frozen_compactors_are_refused_by_name_and_layers_frozen_before_are_comp
     train(resrep, sgd(resrep), X, 24)
     assert resrep.remaining().cuts and len(resrep.remaining().keep["0.0"]) < 12
     assert resrep.reached() <= 0.6
+
+
+def test_compactors_of_which_no_row_is_chosen_need_no_gradient() -> None:
+    resrep = compacted()
+    compactors = resrep.compactors()
+    name, first = next(iter(compactors.items()))
+    check_reached(compactors)
+    first.choose(torch.arange(len(first.rows)) < 2)
+    with pytest.raises(ConfigError, match=rf"no gradient has reached: {re.escape(name)}; run the model"):
+        check_reached(compactors)
 
 
 def test_dampening_is_refused() -> None:

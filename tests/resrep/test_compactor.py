@@ -74,6 +74,20 @@ def test_computes_what_its_matrix_says(kind: str) -> None:
     torch.testing.assert_close(apply_compactor(w, x[0]), torch.einsum("kc,chw->khw", matrix, x[0]))
 
 
+def test_behind_a_linear_layer_channels_are_last() -> None:
+    c = Compactor(Site("0", "diagonal", 6, dim=-1), torch.zeros(1), None)
+    torch.nn.init.normal_(c.weight)
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(c(x), x * c.weight)
+
+
+def test_one_value_of_each_channel_has_no_variance_to_follow() -> None:
+    """As a global pooling leaves it, of a single image."""
+    c = Compactor(KINDS["full"], torch.zeros(1), torch.ones(6)).train()
+    x = torch.randn(1, 6, 1, 1)
+    assert torch.equal(c(x), x) and torch.equal(c.variance, torch.ones(6))
+
+
 def test_follows_the_variance_of_its_output() -> None:
     c = Compactor(KINDS["full"], torch.zeros(1), torch.ones(6)).train()
     for seed in range(100):
