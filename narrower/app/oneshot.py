@@ -219,16 +219,16 @@ def planned_once(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequ
     if given.allocate == "measured" and given.remove is None:
         damage = measured(job, model, graph, scores, images, again=again)
     with job.stage("plan", busy="planning") as facts:
-        if given.latency is None or job.times is None or elsewhere(job.times, model, job.example):
-            plan, trials = make_plan(given, graph, scores, damage, job.times), ""
-            if damage is not None and given.reconstruct and given.min_channels is None and given.steps == 1:
-                plan, trials = roomier(job, model, plan, lambda: make_plan(
-                    replace(given, min_channels=LEAST_SHARE), graph, scores, damage, job.times), images)
-        else:
+        plan, told = make_plan(given, graph, scores, damage, job.times), ""
+        if damage is not None and given.reconstruct and given.min_channels is None and given.steps == 1:
+            roomy = replace(given, min_channels=LEAST_SHARE)
+            other, told = roomier(job, model, plan, lambda: make_plan(roomy, graph, scores, damage, job.times), images)
+            given, plan = (given, plan) if other is plan else (roomy, other)
+        if given.latency is not None and job.times is not None and not elsewhere(job.times, model, job.example):
             found = narrower.fit_latency(model, graph, scores, job.example, **request_of(given, damage, job.times))
-            plan, trials = found.plan, f"\n{found}"
+            plan, told = found.plan, f"{told}\n{found}"
             facts["trials"] = [{**t._asdict(), "error": t.error} for t in found.trials]
-        facts |= {"macs": plan.macs, "params": plan.params, "text": f"{plan}{trials}"}
+        facts |= {"macs": plan.macs, "params": plan.params, "text": f"{plan}{told}"}
         if plan.latency_ms:
             facts["predicted_ms"] = plan.latency_ms
     return plan

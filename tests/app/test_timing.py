@@ -24,7 +24,7 @@ from support.latency import truth
 from torch import nn
 
 import narrower
-from narrower.app import cli, run_folder
+from narrower.app import cli, oneshot, run_folder
 from narrower.deployment import fitting
 from narrower.deployment.layer_times import key_of
 from narrower.deployment.survey import Survey, sizes_in, survey
@@ -149,6 +149,20 @@ def test_methods_that_narrow_in_the_training_work_towards_milliseconds(method: s
     time = stage("run", "time")
     assert time["narrow_ms"] <= 0.61 * time["dense_ms"]
     assert time["narrow_ms"] == stage("run", "plan")["trials"][-1]["measured_ms"]
+
+
+def test_a_share_of_every_group_is_tried_for_milliseconds_too(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what comes out is measured: where the second plan is taken, the corrected one keeps the share as well."""
+    machine.slower = 1.2
+    run = [*QUICK, "--checkpoint", "dense.pt", "--latency", "0.45", "--runtime", "eager", "--round-to", "1", "--no-report"]
+    monkeypatch.setattr(oneshot, "LEAST_SHARE", 0.5)
+    for taken in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(oneshot, "roomier", lambda *a, taken=taken: (a[3]() if taken else a[2], "\nSEEN"))
+            assert cli.main([*run, "--output", str(taken)]) == 0
+        assert len(stage(str(taken), "plan")["trials"]) == 2 and "\nSEEN\n" in Path(str(taken), run_folder.LOG).read_text()
+        plan = json.loads((Path(str(taken)) / run_folder.PLAN).read_text())
+        assert (min(len(plan["keep"][name]) / size for name, size in plan["groups"].items()) >= 0.5) == taken
 
 
 def test_widths_that_the_runtime_likes_serve_other_budgets(machine: Machine) -> None:
