@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TRAINED = "as trained"
+AVERAGE = "average of the weights"
+BEGAN = "as before the training"
 CLEARLY = 0.95  # what is kept instead must have at most this share of the loss: small differences are chance
 
 
@@ -39,28 +42,33 @@ class Settled:
 
 
 def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, accelerator: Accelerator, *, seed: int = 0,
-           average: nn.Module | None = None) -> Settled:
-    """Give `model`, in place, the best of: its values as trained, and with renewed BatchNorm statistics; likewise of `average`.
+           others: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})) -> Settled:
+    """Give `model`, in place, the best of: its values as trained, and with renewed BatchNorm statistics; likewise of `others`.
 
     Running statistics lag behind the weights, by much after few steps. Statistics of images that were not augmented as in
     training may be worse still. So `config.recalibrate` images of `fit` are. The values as trained stay, unless others have a
-    clearly lower loss on the images of `held`, which this training has not seen.
+    clearly lower loss on the images of `held`, which this training has not seen. Those named `BEGAN` are taken as they are, and
+    only if their headline is no lower: a training may rightly give up some loss for accuracy.
     """
     values: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, float] = {}
+    headlines: dict[str, float] = {}
     trained = snapshot(model)
-    sources = {TRAINED: trained} | ({} if average is None else {"average of the weights": named_tensors(average)})
+    sources = {TRAINED: trained, **others}
     try:
         for name, source in sources.items():
             restore(model, source)
             for candidate, renewed in ((name, False), (f"{name}, BatchNorm renewed", True)):
-                if not renewed or (config.recalibrate and renew(model, fit, config, accelerator, seed)):
-                    values[candidate] = snapshot(model)
-                    losses[candidate] = evaluate(model, held, config, accelerator)["loss"]
+                if renewed and (name == BEGAN or not config.recalibrate or not renew(model, fit, config, accelerator, seed)):
+                    continue
+                values[candidate] = snapshot(model)
+                figures = evaluate(model, held, config, accelerator)
+                losses[candidate], headlines[candidate] = figures["loss"], next(iter(figures.values()))
     except BaseException:  # Ctrl-C, say
         restore(model, trained)
         raise
-    best = min(losses, key=lambda name: losses[name])
+    allowed = [name for name in losses if name != BEGAN or headlines[BEGAN] >= headlines[TRAINED]]
+    best = min(allowed, key=lambda name: losses[name])
     kept = best if losses[best] < CLEARLY * losses[TRAINED] else TRAINED
     restore(model, values[kept])
     return Settled(kept, losses)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..data.streams import StreamImages
 from ..errors import ConfigError, StorageError
 from ..inputs import precise
 from ..storage import write_whole
+from ..surgery.walk import named_tensors
 from .accelerator import autocast, collect_interrupts, make_accelerator, shard_of, to_device
 from .agreement import anywhere, ask, first, share
 from .checking import task_in_training
@@ -34,7 +35,7 @@ from .evaluate import evaluate, evaluate_classes, headline
 from .methods import Methods
 from .mixing import Mixing
 from .optimizing import make_average, make_optimizer, make_schedule, updates_per_epoch
-from .settle import settle
+from .settle import AVERAGE, BEGAN, TRAINED, settle, snapshot
 from .synced_batchnorm import SyncedBatchNorm
 
 if TYPE_CHECKING:
@@ -92,9 +93,9 @@ def train(
 ) -> nn.Module:  # fmt: skip
     """Train `model` in place for `config.epochs` and return it, on the accelerator's device.
 
-    `config.held_out` training images are not trained on. At the end they decide whether the BatchNorm statistics are renewed
-    and whether the average of the weights is taken (`settle`; a row of the log says which). With a method that narrows the
-    caller settles, once the network is narrow.
+    `config.held_out` training images are not trained on. At the end they decide whether the BatchNorm statistics are renewed,
+    whether the average of the weights is taken, and whether the network was better before the training (`settle`; a row of the
+    log says which). With a method that narrows the caller settles, once the network is narrow.
 
     Args:
         model: images `[N, C, H, W]` to logits `[N, num_classes]`, or to what the task of the data takes.
@@ -154,6 +155,7 @@ class TrainLoop:
         }
         optimizer = make_optimizer(model, config, self.resrep)
         methods.attach(optimizer)
+        self.began = {} if methods.narrows or self.held is None else snapshot(model)  # a checkpoint has its own
         self.start = self.resume(optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.compile()
@@ -282,12 +284,16 @@ class TrainLoop:
         if self.held is None:
             return
         began = time.perf_counter()
-        average = None if self.average is None else self.average.module
-        if average is not None:
-            share(average)
-        found = settle(self.model, self.fit, self.held, self.config, self.accelerator, seed=self.seed, average=average)
+        others: dict[str, Mapping[str, Tensor]] = {BEGAN: self.began} if self.began else {}
+        if self.average is not None:
+            share(self.average.module)
+            others[AVERAGE] = named_tensors(self.average.module)
+        found = settle(self.model, self.fit, self.held, self.config, self.accelerator, seed=self.seed, others=others)
         row: dict[str, Any] = {"stage": "settle", "kept": found.kept, "held_out": len(self.held), "losses": found.losses,
                                "best_epoch": self.best.epoch}
+        if found.kept == BEGAN:
+            row["text"] = (f"the loss on images held out was {found.losses[BEGAN]:.4g} before this training, and is "
+                           f"{found.losses[TRAINED]:.4g}: the network stays as it was; give a lower --lr, or --clip-grad 10")
         if found.changed:
             result, classes = evaluate_classes(self.model, self.data.val, self.config, self.accelerator, self.context.watch)
             row |= headline(result) | result | classes
@@ -323,7 +329,7 @@ class TrainLoop:
         if path is None or not self.accelerator.is_main_process:
             return
         state = {"epoch": position.epoch, "step": position.step, "total": position.loss_sum, "settings": self.settings,
-                 "best": tuple(self.best), **self.methods.state_dict()}
+                 "best": tuple(self.best), "began": self.began, **self.methods.state_dict()}
         if self.average is not None:
             state["average"] = self.average.state_dict()
         if self.scaler.is_enabled():
@@ -351,6 +357,7 @@ class TrainLoop:
                     self.scaler.load_state_dict(state["scaler"])
                 optimizer.load_state_dict(state["optimizer"])
                 self.best = Best(*state.get("best", ()))
+                self.began = state.get("began", {})
         except Exception as error:  # whatever other contents give
             raise StorageError(f"cannot go on from {path}: {type(error).__name__}: {error}") from error
         if differ:

@@ -16,7 +16,7 @@ from torch import nn
 from narrower.data.images import TensorImages, hold_out
 from narrower.training.accelerator import make_accelerator
 from narrower.training.evaluate import evaluate
-from narrower.training.settle import TRAINED, settle
+from narrower.training.settle import AVERAGE, BEGAN, TRAINED, settle
 
 FIT, HELD = hold_out(data(200).train, 1000, 0)
 CPU = make_accelerator("cpu")
@@ -69,6 +69,7 @@ def test_an_interruption_leaves_the_values_as_trained(monkeypatch: pytest.Monkey
     model, average = spoiled(trained()), trained()
     before = copy.deepcopy(model.state_dict())
     losses = iter([1.0, 1.0, 1.0])
+    others = {AVERAGE: dict(average.state_dict())}
 
     def interrupted(*_: object) -> dict[str, float]:
         try:
@@ -78,7 +79,7 @@ def test_an_interruption_leaves_the_values_as_trained(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(sys.modules["narrower.training.settle"], "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        settle(model, FIT, HELD, CONFIG, CPU, average=average)
+        settle(model, FIT, HELD, CONFIG, CPU, others=others)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -87,9 +88,26 @@ def test_the_average_of_weights_is_taken_if_it_is_better() -> None:
     good, bad = trained(), spoiled(trained())
     bad[0].weight.data.zero_()  # type: ignore[index]
     want = {k: v.clone() for k, v in good.state_dict().items()}
-    found = settle(bad, FIT, HELD, replace(CONFIG, recalibrate=0), CPU, average=good)
-    assert found.kept == "average of the weights"
+    found = settle(bad, FIT, HELD, replace(CONFIG, recalibrate=0), CPU, others={AVERAGE: dict(good.state_dict())})
+    assert found.kept == AVERAGE
     assert all(torch.equal(v, want[k]) for k, v in bad.state_dict().items())
+
+
+@pytest.mark.parametrize(("loss", "top1", "kept"), [
+    (0.9, 70.0, BEGAN), (0.9, 71.0, BEGAN), (0.97, 80.0, TRAINED), (0.5, 69.0, TRAINED),
+])
+def test_what_was_before_comes_back_if_its_loss_is_clearly_lower_and_its_headline_no_lower(
+    loss: float, top1: float, kept: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """BatchNorm statistics of it are not renewed: it was repaired or trained with those that it has."""
+    assert HELD is not None
+    model, before = trained(), spoiled(trained())
+    found = iter([{"top1": 70.0, "loss": 1.0}, {"top1": top1, "loss": loss}])
+    monkeypatch.setattr(sys.modules["narrower.training.settle"], "evaluate", lambda *_: next(found))
+    want = {k: v.clone() for k, v in (before if kept == BEGAN else model).state_dict().items()}
+    settled = settle(model, FIT, HELD, replace(CONFIG, recalibrate=0), CPU, others={BEGAN: dict(before.state_dict())})
+    assert settled.kept == kept and [*settled.losses] == [TRAINED, BEGAN]
+    assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
 
 
 def test_held_out_images_are_no_training_images() -> None:

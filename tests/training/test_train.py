@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ from narrower.errors import ConfigError, StorageError
 from narrower.training.accelerator import make_accelerator
 from narrower.training.evaluate import evaluate
 from narrower.training.methods import Methods
+from narrower.training.settle import BEGAN, TRAINED
 from narrower.training.train import TrainContext, TrainLoop, train
 
 
@@ -307,6 +309,25 @@ def test_distillation_draws_the_network_to_its_teacher(tmp_path: Path) -> None:
         distilled(data(), tmp_path / "checkpoint.pt", watch=interrupting(7))
     resumed = distilled(data(), tmp_path / "checkpoint.pt")
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("interrupt", [None, 3, 11])
+def test_a_training_that_ruins_a_network_leaves_it_as_it_was(interrupt: int | None, tmp_path: Path) -> None:
+    """The loss of the epochs tells what happened. Resumed, what was before is that of the first sitting."""
+    model, file, rows = run(network()), tmp_path / "checkpoint.pt", list[Any]()
+    before = copy.deepcopy(model.state_dict())
+    ruinous = replace(CONFIG, lr=5.0, epochs=2, recalibrate=0)
+    if interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            run(model, file, ruinous, watch=interrupting(interrupt))
+        assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+        model = network()
+    run(model, file, ruinous, log=rows.append)
+    settled = rows[-1]
+    assert settled["kept"] == BEGAN and settled["losses"][BEGAN] < settled["losses"][TRAINED]
+    assert "the network stays as it was; give a lower --lr" in settled["text"]
+    assert settled["top1"] == evaluate(model, data().val, accelerator=make_accelerator("cpu"))["top1"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_an_average_of_weights_is_no_match_for_resrep() -> None:
