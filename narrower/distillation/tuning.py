@@ -82,6 +82,7 @@ def tune(model: nn.Module, small: nn.Module, plan: Plan, batches: Iterable[Any],
     cut_tensors("tune", small, Kept(plan.graph, plan.keep))
     check_number("steps", steps, 1, whole=True)
     check_number("batch_size", batch_size, 1, whole=True)
+    check_number("seed", seed, 0, whole=True)
     check_number("lr", lr, 0, inside=True)
     if not any(p.requires_grad for p in small.parameters()):
         raise ConfigError("no parameter of the network requires gradients, so there is nothing to train: call "

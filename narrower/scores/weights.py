@@ -133,6 +133,7 @@ def taylor(model: nn.Module, graph: Graph, batches: Iterable[Any], loss: Callabl
 
 @checked
 def random(graph: Graph, seed: int = 0) -> Scores:
-    """Uniform random scores: a baseline."""
+    """Uniform random scores: a baseline. Raises ConfigError for a seed that is no whole number from 0."""
+    check_number("seed", seed, 0, whole=True)
     generator = torch.Generator().manual_seed(seed)
     return Scores({g.name: torch.rand(g.size, generator=generator) for g in graph.free})

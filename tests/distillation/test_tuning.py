@@ -175,6 +175,7 @@ def test_the_learning_rate_falls_to_zero() -> None:
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"steps": 0}, narrower.ConfigError, "steps=0: give a whole number"),
     ({"batch_size": 2.5}, narrower.ConfigError, "batch_size=2.5"),
+    ({"seed": 0.5}, narrower.ConfigError, "seed=0.5"),
     ({"lr": 0.0}, narrower.ConfigError, "lr=0.0: give a number above 0"),
     ({"lr": 1e30, "steps": 20}, narrower.ConfigError, "no longer finite at step .* try a lower lr"),
     ({"images": 5}, narrower.DataError, "tune got 5 images: give it 12"),

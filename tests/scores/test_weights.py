@@ -176,6 +176,9 @@ def test_random_is_seeded() -> None:
     state = torch.get_rng_state()
     narrower.random(graph)
     assert torch.equal(state, torch.get_rng_state())
+    for seed in (0.5, -1, "one"):
+        with pytest.raises(narrower.ConfigError, match="seed=.*: give a whole number from 0"):
+            narrower.random(graph, seed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("score", SCORES)
