@@ -225,7 +225,8 @@ def planned_once(job: Job, model: nn.Module, graph: narrower.Graph, images: Sequ
             other, told = roomier(job, model, plan, lambda: make_plan(roomy, graph, scores, damage, job.times), images)
             given, plan = (given, plan) if other is plan else (roomy, other)
         if given.latency is not None and job.times is not None and not elsewhere(job.times, model, job.example):
-            found = narrower.fit_latency(model, graph, scores, job.example, **request_of(given, damage, job.times))
+            found = narrower.fit_latency(model, graph, scores, job.example, start=plan,
+                                         **request_of(given, damage, job.times))
             plan, told = found.plan, f"{told}\n{found}"
             facts["trials"] = [{**t._asdict(), "error": t.error} for t in found.trials]
         facts |= {"macs": plan.macs, "params": plan.params, "text": f"{plan}{told}"}

@@ -70,7 +70,7 @@ class LatencyFit:
 
 @checked
 def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], example_inputs: Any, *, latency: LatencyTable,
-                runtime: Runtime | None = None, **request: Any) -> LatencyFit:
+                runtime: Runtime | None = None, start: Plan | None = None, **request: Any) -> LatencyFit:
     """Plan for a latency, narrow, measure the result, and plan once more if the prediction was wrong.
 
     The second plan aims at the target divided by (measured / predicted) of the first. The better network is returned: the one
@@ -83,6 +83,7 @@ def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ex
         example_inputs: as for `measure_latency`.
         latency: from `measure_latency`, on this machine.
         runtime: needed only if the table was measured in a `Runtime` of your own.
+        start: the first plan, if it is made already: for the same latency, by the same table.
         request: what `plan` takes: `latency_ms=`, and for example `sensitivity=`, `exclude=`.
 
     Raises:
@@ -93,8 +94,9 @@ def fit_latency(model: nn.Module, graph: Graph, scores: Mapping[str, Tensor], ex
         raise ConfigError("fit_latency needs latency_ms=")
     if differ := elsewhere(latency, model, example_inputs):
         raise ConfigError(f"the latency table is of {differ}: measure one here, or use plan alone")
-    found = plan(graph, scores, latency=latency, **request)
-    assert found.latency_ms is not None
+    found = start or plan(graph, scores, latency=latency, **request)
+    if found.latency_ms is None:
+        raise ConfigError("start= is a plan that no latency table was given for: make it with latency=")
     dense, predicted = found.latency_ms
     fraction = Budget(latency_ms=request["latency_ms"]).targets({"latency_ms": dense})["latency_ms"] / dense
     relative = read_latency(request["latency_ms"])[1]

@@ -48,7 +48,7 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
     Running statistics lag behind the weights, by much after few steps. Statistics of images that were not augmented as in
     training may be worse still. So `config.recalibrate` images of `fit` are. The values as trained stay, unless others have a
     clearly lower loss on the images of `held`, which this training has not seen. Those named `BEGAN` are taken as they are, and
-    only if their headline is no lower: a training may rightly give up some loss for accuracy.
+    only if no other has a higher headline: a training may rightly give up some loss for accuracy.
     """
     values: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, float] = {}
@@ -67,7 +67,7 @@ def settle(model: nn.Module, fit: Images, held: Images, config: TrainConfig, acc
     except BaseException:  # Ctrl-C, say
         restore(model, trained)
         raise
-    allowed = [name for name in losses if name != BEGAN or headlines[BEGAN] >= headlines[TRAINED]]
+    allowed = [name for name in losses if name != BEGAN or headlines[BEGAN] == max(headlines.values())]
     best = min(allowed, key=lambda name: losses[name])
     kept = best if losses[best] < CLEARLY * losses[TRAINED] else TRAINED
     restore(model, values[kept])

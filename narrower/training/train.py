@@ -155,7 +155,7 @@ class TrainLoop:
         }
         optimizer = make_optimizer(model, config, self.resrep)
         methods.attach(optimizer)
-        self.began = {} if methods.narrows or self.held is None else snapshot(model)  # a checkpoint has its own
+        self.began: dict[str, Tensor] = {}  # the values before the training
         self.start = self.resume(optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.compile()
@@ -343,6 +343,8 @@ class TrainLoop:
         path = self.context.checkpoint
         state = None if path is None else first(lambda: read_checkpoint(path))
         if state is None:
+            if not self.methods.narrows and self.held is not None:
+                self.began = snapshot(self.model)
             return Position()
         try:
             found = {key: state["settings"].get(key, value) for key, value in self.settings.items()}

@@ -65,6 +65,18 @@ def test_milliseconds_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) ->
     assert found.target_ms == pytest.approx(target) and found.trials[-1].measured_ms == pytest.approx(target, rel=0.08)
 
 
+def test_a_plan_that_is_made_already_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, scores, x, table = setting(monkeypatch, 1.0, 1.0)
+    monkeypatch.setattr(fitting, "NEAR", 0.1)
+    start = narrower.plan(graph, scores, latency=table, latency_ms=0.5, round_to=1)
+    monkeypatch.delattr(fitting, "plan")
+    found = narrower.fit_latency(model, graph, scores, x, latency=table, start=start, latency_ms=0.5, round_to=1)
+    assert found.plan is start and len(found.trials) == 1
+    other = narrower.plan(graph, scores, macs=0.5)
+    with pytest.raises(narrower.ConfigError, match="make it with latency="):
+        narrower.fit_latency(model, graph, scores, x, latency=table, start=other, latency_ms=0.5)
+
+
 def test_a_right_prediction_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph, scores, x, table = setting(monkeypatch, 1.0, 1.0)
     monkeypatch.setattr(fitting, "NEAR", 0.1)

@@ -110,6 +110,15 @@ def test_what_was_before_comes_back_if_its_loss_is_clearly_lower_and_its_headlin
     assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
 
 
+def test_what_was_before_does_not_win_over_a_higher_headline_with_renewed_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert HELD is not None
+    model, before = trained(), dict(spoiled(trained()).state_dict())
+    found = iter([{"top1": 70.0, "loss": 1.0}, {"top1": 75.0, "loss": 0.9}, {"top1": 74.0, "loss": 0.5}])
+    monkeypatch.setattr(sys.modules["narrower.training.settle"], "evaluate", lambda *_: next(found))
+    settled = settle(model, FIT, HELD, CONFIG, CPU, others={BEGAN: before})
+    assert settled.kept == f"{TRAINED}, BatchNorm renewed" and len(settled.losses) == 3
+
+
 def test_held_out_images_are_no_training_images() -> None:
     images = data(200).train
     fit, held = hold_out(images, 1000, 3)
