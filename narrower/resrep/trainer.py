@@ -304,11 +304,9 @@ class ResRep:
             w, chosen = c.weight, c.chosen.bool()
             if self.phase == "resting" or c.shrinking or decoupled:
                 self.before[name] = w.detach().clone()
-            if w.grad is None:
+            if w.grad is None or self.phase == "resting":
                 continue
-            if self.phase == "resting":
-                w.grad.zero_()
-            elif decoupled:
+            if decoupled:
                 w.grad.masked_fill_(rows_like(chosen, w), 0)
             else:
                 group = group_of(optimizer, w)

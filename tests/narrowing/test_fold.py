@@ -182,6 +182,16 @@ def test_zeros_behind_padding_need_no_fold() -> None:
     assert difference(outputs(model, x), outputs(narrower.narrow(folded.model, folded.plan), x)) < 1e-12
 
 
+@pytest.mark.parametrize("dead", ["filter", "scale"])
+def test_constant_channels_that_stay_are_not_folded(dead: str) -> None:
+    model, x = made("sigmoid", "bias"), images().double()
+    with torch.no_grad():
+        (model.first if dead == "filter" else model.norm).weight[[*GONE, 2, 3]] = 0
+    folded = narrower.fold(model, without(narrower.trace(model, x), GONE))
+    assert [*folded.channels.values()] == [len(GONE)]
+    assert difference(outputs(model, x), outputs(narrower.narrow(folded.model, folded.plan), x)) < 1e-12
+
+
 def test_channels_that_change_are_not_folded() -> None:
     model, x = made("sigmoid", "bias"), images().double()
     plan = without(narrower.trace(model, x), GONE)

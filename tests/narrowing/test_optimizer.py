@@ -12,6 +12,7 @@ from support.networks import IMAGES, Plain
 from torch import Tensor, nn
 
 import narrower
+from narrower.narrowing.optimizer import Swap, cut_state
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -88,6 +89,13 @@ def test_state_that_does_not_fit_the_new_shape_begins_anew() -> None:
     assert not optimizer.state[small.conv1.weight] and float(optimizer.state[small.fc.bias]["step"]) == 1
     step(small, optimizer, IMAGES)
     assert "row_var" in optimizer.state[small.conv1.weight]
+
+
+def test_state_of_a_parameter_that_keeps_its_shape_stays_whatever_it_holds() -> None:
+    state = {"step": torch.tensor(3.0), "row_var": torch.rand(4, 1), "moment": torch.rand(4, 5)}
+    weight = torch.rand(4, 5)
+    cut = cut_state(state, Swap(weight, weight.clone(), lambda t: t))
+    assert cut.keys() == state.keys() and all(torch.equal(cut[name], state[name]) for name in state)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:

@@ -11,6 +11,7 @@ from narrower.resrep.compactor import (
     Compactor,
     diagonal,
     insert_compactor,
+    remove_compactor,
     resrep_gradient,
     row_norms,
     rows_at_zero,
@@ -105,6 +106,50 @@ def test_the_variance_is_that_of_the_whole_batch() -> None:
     y = torch.randn(70, 6, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 70).view(-1, 1, 1, 1)
     compactor.follow(y)
     torch.testing.assert_close(compactor.variance, 0.75 + 0.25 * y.var((0, 2, 3)))
+
+
+def test_nothing_is_measured_between_the_steps_that_are_followed() -> None:
+    compactor = Compactor(KINDS["full"], torch.zeros(1), torch.ones(6)).train()
+    compactor.following = False
+    compactor(3 * torch.randn(16, 6, 8, 8))
+    assert torch.equal(compactor.variance, torch.ones(6))
+
+
+def test_rows_at_zero_stay_there_and_chosen_and_have_no_momentum() -> None:
+    compactor = Compactor(KINDS["block"], torch.zeros(1), None)
+    old = compactor.weight.detach().clone()
+    compactor.choose(torch.arange(6) == 0)
+    compactor.weight.detach().neg_()  # all rows turn around
+    momentum, others = torch.ones(2, 3, 3), {"step": torch.tensor(3.0), "of_rows": torch.ones(6)}
+    with torch.no_grad():
+        compactor.settle(old, 1e-5, {"momentum_buffer": momentum, **others})
+    assert compactor.gone.tolist() == (row_norms(compactor.weight) == 0).tolist() == [1, 0, 0, 0, 0, 0]
+    assert momentum.flatten(0, 1).sum(1).tolist() == [0, 3, 3, 3, 3, 3]
+    assert others["step"] == 3 and torch.equal(others["of_rows"], torch.ones(6))
+    compactor.choose(torch.arange(6) == 4)
+    assert compactor.chosen.tolist() == [1, 0, 0, 0, 1, 0]
+
+
+def test_a_restricted_compactor_keeps_what_belongs_to_its_rows() -> None:
+    compactor = Compactor(KINDS["full"], torch.zeros(1), torch.arange(6.0))
+    compactor.weight.requires_grad_(False)
+    compactor.penalised[::2], compactor.chosen[1], compactor.gone[4] = 1, 1, 1
+    old = compactor.weight.detach().clone()
+    swap = compactor.restrict(np.array([1, 2, 4]), np.array([0, 1, 2, 4]))
+    assert swap.new is compactor.weight and not compactor.weight.requires_grad
+    assert torch.equal(compactor.weight, old[[1, 2, 4]][:, [0, 1, 2, 4]])
+    assert [getattr(compactor, name).tolist() for name in ("penalised", "chosen", "gone", "variance")] == [
+        [0, 1, 1], [1, 0, 0], [0, 0, 1], [1, 2, 4]]
+    assert "penalised" not in compactor.state_dict(), "it follows from the placement"
+
+
+def test_hooks_of_the_user_stay_when_a_compactor_is_removed() -> None:
+    layer, calls = nn.Conv2d(3, 6, 1), list[str]()
+    layer.register_forward_hook(lambda *_: calls.append("user"))  # type: ignore[arg-type]
+    insert_compactor(layer, Compactor(KINDS["full"], torch.zeros(1), None))
+    remove_compactor(layer)
+    layer(torch.randn(1, 3, 2, 2))
+    assert calls == ["user"] and len(layer._forward_hooks) == 1 and not list(layer.children())
 
 
 @pytest.mark.parametrize("kind", KINDS)

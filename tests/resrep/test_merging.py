@@ -43,6 +43,22 @@ def test_merging_behind_a_batch_norm(groups: int, bias: bool, rest: bool) -> Non
     assert set(new) == set(t)
 
 
+def test_merging_a_transposed_convolution_behind_a_batch_norm() -> None:
+    g = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    t = {name: draw(6) for name in ("bias", "gamma", "beta", "mean")}
+    t |= {"weight": draw(6, 6, 2, 2), "var": draw(6) ** 2 + 0.1}
+    q, x = draw(4, 6), draw(2, 6, 5, 5)
+    y = batch_norm(F.conv_transpose2d(x, t["weight"], t["bias"]), t, 1e-3)
+    site = Site("m", "full", 6, weight="w", bias="b", norm="n", transposed=True)
+    new = merge_tensors(q, site, t, 1e-3, draw(4).abs() + 0.5)
+    have = batch_norm(F.conv_transpose2d(x, new["weight"], new["bias"]), new, 1e-3)
+    torch.testing.assert_close(have, torch.stack([apply_compactor(q, sample) for sample in y]), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("rest", [None, 0.3])
 def test_merging_behind_layers_without_batch_norm(rest: float | None) -> None:
     g = torch.Generator().manual_seed(3)

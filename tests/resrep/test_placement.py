@@ -117,6 +117,13 @@ def test_linear_layers_and_grouped_and_expanding_convolutions() -> None:
     }
 
 
+def test_transposed_convolutions_have_full_compactors_and_in_groups_diagonal_ones() -> None:
+    layers = (conv(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, groups=2),
+              nn.ReLU(), conv(4, 2))
+    assert {name: site.kind for name, site in placed(nn.Sequential(*layers)).sites.items()} == {
+        "0": "full", "2": "full", "4": "diagonal"}
+
+
 def test_a_batch_norm_without_running_statistics_has_a_diagonal_compactor() -> None:
     """A full one would be merged into its running mean and variance."""
     found = placed(nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), conv(4, 2)))

@@ -18,6 +18,31 @@ def test_published_settings_are_those_of_the_paper() -> None:
     assert (s.forget_steps, s.threshold) == (0, 1e-5)
 
 
+@pytest.mark.parametrize(("steps", "channels", "want"), [
+    (1000, 100, (50, 5, 100 / 30, 60, 0.95)), (40_000, 600, (2000, 200, 20, 2400, 0.99)), (4, 7, (0, 1, 7, 1, 0.0)),
+])
+def test_what_is_not_given_follows_from_the_number_of_steps(steps: int, channels: int, want: tuple[float, ...]) -> None:
+    """Channels are chosen from 5 to 20 % of the steps, every half percent."""
+    s = narrower.Forgetting().over(steps, channels)
+    assert (s.warmup_steps, s.mask_interval, s.rows_per_update, s.forget_steps, s.momentum) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("momentum", "decoupled"), [(0.9, False), (0.9, True), (0.0, False)])
+def test_chosen_rows_reach_zero_as_soon_under_momentum(momentum: float, decoupled: bool) -> None:
+    """As torch's SGD adds gradients up. What is decoupled is not added up."""
+    fast = narrower.Forgetting(forget_steps=500).pulls(0.1, momentum, decoupled)[1]
+    length, velocity, steps = 1.0, 0.0, 0
+    while length > 1e-9:
+        velocity = momentum * velocity + fast
+        length, steps = length - (fast if decoupled else 0.1 * velocity), steps + 1
+    assert 500 <= steps < 515
+
+
+def test_no_chosen_row_is_pulled_less_than_the_others() -> None:
+    assert narrower.Forgetting(strength=1.0, forget_steps=50).pulls(10.0, 0.0) == (1.0, 1.0)
+    assert narrower.Forgetting(strength=1e-4, forget_steps=0).pulls(0.01, 0.9) == (1e-4, 1e-4)
+
+
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_a_chosen_row_goes_from_one_to_zero_in_forget_steps(decoupled: bool) -> None:
     settings = narrower.Forgetting(forget_steps=50, momentum=0.0).over(1000, 100)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import narrower
 from narrower.errors import BudgetError, ConfigError, NarrowerError, PlanError, StorageError
 from narrower.models.resnet import CifarResNet
-from narrower.resrep.compactor import NAME
+from narrower.resrep.compactor import NAME, Compactor
 
 SCOPES = ("inner", "all")
 
@@ -344,6 +344,32 @@ def test_the_rule_acts_once_for_each_step_of_an_accumulated_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
+def test_rows_are_chosen_at_the_end_of_the_warm_up_and_at_equal_distances_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    resrep, _ = made(Two, IMAGES, 0.5, settings=narrower.Forgetting(warmup_steps=7, mask_interval=5))
+    at: list[int] = []
+    monkeypatch.setattr(narrower.ResRep, "update_masks", lambda self: at.append(self.step))
+    resrep_training.train(resrep, sgd(resrep), IMAGES, 20)
+    assert at == [7, 12, 17]
+
+
+def test_variances_are_measured_every_few_steps_also_of_a_resumed_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    at: list[int] = []
+    resrep, _ = made(Two, IMAGES, 0.5, steps=400)
+    optimizer = sgd(resrep)
+    monkeypatch.setattr(Compactor, "follow", lambda *_: at.append(resrep.step))
+    resrep_training.train(resrep, optimizer, IMAGES, 6)
+    followed = len(at) // 2
+    assert at == [0] * followed + [4] * followed and followed == len(resrep.compactors())
+    saved = resrep.state_dict(), resrep.model.state_dict(), optimizer.state_dict()
+    resrep, _ = made(Two, IMAGES, 0.5, steps=400)
+    optimizer = sgd(resrep)
+    for part, state in zip((resrep, resrep.model, optimizer), saved, strict=True):
+        part.load_state_dict(state)  # type: ignore[attr-defined]
+    at.clear()
+    resrep_training.train(resrep, optimizer, IMAGES, 3)
+    assert at == [8] * followed
+
+
 def test_compactors_rest_once_the_budget_is_reached() -> None:
     resrep, _ = made(small_resnet, IMAGES, 0.5, steps=60, scope="inner")
     optimizer = sgd(resrep)
@@ -602,6 +628,18 @@ def test_rows_of_a_plan_are_chosen_by_their_norms_a_few_at_a_time() -> None:
     every, all_costs = resrep.candidates.choose(norms)
     assert {n: np.nonzero(mask)[0].tolist() for n, mask in every.items()} == {n: k.tolist() for n, k in gone.items()}
     assert plan.macs[0] > costs["macs"] > all_costs["macs"] == plan.macs[1]
+
+
+def test_the_rest_of_a_plan_is_cut_though_other_groups_are_as_planned() -> None:
+    """A group that the plan leaves whole is so from the first step on."""
+    _, plan, model = planned()
+    name = next(n for n, k in plan.keep.items() if len(k) < plan.graph[n].size)
+    only = replace(plan, keep={g.name: plan.keep[name] if g.name == name else np.arange(g.size) for g in plan.graph.free})
+    training = copy.deepcopy(model)
+    resrep = narrower.ResRep(training, plan.graph, plan=only, steps=40, scope="all")
+    with pytest.warns(UserWarning, match="not zero yet are cut"):
+        merged = resrep.merge(over=True)
+    assert sum(p.numel() for p in merged.parameters()) == sum(p.numel() for p in narrower.narrow(model, only).parameters())
 
 
 def test_what_is_left_of_a_plan_after_all_steps_is_cut_and_said() -> None:

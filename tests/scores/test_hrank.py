@@ -13,6 +13,7 @@ from support.networks import IMAGES, PATTERNS, Head, Plain, chain, images, unit
 from torch import Tensor, nn
 
 import narrower
+from narrower.scores.hrank import Averages, scores_of
 
 
 class Read(NamedTuple):
@@ -261,6 +262,16 @@ def test_groups_without_maps_get_their_magnitude() -> None:
     scores, norms = narrower.hrank(model, graph, batches()), narrower.magnitude(model, graph)
     assert torch.equal(scores["2.fc1"], norms["2.fc1"]) and torch.equal(scores["1.0"], norms["1.0"])
     assert not torch.equal(scores["0.0"], norms["0.0"])
+
+
+def test_a_group_of_which_some_channels_have_no_maps_gets_its_magnitude() -> None:
+    model = PATTERNS["flattened"].make().eval()
+    graph = narrower.trace(model, PATTERNS["flattened"].inputs)
+    averages = Averages(graph)
+    for weights in averages.weights.values():
+        weights[1:] = 5
+    scores, norms = scores_of(model, graph, averages), narrower.magnitude(model, graph)
+    assert all(torch.equal(scores[name], norms[name]) for name in averages.weights)
 
 
 def test_sound_and_video() -> None:

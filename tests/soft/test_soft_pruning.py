@@ -321,6 +321,14 @@ def test_narrowing_too_early_warns_and_cuts() -> None:
     narrower.verify(model, small, soft.plan, X)
 
 
+def test_narrowing_when_all_that_is_masked_is_at_zero_still_says_what_is_missing() -> None:
+    soft = soft_pruning(chain(), steps=4, factor=0.0, grow=1.0, harden=0.0)
+    soft.step()
+    with pytest.warns(UserWarning, match=r"^\d+ channels of the budget are not masked yet: call step\(\) 4 times"):
+        small = soft.narrow()
+    assert narrower.measure(small, X, seconds=0.0)["macs"] == soft.plan.macs[1] > 0.5 * soft.plan.macs[0]
+
+
 def test_an_average_is_narrowed_by_the_same_channels() -> None:
     model, average = chain(), chain(1)
     soft = soft_pruning(model, **SFP)
