@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..graph.types import Graph, Step
 from ..tracing.operators.table import row_of
-from .constant_values import NAN, Values, constants_after, effect_of
+from .constant_values import NAN, Values, by_group, constants_after, effect_of
 from .layers import Depthwise, Layer, Layers, Obstacle, Producer, Reader, Reference
 
 Seed = Callable[[Producer], Tensor]
@@ -102,6 +103,8 @@ class Walk:
         if not self.reads_channels(layer, x):
             return self.after_obstacle(f"{layer.weight} (over positions)", [x], [x])
         self.consumers.append(Consumer(x, self.layers.reader(step, layer, self.takes_bias)))
+        if layer.depthwise and layer.bias is None and self.layers.fixed(layer):
+            return x._replace(values=by_group([x.values], lambda v: torch.where(v == 0, v, NAN)))  # as a blur
         return self.after_producer(step, layer)
 
     def reads_channels(self, layer: Layer, x: Activation) -> bool:

@@ -117,6 +117,10 @@ class Layers:
         return len({self.returning(s) if (layer := self.layer(s)) and layer.weight == weight else None
                     for s in self.uses(weight)}) > 1
 
+    def fixed(self, layer: Layer) -> bool:
+        """Whether the weight of a layer is a buffer: nothing is merged into it, as its values may be in no state dict."""
+        return layer.weight not in self.graph.parameters
+
     def returning(self, step: Step) -> str:
         """The module that returns the output of a step, as it is or in another shape ("" if none does)."""
         views = (s.module for s in self.readers.get(step.outputs[0], ()) if s.name in ("view", "_unsafe_view"))
@@ -159,6 +163,8 @@ class Layers:
             norm, layer = self.norm(step), self.layer_before(step)
             if norm is None:
                 return Obstacle("a norm without scale and shift of its own")
+        elif self.fixed(layer):
+            return Obstacle(f"{layer.weight} is a buffer, which no training changes")
         elif self.shared(layer.weight):
             return Obstacle(f"{layer.weight} is shared by several layers")
         elif step.name != "convolution" and not (layer.weight.endswith("weight") and (layer.bias or step.name == "mm")):

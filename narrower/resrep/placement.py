@@ -18,7 +18,6 @@ from ..narrowing.layers import Depthwise, Obstacle, Producer, Reader
 from ..surgery.resize import add_biases, takes_bias
 
 Scope = Literal["inner", "all"]
-Shapes = Mapping[str, tuple[int, ...]]
 CompactorKind = Literal["full", "block", "diagonal"]
 
 
@@ -128,10 +127,10 @@ def prepare(model: nn.Module, graph: Graph, scope: Scope, without: Collection[st
     return graph, place(graph, scope)
 
 
-def site_of(producer: Producer, shapes: Shapes) -> Site:
+def site_of(producer: Producer, graph: Graph) -> Site:
     """The compactor behind a producer."""
-    layer, (tensor, dim) = producer.layer, producer.axis
-    kind = compactor_kind(producer, shapes)
+    layer, (tensor, dim), shapes = producer.layer, producer.axis, graph.shapes
+    kind = compactor_kind(producer, graph)
     if layer is None or (producer.norm is not None and kind == "diagonal"):
         return Site(producer.module, kind, shapes[tensor][dim], norm=producer.norm)
     size = shapes[layer.weight][int(layer.transposed)] * (layer.blocks if layer.transposed else 1)
@@ -139,10 +138,12 @@ def site_of(producer: Producer, shapes: Shapes) -> Site:
                 producer.norm, layer.transposed, layer.blocks)
 
 
-def compactor_kind(producer: Producer, shapes: Shapes) -> CompactorKind:
+def compactor_kind(producer: Producer, graph: Graph) -> CompactorKind:
     """Diagonal if only a scale can be merged, or if a full compactor would cost more than the convolution itself."""
-    layer, norm = producer.layer, producer.norm
-    if layer is None or (norm is not None and (not layer.module or f"{norm}.running_mean" not in shapes)):
+    layer, norm, shapes = producer.layer, producer.norm, graph.shapes
+    if layer is None or layer.weight not in graph.parameters:
+        return "diagonal"
+    if norm is not None and (not layer.module or f"{norm}.running_mean" not in shapes):
         return "diagonal"
     shape, dim = shapes[layer.weight], int(layer.transposed)
     makes, reads = shape[dim] // (1 if layer.transposed else layer.blocks), prod(shape) // shape[dim]
@@ -156,7 +157,7 @@ def find_sites(graph: Graph, found: Propagation) -> dict[str, set[Site]]:
     sites: dict[str, set[Site]] = {}
     for producer in found.producers:
         if producer.axis in graph.by_axis:
-            sites.setdefault(producer.module, set()).add(site_of(producer, graph.shapes))
+            sites.setdefault(producer.module, set()).add(site_of(producer, graph))
     return sites
 
 

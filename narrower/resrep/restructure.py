@@ -153,9 +153,11 @@ def replace_tensors(model: nn.Module, before: Mapping[str, Cut], after: Mapping[
 
 def restore_shapes(model: nn.Module, placement: Placement, kept: Kept, rows: Mapping[str, np.ndarray],
                    columns: Mapping[str, np.ndarray]) -> list[Swap]:
-    """Give a dense model with compactors the shapes that it had with these channels and these rows and columns of compactors.
+    """Give a dense model with compactors the shapes, and the sizes that modules store, that it had with these channels and with
+    these rows and columns of compactors.
 
     Values are those of the dense model: load a state afterwards. Returns what was replaced, for an optimizer.
     """
+    set_attributes(model, attribute_values(kept))
     swaps = [compactor_at(model, name).restrict(rows[name], columns[name]) for name in placement.sites]
     return swaps + replace_tensors(model, {}, present_cuts(model, placement.sites, kept), {})

@@ -145,7 +145,7 @@ def test_a_restricted_compactor_keeps_what_belongs_to_its_rows() -> None:
 
 def test_hooks_of_the_user_stay_when_a_compactor_is_removed() -> None:
     layer, calls = nn.Conv2d(3, 6, 1), list[str]()
-    layer.register_forward_hook(lambda *_: calls.append("user"))  # type: ignore[arg-type]
+    layer.register_forward_hook(lambda *_: calls.append("user"))
     insert_compactor(layer, Compactor(KINDS["full"], torch.zeros(1), None))
     remove_compactor(layer)
     layer(torch.randn(1, 3, 2, 2))

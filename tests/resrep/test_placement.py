@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.networks import Trick
+from support.networks import Blurred, Trick
 from torch import Tensor, nn
 
 import narrower
@@ -122,6 +122,29 @@ def test_transposed_convolutions_have_full_compactors_and_in_groups_diagonal_one
               nn.ReLU(), conv(4, 2))
     assert {name: site.kind for name, site in placed(nn.Sequential(*layers)).sites.items()} == {
         "0": "full", "2": "full", "4": "diagonal"}
+
+
+class Filters(nn.Module):
+    """A convolution whose weight is a buffer, which a state dict lacks."""
+
+    kernel: Tensor
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.randn(o, i, 3, 3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel)
+
+
+def test_nothing_is_merged_into_buffers() -> None:
+    """A checkpoint may lack them. Through a filter of each channel zeros pass; behind others stand BatchNorms or nothing."""
+    assert rows(placed(net(lambda m, x: m.read(F.relu(m.blur(x))), blur=Blurred(4), read=conv(4, 4)))) == {
+        "stem": {"bn": [0, 1, 2, 3]}, "read": {"read": [0, 1, 2, 3]}}
+    found = placed(nn.Sequential(conv(3, 4), nn.ReLU(), Filters(4, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 2)))
+    assert found.sites == {"0": Site("0", "diagonal", 4, weight="0.weight"), "3": Site("3", "diagonal", 6, norm="3")}
+    found = placed(nn.Sequential(conv(3, 4), nn.ReLU(), Filters(4, 6), nn.ReLU(), conv(6, 2)))
+    assert found.sites.keys() == {"0"} and [*found.reasons.values()] == ["2.kernel is a buffer, which no training changes"]
 
 
 def test_a_batch_norm_without_running_statistics_has_a_diagonal_compactor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,27 @@ def test_resrep_merges_exactly(name: str) -> None:
     assert resrep_training.difference(before, resrep_training.outputs(model, x)) < 1e-10
     resrep_training.train(resrep, optimizer, x, 10)
     assert resrep_training.difference(resrep_training.outputs(model, x), resrep_training.outputs(resrep.merge(), x)) < 1e-10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_resumed_resrep_trains_on_as_the_uninterrupted_one(name: str) -> None:
+    """A state is loaded into the dense network, whose modules store the dense sizes."""
+    def fresh() -> tuple[narrower.ResRep, torch.optim.Optimizer]:
+        resrep = narrower.ResRep(*made(name), macs=0.6, steps=40, scope="all")
+        return resrep, resrep_training.sgd(resrep)
+
+    x = networks.IMAGES.double()
+    whole, optimizer = fresh()
+    resrep_training.train(whole, optimizer, x, 30)
+    assert whole.shrink() <= 0.6
+    saved = copy.deepcopy((whole.state_dict(), whole.model.state_dict(), optimizer.state_dict()))
+    resrep_training.train(whole, optimizer, x, 3)
+    resumed, optimizer = fresh()
+    for part, state in zip((resumed, resumed.model, optimizer), saved, strict=True):
+        part.load_state_dict(state)  # type: ignore[attr-defined]
+    resrep_training.train(resumed, optimizer, x, 3)
+    state = resumed.model.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in whole.model.state_dict().items())
 
 
 class Fixed(nn.Module):
