@@ -426,23 +426,24 @@ def test_compactors_are_frozen_by_a_shrink_at_rest() -> None:
 
 
 def test_dropping_rows_changes_nothing_that_follows() -> None:
-    """In float64: the outputs to 1e-10 at the moment, to 1e-6 after 20 further steps."""
+    """In float64: the outputs to 1e-10 at the moment, to 1e-6 after further steps. Twice, as rows become zero."""
     resrep, _ = made(small_resnet, IMAGES, 0.4, steps=60)
     optimizer = sgd(resrep)
-    resrep_training.train(resrep, optimizer, IMAGES, 32)
+    resrep_training.train(resrep, optimizer, IMAGES, 11)
     twin_model, twin_state = copy.deepcopy(resrep.model), copy.deepcopy(optimizer.state_dict())
     other, _ = made(small_resnet, IMAGES, 0.4, steps=60)
     other_optimizer = sgd(other)
     other.load_state_dict(resrep.state_dict())
     other.model.load_state_dict(twin_model.state_dict())
     other_optimizer.load_state_dict(twin_state)
-    before = outputs(resrep.model, IMAGES)
-    assert resrep.shrink(fold=False) < 1
-    assert sum(p.numel() for p in resrep.model.parameters()) < sum(p.numel() for p in other.model.parameters())
-    assert difference(before, outputs(resrep.model, IMAGES)) < 1e-10
-    resrep_training.train(resrep, optimizer, IMAGES, 20, seed=9)
-    resrep_training.train(other, other_optimizer, IMAGES, 20, seed=9)
-    assert difference(outputs(resrep.model, IMAGES), outputs(other.model, IMAGES)) < 1e-6
+    for seed in (8, 9):
+        before, count = outputs(resrep.model, IMAGES), sum(p.numel() for p in resrep.model.parameters())
+        assert resrep.shrink(fold=False) < 1
+        assert sum(p.numel() for p in resrep.model.parameters()) < count
+        assert difference(before, outputs(resrep.model, IMAGES)) < 1e-10
+        resrep_training.train(resrep, optimizer, IMAGES, 20, seed=seed)
+        resrep_training.train(other, other_optimizer, IMAGES, 20, seed=seed)
+        assert difference(outputs(resrep.model, IMAGES), outputs(other.model, IMAGES)) < 1e-6
 
 
 def test_folding_keeps_the_ranking_and_narrows_producers() -> None:
