@@ -15,7 +15,7 @@ from .interpreter import Event, LabelInterpreter, mark_as_given
 from .labels import Axes, Axis, Carried, Ids, Label, PaddingAxis, fibres
 from .operators.data_dependent import Answer
 from .operators.interface import Call, at_channels, free_at
-from .recorder import CARRIED, NUMBER
+from .recorder import CARRIED
 
 MANY = 50_000  # no layer has so many channels: these are numbers that become filters later, as in conditional convolutions
 
@@ -64,7 +64,7 @@ class ConstraintCollector(LabelInterpreter):
 
     def note_return(self, module: nn.Module, args: Any, out: Any) -> None:
         self.running.pop()
-        number = getattr(out, NUMBER, None)
+        number = self.number_of(out) if isinstance(out, Tensor) else None
         if number is not None and id(module) in self.modules:
             self.returned.setdefault(number, self.modules[id(module)])
 

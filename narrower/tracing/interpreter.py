@@ -252,7 +252,10 @@ class OwnPrecision(TorchFunctionMode):
 @torch.no_grad()
 def run_forward(model: nn.Module, inputs: Any, mode: AbstractContextManager[Any]) -> Any:
     """Run one forward under `mode`. Attention is computed as matrix products, so every device runs the same operators."""
-    mark_as_given(flatten_tensors(inputs))
+    given = flatten_tensors(inputs)
+    for t in given:
+        t.__dict__.pop(CARRIED, None)  # of a forward that wrote into it
+    mark_as_given(given)
     precision = nullcontext() if device_of(model).type == "meta" else OwnPrecision()  # autocast leaves meta tensors alone
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), precision, mode:
         return call_model(model, inputs)

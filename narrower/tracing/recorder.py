@@ -62,9 +62,9 @@ class Recorder(TorchDispatchMode):
         for a in call.args:
             inputs += [self.read(t) for t in a] if isinstance(a, (list, tuple)) and tensors_in(a) else [self.read(a)]
         for t in outs:
-            setattr(t, NUMBER, self.axes.number())
+            self.give_number(t)
         options = tuple((k, v) for k, v in call.kwargs.items() if not isinstance(v, Tensor))
-        made = tuple(getattr(t, NUMBER) for t in outs)
+        made = tuple(n for t in outs if (n := self.number_of(t)) is not None)
         self.made.update(made)
         self.steps.append(Step(call.name, tuple(inputs), plain(call.args), options, made, labelled))
 
@@ -80,8 +80,17 @@ class Recorder(TorchDispatchMode):
         """The name of a parameter or buffer, the number of an activation, or None for other arguments."""
         if not isinstance(t, Tensor):
             return None
-        if id(t) in self.tensors and not hasattr(t, NUMBER):
-            return self.tensors[id(t)]
-        if not hasattr(t, NUMBER):
-            setattr(t, NUMBER, self.axes.number())
-        return getattr(t, NUMBER)
+        number = self.number_of(t)
+        if number is not None:
+            return number
+        return self.tensors[id(t)] if id(t) in self.tensors else self.give_number(t)
+
+    def number_of(self, t: Tensor) -> int | None:
+        """The number of a tensor. One of an earlier trace, which example inputs may still have, is none: it counted anew."""
+        axes, number = getattr(t, NUMBER, (None, None))
+        return number if axes is self.axes else None
+
+    def give_number(self, t: Tensor) -> int:
+        number = self.axes.number()
+        setattr(t, NUMBER, (self.axes, number))
+        return number
