@@ -114,8 +114,9 @@ class ChannelGroup:
 class MapSource:
     """Where to read feature maps in a forward pass: at the input of a convolution or of a pooling.
 
-    `weight`: the convolution's parameter, or the convolution's number in the forward if its weight is computed there, or None
-    for a pooling. `pool`: the pooling's number in the forward. `consumers`: how many convolutions read the maps.
+    `weight`: the convolution's parameter, or None for a pooling. It is the convolution's number in the forward if its weight is
+    computed there or several have it. `pool`: the pooling's number in the forward. `consumers`: how many convolutions read the
+    maps.
     """
 
     weight: str | int | None

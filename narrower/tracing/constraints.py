@@ -38,7 +38,7 @@ class ConstraintCollector(LabelInterpreter):
         self.depthwise_calls: set[int] = set()
         self.computed: dict[int, Axis] = {}  # convolutions by number whose weight is computed, and which axis of it they read
         self.lost: dict[str, str] = {}  # modules whose weight is computed so that its channels could not be followed, and why
-        self.maps: dict[int, tuple[str | int | None, int, Ids]] = {}
+        self.maps: dict[int, tuple[int | None, int, Ids]] = {}
         self.map_readers: Counter[int] = Counter()
         self.map_alive: list[Tensor] = []
         self.pool_inputs: dict[int, Ids] = {}
@@ -125,7 +125,7 @@ class ConstraintCollector(LabelInterpreter):
         if pool in self.pool_inputs:
             self.maps.setdefault(key, (None, pool, self.pool_inputs[pool]))
         elif pool < 0 and key not in self.maps:
-            self.maps[key] = (self.tensors.get(id(call.args[1]), call.number), -1, label.ids)
+            self.maps[key] = (call.number, -1, label.ids)
             self.map_alive.append(source)
 
     def is_depthwise(self, call: Call) -> bool:

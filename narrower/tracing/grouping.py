@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..graph.selection import Kept
-from ..graph.types import ChannelGroup, ChannelMap, Edit, Graph, MapSource, Mixer, PinReason, Product, Role, Slice, Tie
+from ..graph.types import ChannelGroup, ChannelMap, Edit, Graph, MapSource, Mixer, PinReason, Product, Role, Slice, Step, Tie
 from ..surgery.attributes import Place
 from .dense import DenseRun
 from .labels import Axis, Ids
@@ -170,10 +170,18 @@ def slices_of(dense: DenseRun, roles: Mapping[Axis, Role], index: ChannelIndex) 
     return slices
 
 
+def names_of_convolutions(steps: Iterable[Step]) -> list[str | int]:
+    """Of each convolution of a forward its weight, or its number if that is computed, or if others have the same weight."""
+    weights = [step.inputs[1] for step in steps if step.name == "convolution"]
+    uses = Counter(weights)
+    return [w if isinstance(w, str) and uses[w] == 1 else number for number, w in enumerate(weights)]
+
+
 def assemble(dense: DenseRun, groups: tuple[ChannelGroup, ...], index: ChannelIndex,
              stored_sizes: Mapping[Place, Ids]) -> Graph:
     """The graph of these groups. What concerns single calls is taken from the eval forward alone."""
     main = dense.collectors["eval"]
+    convolutions = names_of_convolutions(main.steps)
 
     def maps(ids: Ids) -> tuple[ChannelMap, ...]:
         return tuple(index.maps(ids))
@@ -182,8 +190,8 @@ def assemble(dense: DenseRun, groups: tuple[ChannelGroup, ...], index: ChannelIn
         groups, dict(dense.shapes), dense.parameters,
         uses={w: n / dense.batch / prod(dense.shapes[w]) for w, n in main.macs.items()},
         ties=tuple(ties_of(dense, index)),
-        sources=tuple(MapSource(weight, pool, main.map_readers[key], maps(ids))
-                      for key, (weight, pool, ids) in main.maps.items()),
+        sources=tuple(MapSource(None if number is None else convolutions[number], pool, main.map_readers[key], maps(ids))
+                      for key, (number, pool, ids) in main.maps.items()),
         mixers=tuple(Mixer(name, number, dim, len(ids), maps(ids)) for name, number, dim, ids in main.mixers),
         products=tuple(Product(number, shape, maps(ids)) for number, shape, ids in main.products),
         notes=dense.notes, computed=dict(main.computed),

@@ -148,6 +148,24 @@ def test_ranks_are_those_of_the_slow_way(name: str) -> None:
 
 
 @torch.no_grad()
+def test_of_a_weight_that_several_convolutions_have_each_reads_its_own_maps() -> None:
+    """A decoder by the encoder's weights: they read one group there and make it here."""
+    def forward(m: Any, x: Tensor) -> Tensor:
+        back = F.relu(F.conv_transpose2d(F.relu(m.second(F.relu(m.first(x)))), m.second.weight, padding=1))
+        return F.conv_transpose2d(back, m.first.weight, padding=1)
+
+    layers = {"first": nn.Conv2d(3, 9, 3, padding=1), "second": nn.Conv2d(9, 9, 3, padding=1)}
+    model = lively(networks.Trick(forward, layers)).eval()
+    found = narrower.hrank(model, narrower.trace(model, IMAGES), batches())
+    net: Any = model
+    a = F.relu(net.first(torch.cat(batches())))
+    b = F.relu(net.second(a))
+    c = F.relu(F.conv_transpose2d(b, net.second.weight, padding=1))
+    want = slow([Read(a, 1, [("first", 9)]), Read(b, 1, [("second", 9)]), Read(c, 1, [("first", 9)])])
+    assert found.keys() == want.keys() and all(torch.allclose(found[name], ranks, atol=1e-5) for name, ranks in want.items())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", networks.STANDARDISED)
 def test_what_a_convolution_with_a_computed_weight_reads(name: str) -> None:
     model = lively(chain(networks.Standardised(networks.STANDARDISED[name]))).eval()
