@@ -775,6 +775,11 @@ class TrapCase(NamedTuple):
     text: str = ""
 
 
+def adapted(m: Any, x: Tensor) -> Tensor:
+    """A low-rank change of a kernel, whose view splits rows and columns over several dimensions, each its own way."""
+    return F.conv2d(x, m.conv.weight + (m.up @ m.down).view(m.conv.weight.shape), padding=1)
+
+
 NEXT = {"next.0": 9}
 BOTH = {"stem.0": 12, **NEXT}
 
@@ -786,6 +791,10 @@ TRAPS: dict[str, TrapCase] = {
     "shuffle_fixed_width": TrapCase(
         lambda: Trap(lambda m, x: x.view(len(x), 2, 6, 8, 8).transpose(1, 2).reshape(len(x), 12, 8, 8)),
         NEXT, {"stem.0": "fails"}, "fails when narrow"),
+    "low_rank_change": TrapCase(
+        lambda: Trap(adapted, 7, conv=nn.Conv2d(12, 7, 3, bias=False), down=nn.Parameter(torch.randn(6, 36)),
+                     up=nn.Parameter(torch.randn(21, 6))),
+        NEXT, {"stem.0": "together", "trick.conv": "operand"}),
     "hard_coded_view": TrapCase(HardCoded, {"stem.0": 10}, {"last.0": "differs"}, "HardCoded"),
     "split_by_numbers": TrapCase(
         lambda: Trap(lambda m, x: torch.cat([x.split([5, 7], 1)[1].relu(), x.split([5, 7], 1)[0]], 1)),
