@@ -272,7 +272,8 @@ def check_classes(given: int | None, data: ImageData, report: Reporter) -> None:
     if given < data.num_classes:
         raise ConfigError(f"--num-classes {given}: the images of {data.name} have {data.num_classes} classes")
     report.note(f"warning: --num-classes {given}: the images of {data.name} have {data.num_classes} classes, the other outputs "
-                "have no images")
+                "have no images; classes are numbered in the order of their names: labels are wrong unless the missing ones "
+                "come last")
 
 
 def note_order(classes: Sequence[str], report: Reporter) -> None:

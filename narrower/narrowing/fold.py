@@ -60,7 +60,7 @@ def fold(model: nn.Module, plan: Plan) -> Folded:
     same_tensors(model, graph)
     copy = independent_copy(model)
     tensors = named_tensors(copy)
-    eps = {n: float(getattr(m, "eps", 0.0)) for n, m in copy.named_modules()}
+    eps = {n: float(getattr(m, "eps", None) or 0.0) for n, m in copy.named_modules()}  # RMSNorm may have None
     found = propagate(graph, partial(takes_bias, copy), partial(constant_rows, tensors=tensors, eps=eps))
     taken, left = removed_constants(found, Kept(graph, plan.keep))
     missing = {reader.weight for reader, _ in taken if reader.kind == "new bias"}
@@ -70,6 +70,7 @@ def fold(model: nn.Module, plan: Plan) -> Folded:
         tensors = named_tensors(copy)
     for (reader, group), values in taken.items():
         absorb_constants(tensors, graph, reader, group, values, {})
+        silence(tensors[reader.weight], reader, inputs_of(graph, reader, group, values) != 0)
     counts = {g: max(int(np.count_nonzero(v)) for (_, of), v in taken.items() if of == g) for _, g in taken}
     return Folded(copy, plan, counts, left)
 
@@ -121,13 +122,32 @@ def absorb_constants(tensors: Mapping[str, Tensor], graph: Graph, reader: Reader
     of the tensors have been narrowed already, the dense positions `(blocks, n)` that they still have.
     """
     weight, into, dim = tensors[reader.weight].detach(), tensors[reader.into], int(not reader.transposed)
-    inputs = np.zeros((reader.blocks, graph.shapes[reader.weight][dim]))
-    for s in graph[group].slices:
-        if s.tensor == reader.weight and s.reads:
-            inputs.reshape(-1)[s.positions] = values[s.channels]
+    inputs = inputs_of(graph, reader, group, values)
     if (reader.weight, dim) in left:
         inputs = np.take_along_axis(inputs, left[reader.weight, dim], axis=1)
     rows = weight.transpose(0, 1) if reader.transposed else weight
-    kernels = precise(rows).reshape(reader.blocks, -1, inputs.shape[1], rows[0, 0].numel()).sum(3)
+    kernels = by_input(precise(rows), inputs).sum(3)
     added = (kernels * kernels.new_tensor(inputs)[:, None]).sum(2).reshape(-1)
     into.copy_(precise(into) - added if reader.kind == "running mean" else precise(into) + added)
+
+
+@torch.no_grad()
+def silence(weight: Tensor, reader: Reader, inputs: np.ndarray) -> None:
+    """Let a layer no longer read these inputs, bool `(blocks, n)`, in place: what they gave it stands elsewhere now."""
+    rows = weight.detach().transpose(0, 1) if reader.transposed else weight.detach()
+    gone = torch.as_tensor(inputs, device=weight.device)[:, None, :, None]
+    rows.copy_(by_input(rows, inputs).masked_fill(gone, 0).reshape(rows.shape))
+
+
+def inputs_of(graph: Graph, reader: Reader, group: str, values: np.ndarray) -> np.ndarray:
+    """The values of a group's channels, `(size,)`, at the dense inputs of a layer: `(blocks, n)`, zero at others."""
+    inputs = np.zeros((reader.blocks, graph.shapes[reader.weight][int(not reader.transposed)]))
+    for s in graph[group].slices:
+        if s.tensor == reader.weight and s.reads:
+            inputs.reshape(-1)[s.positions] = values[s.channels]
+    return inputs
+
+
+def by_input(rows: Tensor, inputs: np.ndarray) -> Tensor:
+    """A weight `(outputs, n, ...)` as `(blocks, outputs of each, n, kernel)`."""
+    return rows.reshape(len(inputs), -1, inputs.shape[1], rows[0, 0].numel())

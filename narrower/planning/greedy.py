@@ -149,7 +149,11 @@ def by_budget(model: CostModel, parts: list[Component], budget: Budget, round_to
     taken = descend(descents, running, targets, lambda d: d.even_step(running, weight) if sensitivity is None
                     else d.best_step(running, weight, partial(d.damage, sensitivity=sensitivity)))
     if not fits(running.now, targets):
-        raise unreachable(running, budget, targets, dense)
+        left = {g.name for g in model.graph.free} - {c.group for p in parts for c in p.cells}
+        widest = max(round_to.values(), default=1)
+        held = {f"min_channels={min_channels:g}": min_channels != 1, f"round_to={widest}": widest > 1,
+                f"exclude= ({len(left)} groups)": bool(left)}
+        raise unreachable(running, budget, targets, dense, [setting for setting, holds in held.items() if holds])
     for k in reversed(taken):
         back = -descents[k].per_group(descents[k].history[-1])
         saved = running.saved(back)
@@ -160,8 +164,8 @@ def by_budget(model: CostModel, parts: list[Component], budget: Budget, round_to
 
 
 def unreachable(running: RunningCost, budget: Budget, targets: Mapping[CostKind, float],
-                dense: Mapping[CostKind, float]) -> BudgetError:
-    """The error names the least cost that can be reached, and the largest layers in the way."""
+                dense: Mapping[CostKind, float], held: Sequence[str]) -> BudgetError:
+    """The error names the least cost that can be reached, the largest layers in the way, and the settings that hold more."""
     kind = next(k for k in targets if running.now[k] > targets[k])
     costs = running.model.by_tensor(kind, running.widths)
     largest = sorted(costs, key=lambda t: -costs[t])[:3]
@@ -170,10 +174,11 @@ def unreachable(running: RunningCost, budget: Budget, targets: Mapping[CostKind,
     layers = ", ".join(f"{t} {shown(kind, costs[t])}" for t in largest)
     pinned = f"; pinned: {'; '.join(in_way)}" if in_way else ""
     given = getattr(budget, kind)
+    kept = f"; held by {', '.join(held)} too" if held else ""
     percent = kind != "latency_ms" and 1 < given <= 100
     meant = f"; for {given:g} % give {given / 100:g}" if percent else ""
     return BudgetError(
         f"{kind}={shown(kind, targets[kind])} ({targets[kind] / dense[kind]:.1%} of {shown(kind, dense[kind])}) cannot be "
         f"reached: the least is {shown(kind, running.now[kind])} ({running.now[kind] / dense[kind]:.1%}). "
-        f"What remains is mostly {layers}{pinned}{meant}"
+        f"What remains is mostly {layers}{pinned}{meant}{kept}"
     )

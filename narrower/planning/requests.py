@@ -93,8 +93,9 @@ def matching(graph: Graph, pattern: str) -> list[str]:
         raise PlanError(f"{pattern!r} is no pattern: give the name of a group or layer as a string")
     hits = [g for g in graph if any(fnmatch.fnmatchcase(n, pattern) for n in (g.name, *g.layers))]
     if not hits:
-        near = difflib.get_close_matches(pattern, [g.name for g in graph], 3, 0.3)
-        raise PlanError(f"no group matches {pattern!r}; groups are named like {', '.join(near or list(graph.by_name)[:3])}")
+        names = [g.name for g in graph.free] or list(graph.by_name)
+        near = difflib.get_close_matches(pattern, names, 3, 0.3)
+        raise PlanError(f"no group matches {pattern!r}; groups are named like {', '.join(near or names[:3])}")
     free = [g.name for g in hits if g.free]
     if not free:
         raise PlanError(f"{pattern!r} matches only groups that cannot shrink: {hits[0].name} is pinned: {hits[0].pinned}")

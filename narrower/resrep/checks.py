@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, first_few
+from ..surgery.walk import named_tensors, tensor_shapes
 from .compactor import Compactor
 
 NOT_RUN = ("run the model that ResRep was given, then backward(). If it was compiled and had run before, call "
@@ -58,12 +59,23 @@ def used_gradients(compactors: Mapping[str, Compactor]) -> dict[str, tuple[Tenso
     return {name: (g, 0 if g is None else g._version) for name, g in grads.items()}
 
 
-def check_used(compactors: Mapping[str, Compactor], used: Mapping[str, tuple[Tensor | None, int]]) -> None:
-    """Raise ConfigError if gradients are there that no step has used. Those that a GradScaler has skipped are not finite."""
+def check_used(compactors: Mapping[str, Compactor], used: Mapping[str, tuple[Tensor | None, int]], model: nn.Module) -> None:
+    """Raise ConfigError if gradients are there that no step has used. Of those that a GradScaler has skipped, some of the
+    model's are not finite."""
     for name, (grad, version) in used_gradients(compactors).items():
         old, old_version = used.get(name, (None, 0))
         if grad is None or (grad is old and version == old_version):
             continue
-        if bool(grad.isfinite().all() & grad.any()):
+        if bool(grad.any()) and all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
             raise ConfigError("gradients are there that no step has used, and shrink would drop them: call it after "
                               "optimizer.step(), not while gradients accumulate, or call zero_grad() first")
+
+
+def averaged(model: nn.Module, average: nn.Module) -> nn.Module:
+    """The copy of `model` and its compactors that an average of its weights is, or has as its `module`. Raises ConfigError."""
+    shapes = tensor_shapes(named_tensors(model))
+    for found in (average, getattr(average, "module", None)):
+        if isinstance(found, nn.Module) and tensor_shapes(named_tensors(found)) == shapes:
+            return found
+    raise ConfigError(f"this {type(average).__name__} is no copy of the network with its compactors as they are now: make "
+                      "averages after ResRep, and give every shrink all of them (ema=[...])")

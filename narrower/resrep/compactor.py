@@ -120,9 +120,9 @@ def run_compactor(module: nn.Module, args: object, output: Tensor) -> Tensor:
 
 
 def insert_compactor(module: nn.Module, compactor: Compactor) -> None:
-    """Put a compactor behind a module."""
+    """Put a compactor behind a module, before its own hooks: it is merged into what they take."""
     module.add_module(NAME, compactor.train(module.training))
-    module.register_forward_hook(run_compactor)
+    module.register_forward_hook(run_compactor, prepend=True)
 
 
 def remove_compactor(module: nn.Module) -> None:

@@ -27,7 +27,7 @@ from ..planning.requests import Budget, excluded, restored_scores
 from ..preconditions import checked
 from ..surgery.copying import independent_copy, same_tensors
 from ..surgery.walk import named_tensors
-from .checks import check_gradients, check_optimizer, check_reached, check_used, used_gradients
+from .checks import averaged, check_gradients, check_optimizer, check_reached, check_used, used_gradients
 from .compactor import Compactor, insert_compactor, resrep_gradient, row_norms, rows_like, unit_rows
 from .placement import Scope, prepare, without_groups
 from .ranking import Candidates, priors, tied_parts, wanted_by
@@ -171,16 +171,17 @@ class ResRep:
 
         Optimizer state (such as momentum) is sliced too, and learning rate schedulers stay valid. `optimizers`: others than the
         attached one (but not LBFGS), if they train parameters of the model; warns if a parameter is in none. `ema`: averaged
-        copies of the model, such as timm's `ModelEmaV3.module`, from which the same channels are removed, though these lag
+        copies of the model, such as timm's `ModelEmaV3`, from which the same channels are removed, though these lag
         behind and may not be zero there. Rebuild DistributedDataParallel around the model afterwards.
         """
         for optimizer in optimizers:
             check_carried(optimizer)
-        check_used(self.compactors(), self.used)
+        check_used(self.compactors(), self.used, self.model)
+        copies = [averaged(self.model, average) for average in ema]
         kept = self.remaining()
         mode: Mode = "cut" if not fold else "freeze" if self.phase == "resting" else "fold"
         if mode == "freeze" or any(len(kept.keep[n]) < len(k) for n, k in self.kept.keep.items()):
-            for model in (*ema, self.model):
+            for model in (*copies, self.model):
                 swaps = restructure(model, self.placement, self.kept, kept, mode)
             carry_optimizers([self.optimizer, *optimizers], swaps, self.model)
             self.kept = kept
@@ -199,11 +200,10 @@ class ResRep:
         rows are cut that are not zero in it. `over`: whether the training is (None: after `steps`, not counting those that a
         GradScaler skips). Channels of a plan that are not zero then are cut. Warns if the budget is not reached.
         """
-        source = self.model if model is None else model
-        small = independent_copy(source)
+        small = independent_copy(self.model if model is None else averaged(self.model, model))
         reached = self.remaining()
         kept = self.candidates.planned(reached) if over or (over is None and self.step >= self.steps) else reached
-        if model is not None and (left := largest_cut(model, self.placement, kept)) > self.settings.threshold:
+        if model is not None and (left := largest_cut(small, self.placement, kept)) > self.settings.threshold:
             warnings.warn(f"the averaged copy is cut where it is not zero: compactor rows have norms up to {left:.1e}, of 1 at "
                           "first. Average over fewer steps, or train longer after all rows are zero", stacklevel=2)
         restructure(small, self.placement, self.kept, kept, "merge")

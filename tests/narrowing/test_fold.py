@@ -140,6 +140,7 @@ def test_constant_channels_leave_without_a_trace(activation: str, second: str, d
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())  # the model is as it was
     assert not folded.left
     assert 0 < sum(folded.channels.values()) <= 4, str(folded)  # those that relu makes zero need nothing
+    assert difference(dense, outputs(folded.model, x)) < 1e-12
     small = narrower.narrow(folded.model, folded.plan)
     assert difference(dense, outputs(small, x)) < 1e-12
     assert narrower.verify(folded.model, small, folded.plan, x).error < 1e-12
@@ -190,6 +191,18 @@ def test_constant_channels_that_stay_are_not_folded(dead: str) -> None:
     folded = narrower.fold(model, without(narrower.trace(model, x), GONE))
     assert [*folded.channels.values()] == [len(GONE)]
     assert difference(outputs(model, x), outputs(narrower.narrow(folded.model, folded.plan), x)) < 1e-12
+
+
+def test_norms_without_an_epsilon_of_their_own_do_not_disturb() -> None:
+    first = nn.Conv2d(3, 8, 1)
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Flatten(2), nn.RMSNorm(64), nn.Flatten(),
+                          nn.Linear(6 * 64, 4))
+    with torch.no_grad():
+        first.weight[3], first.bias[3] = 0, 0.5  # type: ignore[index]
+    graph = narrower.trace(model, images())
+    plan = narrower.plan(graph, {g.name: torch.arange(g.size) - 9.0 * (torch.arange(g.size) == 3) for g in graph.free},
+                         remove={"0": 1 / 8})
+    assert sum(narrower.fold(model, plan).channels.values()) == 1
 
 
 def test_channels_that_change_are_not_folded() -> None:

@@ -196,6 +196,8 @@ def test_an_unreachable_budget_names_the_least_and_that_can_be_reached(name: str
     assert found, str(error.value)
     least = float(found[1].replace(",", ""))
     assert kind in str(error.value) and "mostly" in str(error.value)
+    held = [f"{name}=" for name in options]
+    assert (f"; held by {' '.join(held)}" in str(error.value)) if held else ("held by" not in str(error.value))
     plan = narrower.plan(graph, scores, **asked(kind, least * 1.001 + 1), **options)
     assert getattr(plan, kind)[1] == pytest.approx(least, rel=2e-3, abs=2)
     with pytest.raises(narrower.BudgetError):

@@ -122,3 +122,22 @@ def test_a_shrink_refuses_gradients_that_no_step_has_used(to_none: bool) -> None
     resrep.shrink()
     backward(float("inf"))  # a GradScaler skips the step
     resrep.shrink()
+    optimizer.zero_grad(set_to_none=to_none)
+    backward()
+    resrep.model[-1].fc.weight.grad[0, 0] = float("inf")  # type: ignore[index]  # so it does for any of them
+    resrep.shrink()
+
+
+def test_averages_are_the_copy_or_hold_it_and_others_are_refused_before_anything_is_cut() -> None:
+    resrep = compacted()
+    good, other = torch.optim.swa_utils.AveragedModel(resrep.model), torch.optim.swa_utils.AveragedModel(chain())
+    train(resrep, sgd(resrep), X, 24)
+    shapes = [t.shape for t in good.state_dict().values()]
+    for use in (lambda: resrep.shrink(ema=[good, other]), lambda: resrep.merge(other)):
+        with pytest.raises(ConfigError, match="AveragedModel is no copy of the network with its compactors"):
+            use()
+    assert [t.shape for t in good.state_dict().values()] == shapes
+    resrep.shrink(ema=[good])
+    assert [t.shape for t in good.module.state_dict().values()] == [t.shape for t in resrep.model.state_dict().values()]
+    merged = resrep.merge(good)
+    assert not any(hasattr(m, "compactor") for m in merged.modules()) and merged(X).shape == resrep.model(X).shape

@@ -344,6 +344,19 @@ def test_the_rule_acts_once_for_each_step_of_an_accumulated_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
+def test_hooks_of_a_layer_take_what_its_compactor_gives() -> None:
+    """As they take what the merged layer gives."""
+    def hooked() -> nn.Module:
+        model = Two()
+        model.bn_a.register_forward_hook(lambda module, args, out: torch.tanh(3 * out))
+        return model
+
+    resrep, _ = made(hooked, IMAGES, 0.9, steps=40)
+    assert "bn_a" in resrep.compactors()
+    resrep_training.train(resrep, sgd(resrep, lr=0.05), IMAGES, 30)
+    assert difference(outputs(resrep.model, IMAGES), outputs(resrep.merge(), IMAGES)) < 1e-10
+
+
 def test_rows_are_chosen_at_the_end_of_the_warm_up_and_at_equal_distances_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     resrep, _ = made(Two, IMAGES, 0.5, settings=narrower.Forgetting(warmup_steps=7, mask_interval=5))
     at: list[int] = []
