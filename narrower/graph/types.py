@@ -179,6 +179,7 @@ class Step(NamedTuple):
     `inputs`: an activation by number, a parameter or buffer by name, None for an argument that is not a tensor. `rest`: the
     other positional arguments. `options`: keyword arguments. `outputs`: activations by number. `labelled`: whether they have
     channels. `module`: the first module that returned them unchanged. `training`: whether this is the train forward.
+    `groups`: of a call that takes channels apart, the groups in each output.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Step(NamedTuple):
     labelled: bool
     module: str = ""
     training: bool = False
+    groups: tuple[frozenset[str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -44,6 +44,11 @@ class Activation(NamedTuple):
         return self.obstacle is None and all(bool((v == 0).all()) for v in set(self.values.values()))
 
 
+    def part(self, groups: frozenset[str]) -> Activation:
+        """What is known of a part of it that has channels of these groups only. The whole, if none are named."""
+        return self._replace(values={g: v for g, v in self.values.items() if g in groups}) if groups else self
+
+
 WITHOUT_CHANNELS = Activation(obstacle="a tensor without channels")
 
 
@@ -70,7 +75,9 @@ def propagate(graph: Graph, takes_bias: Callable[[str], bool], seed: Seed) -> Pr
     """
     walk = Walk(graph, takes_bias, seed)
     for step in graph.steps:
-        walk.activations.update(dict.fromkeys(step.outputs, walk.after(step)))
+        found = walk.after(step)
+        walk.activations.update(dict.fromkeys(step.outputs, found))
+        walk.activations.update((n, found.part(groups)) for n, groups in zip(step.outputs, step.groups, strict=False))
     return Propagation(tuple(walk.producers), tuple(walk.consumers), frozenset(walk.gates))
 
 

@@ -18,6 +18,7 @@ from .operators.interface import Call, at_channels, free_at
 from .recorder import CARRIED
 
 MANY = 50_000  # no layer has so many channels: these are numbers that become filters later, as in conditional convolutions
+PIECES = ("split", "split_with_sizes", "unsafe_split", "slice", "unbind", "select")
 
 
 class ConstraintCollector(LabelInterpreter):
@@ -44,6 +45,7 @@ class ConstraintCollector(LabelInterpreter):
         self.pool_inputs: dict[int, Ids] = {}
         self.spreads: dict[int, list[tuple[int, ...]]] = {}  # for each label of a view
         self.splits: dict[tuple[int, tuple[int, ...]], tuple[Ids, str]] = {}  # views that split channels, over which dimensions
+        self.pieces: dict[int, list[tuple[Label, ...]]] = {}  # of each step that takes channels apart
         self.log: list[Event] = []
         self.returned: dict[int, str] = {}  # activation -> the first module that returned it
 
@@ -77,6 +79,8 @@ class ConstraintCollector(LabelInterpreter):
             self.lost.update({running or self.where(): c.lost for c in self.given if isinstance(c, Carried) and c.lost})
         self.log.append(Event(call.name, self.numbers(call), shapes, list(carried)[: len(outs)], running, self.given))
         self.record(call, outs, any(c.labels for c in carried))
+        if call.name in PIECES:
+            self.pieces[len(self.steps) - 1] = [c.labels for c in carried[: len(outs)]]
 
     def unite(self, a: Ids, b: Ids) -> None:
         if a is not b:

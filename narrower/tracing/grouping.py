@@ -195,8 +195,10 @@ def assemble(dense: DenseRun, groups: tuple[ChannelGroup, ...], index: ChannelIn
         mixers=tuple(Mixer(name, number, dim, len(ids), maps(ids)) for name, number, dim, ids in main.mixers),
         products=tuple(Product(number, shape, maps(ids)) for number, shape, ids in main.products),
         notes=dense.notes, computed=dict(main.computed),
-        steps=tuple(s._replace(module=c.returned.get(s.outputs[0], "") if s.outputs else "", training=mode != "eval")
-                    for mode, c in dense.collectors.items() for s in c.steps),
+        steps=tuple(s._replace(module=c.returned.get(s.outputs[0], "") if s.outputs else "", training=mode != "eval",
+                               groups=tuple(frozenset(m.group for x in labels for m in maps(x.ids.reshape(-1)))
+                                            for labels in c.pieces.get(k, ())))
+                    for mode, c in dense.collectors.items() for k, s in enumerate(c.steps)),
         edits=tuple(Edit(*place, len(ids), maps(ids)) for place, ids in stored_sizes.items()),
     )
 

@@ -344,6 +344,26 @@ def test_the_rule_acts_once_for_each_step_of_an_accumulated_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
+class Forked(nn.Module):
+    """YOLO's C2f: halves of a layer, of which the second goes on through a block with a shortcut; all are read side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.block = networks.unit(3, 12, 1), networks.unit(6, 5), networks.unit(5, 6)
+        self.last, self.head = networks.unit(18, 7, 1), networks.Head(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2, 1)
+        return self.head(self.last(torch.cat([a, b, b + self.block(self.inner(b))], 1)))
+
+
+def test_pieces_of_a_layer_are_compacted_each_by_itself() -> None:
+    """A sum with the second piece says nothing of the first."""
+    resrep = examined(Forked, IMAGES, "all", 0.15)
+    assert resrep is not None and not resrep.reasons and len(resrep.placement.rows) == 4
+    assert all(len(k) < 6 for n, k in resrep.kept.keep.items() if n.startswith("first"))
+
+
 def test_hooks_of_a_layer_take_what_its_compactor_gives() -> None:
     """As they take what the merged layer gives."""
     def hooked() -> nn.Module:
