@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..errors import BudgetError
+from ..errors import BudgetError, first_few
 from ..graph.cost import CostKind, CostModel, RunningCost, shown
 from ..graph.equal_counts import Component
 from .damage import Sensitivity
@@ -152,7 +152,7 @@ def by_budget(model: CostModel, parts: list[Component], budget: Budget, round_to
         left = {g.name for g in model.graph.free} - {c.group for p in parts for c in p.cells}
         widest = max(round_to.values(), default=1)
         held = {f"min_channels={min_channels:g}": min_channels != 1, f"round_to={widest}": widest > 1,
-                f"exclude= ({len(left)} groups)": bool(left)}
+                f"exclude= ({first_few(sorted(left), 3)})": bool(left)}
         raise unreachable(running, budget, targets, dense, [setting for setting, holds in held.items() if holds])
     for k in reversed(taken):
         back = -descents[k].per_group(descents[k].history[-1])
@@ -180,5 +180,5 @@ def unreachable(running: RunningCost, budget: Budget, targets: Mapping[CostKind,
     return BudgetError(
         f"{kind}={shown(kind, targets[kind])} ({targets[kind] / dense[kind]:.1%} of {shown(kind, dense[kind])}) cannot be "
         f"reached: the least is {shown(kind, running.now[kind])} ({running.now[kind] / dense[kind]:.1%}). "
-        f"What remains is mostly {layers}{pinned}{meant}{kept}"
+        f"What remains is mostly {layers}{pinned}{kept}{meant}"
     )
