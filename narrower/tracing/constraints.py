@@ -44,7 +44,7 @@ class ConstraintCollector(LabelInterpreter):
         self.map_alive: list[Tensor] = []
         self.pool_inputs: dict[int, Ids] = {}
         self.spreads: dict[int, list[tuple[int, ...]]] = {}  # for each label of a view
-        self.splits: dict[tuple[int, tuple[int, ...]], tuple[Ids, str]] = {}  # views that split channels, over which dimensions
+        self.splits: dict[int, tuple[tuple[int, ...], Ids, str]] = {}
         self.pieces: dict[int, list[tuple[Label, ...]]] = {}  # of each step that takes channels apart
         self.log: list[Event] = []
         self.returned: dict[int, str] = {}  # activation -> the first module that returned it
@@ -147,11 +147,5 @@ class ConstraintCollector(LabelInterpreter):
 
     def view_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         where = self.where()
-        self.splits[call.place, tuple(dims)] = ids, where
-        return free_dim(self.view_dims, where, dims)
-
-
-def free_dim(view_dims: Mapping[str, int], where: str, dims: Sequence[int]) -> int:
-    """Which of the `dims` over which a view splits channels shrinks with them: the one assumed for its line, or the last."""
-    assumed = view_dims.get(where)
-    return dims[-1] if assumed is None or assumed not in dims else assumed
+        self.splits[call.place] = tuple(dims), ids, where
+        return self.view_dims.get(where, dims[-1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..graph.selection import Kept
 from ..graph.types import PinCode, PinReason
-from .constraints import ConstraintCollector, free_dim
+from .constraints import ConstraintCollector
 from .dense import Mode
 from .grouping import Solution
 from .interpreter import LabelInterpreter, Location
@@ -124,11 +124,11 @@ class Probe(LabelInterpreter):
 
     def view_dim(self, call: Call, dims: Sequence[int], ids: Ids) -> int:
         """A view splits channels: only the dimension that the trace took as free may have another size now."""
-        _, where = self.dense.splits.get((call.place, tuple(dims)), (ids, ""))
-        free = free_dim(self.dense.view_dims, where, dims)
+        was, _, where = self.dense.splits.get(call.place, ((), ids, ""))
+        free = self.dense.view_dims.get(where, dims[-1])
         dense = self.dense.log[call.place].shapes[0] if call.place < len(self.dense.log) else ()
         new = tuple(call.out.shape)
-        if not where or len(dense) != len(new):
+        if len(dense) != len(new) or (was != tuple(dims) and dense != new):  # of two kinds of channels `was` is the last one's
             raise self.mismatch("other shapes when narrow")
         changed = [d for d in dims if dense[d] != new[d]]
         if changed and changed != [free]:
@@ -137,8 +137,8 @@ class Probe(LabelInterpreter):
 
     def on_failure(self, call: Call) -> None:
         """A call failed: if it is a view that splits channels, its sizes may tell that another dimension shrinks."""
-        splits = [(dims, where) for (place, dims), (_, where) in self.dense.splits.items() if place == call.place]
-        for dims, where in splits if len(call.args) > 1 and isinstance(call.args[1], (list, tuple)) else ():
+        dims, _, where = self.dense.splits.get(call.place, ((), None, ""))
+        if dims and len(call.args) > 1 and isinstance(call.args[1], (list, tuple)):
             dense, now = self.dense.log[call.place].shapes[0], call.args[1]
             changed = [d for d in dims if d < len(now) and now[d] != dense[d]]
             if len(now) == len(dense) and len(changed) == 1:

@@ -119,7 +119,7 @@ class TraceSearch:
         Such code may ask for multiples of four, as the channel shuffle of ShuffleNetV2 does, which a trial may meet by chance.
         """
         hypotheses, dense, solution = state
-        reread = {g.name for c in dense.collectors.values() for ids, where in c.splits.values()
+        reread = {g.name for c in dense.collectors.values() for _, ids, where in c.splits.values()
                   if where in hypotheses.view_dims for g in solution.groups_of(dense.unit_of[ids])}
         failures: dict[str, Failure] = {}
         for part in components(solution.graph):
@@ -187,7 +187,7 @@ def other_view_dims(state: State) -> dict[str, int]:
     Channels that are pinned whatever the view does (outputs, single channels) give no reason to try.
     """
     dims_of = {}
-    for (_, dims), (ids, where) in state.dense.collectors["eval"].splits.items():
+    for dims, ids, where in state.dense.collectors["eval"].splits.values():
         codes = {g.pinned.code for g in state.solution.groups_of(state.dense.unit_of[ids]) if g.pinned}
         if where not in state.hypotheses.view_dims and codes - {"output", "index", "together"}:
             dims_of[where] = dims[0]

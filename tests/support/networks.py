@@ -794,7 +794,7 @@ TRAPS: dict[str, TrapCase] = {
     "low_rank_change": TrapCase(
         lambda: Trap(adapted, 7, conv=nn.Conv2d(12, 7, 3, bias=False), down=nn.Parameter(torch.randn(6, 36)),
                      up=nn.Parameter(torch.randn(21, 6))),
-        NEXT, {"stem.0": "together", "trick.conv": "operand"}),
+        NEXT, {"stem.0": "differs", "trick.conv": "operand"}),
     "hard_coded_view": TrapCase(HardCoded, {"stem.0": 10}, {"last.0": "differs"}, "HardCoded"),
     "split_by_numbers": TrapCase(
         lambda: Trap(lambda m, x: torch.cat([x.split([5, 7], 1)[1].relu(), x.split([5, 7], 1)[0]], 1)),

@@ -55,7 +55,7 @@ def test_a_view_that_splits_channels_shrinks_in_the_dimension_that_was_chosen() 
         return x.view(2, 3, 4, 4, 6)
 
     collector, out = collected(split)
-    [((_, dims), (_, where))] = collector.splits.items()
+    [(dims, _, where)] = collector.splits.values()
     assert dims == (1, 2) and collector.of(out).labels[0].free == 2
     axes = Axes()
     axes.ids(Axis("x", 1), C)

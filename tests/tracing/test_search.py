@@ -112,7 +112,7 @@ def test_a_view_that_splits_the_other_way_is_found_by_its_failure() -> None:
 def test_the_smallest_steps_are_tried_of_views_that_are_read_otherwise() -> None:
     """The trial keeps 8 of 12 channels: a multiple of four, by chance."""
     search = Recorded(TRAPS["pairs_of_fours"].make())
-    ((_, where),) = search.first_state().dense.collectors["eval"].splits.values()
+    ((_, _, where),) = search.first_state().dense.collectors["eval"].splits.values()
     state = search.settle(Hypotheses(view_dims={where: 1}))
     assert {name: reason.code for name, reason in state.hypotheses.pins.items()} == {"stem.0": "fails"}
     assert [f is None for f in search.probed] == [True, False, True], "the trial, one pair less, and what is left"
