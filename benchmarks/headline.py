@@ -37,8 +37,8 @@ SHARES = (
     ("EfficientNet-Lite1, 150 images of ImageNet", "90 %", "0.900"),
     ("EfficientNet-Lite1, 150 images of ImageNet", "80 %", "0.800"),
 )
-GRIDS = (("50 %", 3, "compare/resnet20-50-3-epochs"), ("30 %", 3, "compare/resnet20-30-3-epochs"),
-         ("30 %", 10, "compare/resnet20-30-10-epochs"))  # fmt: skip
+GRIDS = (("50 %", 3, "compare/resnet20-50-3-epochs"), ("50 %", 10, "compare/resnet20-50-10-epochs"),
+         ("30 %", 3, "compare/resnet20-30-3-epochs"), ("30 %", 10, "compare/resnet20-30-10-epochs"))  # fmt: skip
 ROUTES = {"obs": "**narrower**: cut, repaired, distilled", "magnitude": "narrower, order by L2 norms",
           "hrank": "narrower, order by HRank", "resrep": "ResRep", "soft": "soft pruning", "centripetal:all": "centripetal SGD",
           "dense": "the dense network, trained on",
